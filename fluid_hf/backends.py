@@ -1,0 +1,103 @@
+"""What a training engine must provide for a patched model; the plain PyTorch one is here.
+
+`fluid_hf.integrations.deepspeed` provides the other. Process groups and parameter layouts come from the backend, so
+the core knows no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fluid_hf.config import FluidConfig
+from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer
+from fluid_hf.process_groups import ParallelGroups, create_groups
+
+__all__ = ["Backend", "TorchBackend", "take_local_experts"]
+
+
+class Backend(Protocol):
+    """A training engine, as patching sees it."""
+
+    name: str
+
+    def check(self, config: FluidConfig) -> None:
+        """Raise a named error if the engine's own settings rule the configuration out."""
+
+    def create_groups(self, ep_size: int) -> ParallelGroups:
+        """Create or reuse the expert-parallel groups; collective over all ranks."""
+
+    def build_layer(self, source: nn.Module, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
+        """The layer that replaces `source`, holding this rank's experts; `settings` carries everything else."""
+
+    def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Context in which parameters partitioned by the engine are whole; collective over their partition group."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Called once the model is patched."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Called when the model is unpatched."""
+
+
+class TorchBackend:
+    """Plain PyTorch: groups from torch.distributed, weights in transformers' fused layout."""
+
+    name = "torch"
+
+    def check(self, config: FluidConfig) -> None:
+        """Nothing to check."""
+
+    def create_groups(self, ep_size: int) -> ParallelGroups:
+        return create_groups(ep_size)
+
+    def build_layer(
+        self, source: nn.Module, settings: ExpertParallelLayer, groups: ParallelGroups
+    ) -> ExpertParallelLayer:
+        if groups.ep_size == 1:  # the parameters stay the very same objects
+            return ExpertParallelExperts.from_parameters(source.gate_up_proj, source.down_proj, settings)
+        gate_up, down = take_local_experts(source, settings)
+        return ExpertParallelExperts.from_parameters(
+            nn.Parameter(gate_up, requires_grad=source.gate_up_proj.requires_grad),
+            nn.Parameter(down, requires_grad=source.down_proj.requires_grad),
+            settings,
+        )
+
+    def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def attach(self, model: nn.Module) -> None:
+        """Nothing to do."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Nothing to undo."""
+
+
+def take_local_experts(source: nn.Module, layer: ExpertParallelLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of this rank's slices of the source's gate_up_proj and down_proj."""
+    start = layer.ep_rank * layer.num_local_experts
+    held = slice(start, start + layer.num_local_experts)
+    return source.gate_up_proj.data[held].clone(), source.down_proj.data[held].clone()
+
+
+class WeakModels:
+    """Models known to a backend, without keeping them alive."""
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def add(self, model: nn.Module) -> None:
+        """Remember a model."""
+        self._models.add(model)
+
+    def remove(self, model: nn.Module) -> None:
+        """Forget a model."""
+        self._models.discard(model)

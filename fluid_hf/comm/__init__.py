@@ -1,0 +1,1 @@
+"""Communication between ranks: tournament rounds, waves, peer exchange, all-to-all reference."""

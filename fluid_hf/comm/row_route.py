@@ -1,0 +1,161 @@
+"""The way of the rows of one layer call: from the ranks that own tokens to the ranks that own experts, and back.
+
+Legend: R rows this rank sends, ordered by destination; Q rows it receives. The overlapped route receives wave by wave
+(wave-major buffer); the serial route receives everything in one all-to-all (ordered by source), its own rows included.
+Every transfer works on any buffer whose first dimension is R or Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
+from fluid_hf.comm.tournament import Message, Wave, part_bounds, plan_waves
+
+__all__ = ["RowRoute", "SerialRoute", "WaveRoute", "make_route", "route_parts"]
+
+
+class RowRoute(Protocol):
+    """What the layer needs to know about a route."""
+
+    serial: bool
+    num_sent: int
+    num_received: int
+
+    @property
+    def num_waves(self) -> int:
+        """Number of waves, equal on all ranks."""
+
+    def wave_bounds(self, wave: int) -> tuple[int, int]:
+        """First and last-plus-one received row of a wave."""
+
+    def wave_pairs(self, wave: int) -> int:
+        """Number of (row, expert) pairs in a wave."""
+
+    def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        """Start a wave towards the experts: from `sent` [R, ...] into `received` [Q, ...]."""
+
+    def post_back(self, wave: int, processed: torch.Tensor, returned: torch.Tensor) -> ExchangeHandle:
+        """Start a wave back: from `processed` (this wave's rows only) into `returned` [R, ...]."""
+
+
+class WaveRoute:
+    """Tournament rounds grouped into waves; the rank's own rows are not sent.
+
+    Args:
+        exchange: where messages are posted.
+        waves: this rank's waves, from `plan_waves`.
+        sent_rows: rows for each destination.
+        received_counts: for each source: rows, then pairs of each part.
+    """
+
+    serial = False
+
+    def __init__(
+        self,
+        exchange: PeerExchange,
+        waves: tuple[Wave, ...],
+        sent_rows: Sequence[int],
+        received_counts: Sequence[Sequence[int]],
+    ) -> None:
+        self._exchange = exchange
+        self._waves = waves
+        self._sent_rows = sent_rows
+        self._received = received_counts
+        self._starts = [0]
+        for wave in waves:
+            self._starts.append(self._starts[-1] + sum(self._incoming(message) for message in wave))
+        self.num_sent = sum(sent_rows)
+        self.num_received = self._starts[-1]
+
+    @property
+    def num_waves(self) -> int:
+        return len(self._waves)
+
+    def wave_bounds(self, wave: int) -> tuple[int, int]:
+        return self._starts[wave], self._starts[wave + 1]
+
+    def wave_pairs(self, wave: int) -> int:
+        return sum(self._received[message.peer][1 + message.part] for message in self._waves[wave])
+
+    def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        sends = [(message.peer, self._outgoing_slice(message, sent)) for message in self._waves[wave]]
+        low, high = self.wave_bounds(wave)
+        return self._exchange.post(sends, self._incoming_slices(wave, received[low:high]))
+
+    def post_back(self, wave: int, processed: torch.Tensor, returned: torch.Tensor) -> ExchangeHandle:
+        recvs = [(message.peer, self._outgoing_slice(message, returned)) for message in self._waves[wave]]
+        return self._exchange.post(self._incoming_slices(wave, processed), recvs)
+
+    def _incoming(self, message: Message) -> int:
+        low, high = part_bounds(self._received[message.peer][0], message.part, message.parts)
+        return high - low
+
+    def _outgoing_slice(self, message: Message, rows: torch.Tensor) -> torch.Tensor:
+        start = sum(self._sent_rows[: message.peer])
+        low, high = part_bounds(self._sent_rows[message.peer], message.part, message.parts)
+        return rows[start + low : start + high]
+
+    def _incoming_slices(self, wave: int, rows: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+        slices, start = [], 0
+        for message in self._waves[wave]:
+            end = start + self._incoming(message)
+            slices.append((message.peer, rows[start:end]))
+            start = end
+        return slices
+
+
+class SerialRoute:
+    """One uneven all-to-all each way, own rows included: the reference and baseline.
+
+    Args:
+        exchange: where the collectives are posted.
+        sent_rows: rows for each destination.
+        received_counts: for each source: rows, then pairs.
+    """
+
+    serial = True
+    num_waves = 1
+
+    def __init__(
+        self, exchange: PeerExchange, sent_rows: Sequence[int], received_counts: Sequence[Sequence[int]]
+    ) -> None:
+        self._exchange = exchange
+        self._sent = list(sent_rows)
+        self._received = [counts[0] for counts in received_counts]
+        self._pairs = sum(counts[1] for counts in received_counts)
+        self.num_sent = sum(self._sent)
+        self.num_received = sum(self._received)
+
+    def wave_bounds(self, wave: int) -> tuple[int, int]:
+        return 0, self.num_received
+
+    def wave_pairs(self, wave: int) -> int:
+        return self._pairs
+
+    def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        return self._exchange.all_to_all(received, sent, self._received, self._sent)
+
+    def post_back(self, wave: int, processed: torch.Tensor, returned: torch.Tensor) -> ExchangeHandle:
+        return self._exchange.all_to_all(returned, processed, self._sent, self._received)
+
+
+def route_parts(size: int, waves: int, serial: bool) -> int:
+    """Parts that each peer's rows are cut into; needed before the rows are counted."""
+    return 1 if serial else plan_waves(0, size, waves)[1]
+
+
+def make_route(
+    exchange: PeerExchange,
+    waves: int,
+    serial: bool,
+    sent_rows: Sequence[int],
+    received_counts: Sequence[Sequence[int]],
+) -> RowRoute:
+    """The route for one layer call, with the same number of waves on every rank."""
+    if serial:
+        return SerialRoute(exchange, sent_rows, received_counts)
+    return WaveRoute(exchange, plan_waves(exchange.rank, exchange.size, waves)[0], sent_rows, received_counts)

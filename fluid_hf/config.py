@@ -1,0 +1,88 @@
+"""`FluidConfig`: every setting of fluid_hf, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from fluid_hf.errors import ConfigError
+
+__all__ = ["FluidConfig"]
+
+WGRAD_POLICIES = ("off", "layer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FluidConfig:
+    """Settings of a patched model, also the `"fluid"` block of a DeepSpeed JSON.
+
+    Args:
+        ep_size: ranks that share one set of experts (expert parallel size). `None` takes the largest divisor of the
+            world size that divides the number of experts.
+        sp_size: ranks that share one sequence (sequence parallel size). Only 1 is available.
+        overlap: exchange rows peer by peer and compute what has arrived while the rest is on the wire. `False` is the
+            serial reference: one all-to-all each way.
+        wgrad: `"layer"` computes expert weight gradients while the input gradients travel back; `"off"` computes them
+            before the input gradients are sent.
+        waves: number of pieces the exchange is cut into. `None` lets the planner choose.
+        recompute: keep only the received rows for backward and compute the gate and up projections again.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the field, its value and what is allowed.
+    """
+
+    ep_size: int | None = None
+    sp_size: int = 1
+    overlap: bool = True
+    wgrad: str = "layer"
+    waves: int | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ep_size", "waves"):
+            value = getattr(self, name)
+            if value is not None and not _is_positive_int(value):
+                raise ConfigError(f"{name} ({value!r}) must be a positive integer, or null to choose by itself.")
+        if not _is_positive_int(self.sp_size):
+            raise ConfigError(f"sp_size ({self.sp_size!r}) must be a positive integer.")
+        if self.sp_size != 1:
+            raise ConfigError(f"sp_size ({self.sp_size}) must be 1: sequence parallelism is not available; set sp_size 1.")
+        for name in ("overlap", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} ({getattr(self, name)!r}) must be true or false.")
+        if self.wgrad not in WGRAD_POLICIES:
+            raise ConfigError(f"wgrad ({self.wgrad!r}) must be one of {', '.join(map(repr, WGRAD_POLICIES))}.")
+        if self.waves is not None and not self.overlap:
+            raise ConfigError(f"waves ({self.waves}) needs overlap (false) to be true; leave waves out or set overlap true.")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FluidConfig:
+        """Build from a mapping; an unknown key raises `ConfigError` naming it and the nearest valid one."""
+        if not isinstance(values, dict):
+            raise ConfigError(f'the "fluid" block ({values!r}) must be a JSON object with keys {_names(cls)}.')
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+                raise ConfigError(f"unknown key {key!r} in the fluid settings; did you mean {near[0]!r}? Valid: {_names(cls)}.")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> FluidConfig:
+        """Read the `"fluid"` block of a DeepSpeed JSON file (all defaults if it has none)."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")).get("fluid", {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a JSON-ready mapping; `from_dict(to_dict())` is equal to `self`."""
+        return dataclasses.asdict(self)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _names(cls: type[FluidConfig]) -> str:
+    return ", ".join(field.name for field in dataclasses.fields(cls))

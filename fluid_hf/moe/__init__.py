@@ -1,0 +1,1 @@
+"""Mixture of experts: routing plan, permutation, grouped GEMM, the expert-parallel layer."""

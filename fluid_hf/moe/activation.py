@@ -1,0 +1,72 @@
+"""Gated activation with the routing weight folded in: `w * act(gate) * up`, forward and backward.
+
+Legend: S pairs, I intermediate size. Folding the routing weight in before the down projection gives the same output
+as scaling after it, and its gradient without keeping the expert's output: with `dhw` the gradient of `w * h`,
+`dw = <dhw, h>` and `dh = w * dhw`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from fluid_hf.moe.permutation import sum_dtype
+
+__all__ = ["Activation", "glu_backward", "glu_forward", "is_silu"]
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def is_silu(act: Activation) -> bool:
+    """Whether `act` is SiLU, as torch or transformers write it."""
+    return act is functional.silu or type(act).__name__ in ("SiLU", "SiLUActivation")
+
+
+def glu_forward(gate_SI: torch.Tensor, up_SI: torch.Tensor, weight_S: torch.Tensor, act: Activation) -> torch.Tensor:
+    """`weight * act(gate) * up`: [S, I] in the type of `gate`, computed in float32 or wider."""
+    wide = sum_dtype(gate_SI.dtype)
+    hidden = act(gate_SI.to(wide)) * up_SI.to(wide)
+    return (hidden * weight_S[:, None].to(wide)).to(gate_SI.dtype)
+
+
+def glu_backward(
+    grad_SI: torch.Tensor, gate_SI: torch.Tensor, up_SI: torch.Tensor, weight_S: torch.Tensor, act: Activation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward of `glu_forward`.
+
+    Args:
+        grad_SI: gradient of the output.
+        gate_SI, up_SI, weight_S, act: the arguments of forward.
+
+    Returns:
+        Gradients of gate and up [S, I], the forward output again [S, I] (for the weight gradient of the down
+        projection), and the gradient of the routing weight [S] in float32 or wider.
+    """
+    wide = sum_dtype(gate_SI.dtype)
+    grad, gate, up, weight = grad_SI.to(wide), gate_SI.to(wide), up_SI.to(wide), weight_S[:, None].to(wide)
+    activated, slope = _value_and_slope(gate, act)
+    hidden = activated * up
+    grad_weight = (grad * hidden).sum(-1)
+    grad_hidden = grad * weight
+    dtype = gate_SI.dtype
+    return (
+        (grad_hidden * up * slope).to(dtype),
+        (grad_hidden * activated).to(dtype),
+        (hidden * weight).to(dtype),
+        grad_weight,
+    )
+
+
+def _value_and_slope(gate: torch.Tensor, act: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    """`act(gate)` and its elementwise derivative."""
+    if is_silu(act):
+        sigmoid = torch.sigmoid(gate)
+        activated = gate * sigmoid
+        return activated, sigmoid * (1 + gate - activated)
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        activated = act(leaf)
+        (slope,) = torch.autograd.grad(activated, leaf, torch.ones_like(activated))
+    return activated.detach(), slope

@@ -1,0 +1,199 @@
+"""The expert-parallel layer as autograd nodes. Their order of creation is the schedule of the backward pass.
+
+The autograd engine runs ready nodes in the reverse order of their creation, so this table is the whole schedule:
+
+| created  | forward                                      | backward                                                   |
+|----------|----------------------------------------------|------------------------------------------------------------|
+| Dispatch | packs rows, posts dispatch                   | waits for the returning input gradients, sums them         |
+| tokens   | nothing                                      | weight gradients, while the input gradients travel         |
+| Experts  | waits per wave, computes, posts combine      | waits for output gradients per wave, dgrad, posts returns  |
+| (shared) | a shared expert, while combine is in flight  | while output gradients are in flight                       |
+| Combine  | waits for combine, sums rows per token       | posts the output gradients                                 |
+
+Tensors between the nodes are empty: they only carry the order. The rows travel through the `LayerCall`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGrads, weight_gradient
+from fluid_hf.moe.layer_call import LayerCall, LayerContext, pack_pieces, unpack_pieces
+from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
+
+__all__ = ["expert_parallel"]
+
+Tensors = tuple[torch.Tensor | None, ...]
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, call: LayerCall
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        plan = call.dispatch(hidden.to(call.dtype), weights, index)
+        row_token, token_row = (plan.row_token_R, plan.token_row_TP) if plan is not None else (None, None)
+        ctx.call, ctx.weights_dtype = call, weights.dtype
+        ctx.save_for_backward(index, token_row)
+        for tensor in (row_token, token_row):
+            if tensor is not None:
+                ctx.mark_non_differentiable(tensor)
+        return hidden.new_empty(0), row_token, token_row
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
+        index, token_row = ctx.saved_tensors
+        grad_hidden, grad_weights = ctx.call.finish_input_grad(index, token_row)
+        return grad_hidden, grad_weights.to(ctx.weights_dtype), None, None
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dispatched: torch.Tensor,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        call: LayerCall,
+        works: list[WgradWork],
+        names: dict[str, int | None],
+        *tokens: torch.Tensor,
+    ) -> torch.Tensor:
+        pieces, projections = call.run_experts(hidden.to(call.dtype), weights, index)
+        ctx.call, ctx.works, ctx.names, ctx.num_tokens = call, works, names, len(tokens)
+        kept = [] if call.context.recompute else projections
+        ctx.num_projections = len(kept[0]) if kept else 0
+        ctx.save_for_backward(*pack_pieces(pieces, kept))
+        return dispatched.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
+        call: LayerCall = ctx.call
+        scheduler = call.context.scheduler
+        pieces, projections = unpack_pieces(ctx.saved_tensors, ctx.num_projections)
+        piece_grads = call.backward_experts(pieces, projections, defer=scheduler.defers)
+        if ctx.names:
+            work = _wgrad_work(call, ctx.names, pieces, piece_grads)
+            ctx.works.append(work)
+            scheduler.add(work)
+        call.post_last_return()
+        empty = grads[0].new_empty(0)
+        return empty, None, None, None, None, None, None, *([empty] * ctx.num_tokens)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        computed: torch.Tensor,
+        row_token: torch.Tensor | None,
+        token_row: torch.Tensor | None,
+        call: LayerCall,
+    ) -> torch.Tensor:
+        ctx.call = call
+        ctx.save_for_backward(row_token)
+        return call.combine(token_row)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
+        (row_token,) = ctx.saved_tensors
+        ctx.call.post_output_grad(grads[0], row_token)
+        return grads[0].new_empty(0), None, None, None
+
+
+def expert_parallel(
+    hidden_TH: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+    read_parameters: Callable[[], dict[str, torch.Tensor]],
+    context: LayerContext,
+    between: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum of each token's experts, wherever in the group they live. The functional form of the layer.
+
+    Every rank of the group calls it the same number of times in the same order; token counts may differ and be zero.
+
+    Args:
+        hidden_TH: tokens of this rank [T, H], floating point.
+        top_k_index_TK: global ids of the chosen experts [T, K], int64, distinct within a token.
+        top_k_weights_TK: routing weights [T, K], floating point.
+        read_parameters: returns the weights of the experts held here: `gate_up` [E, 2I, H] or `gate` and `up`
+            [E, I, H] each, and `down` [E, H, I]. Called in forward and again in backward.
+        context: settings and state of the layer.
+        between: computed after the experts and before the result is waited for (a shared expert).
+
+    Returns:
+        [T, H] in the type of `hidden_TH`; with `between`, also its result.
+    """
+    parameters = read_parameters()
+    dtype = _compute_dtype(hidden_TH, parameters["down"])
+    call = LayerCall(context, lambda: _plain_weights(read_parameters()), hidden_TH, top_k_weights_TK, dtype)
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        dispatched, row_token, token_row = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
+        works: list[WgradWork] = []
+        names, tokens = _wgrad_tokens(parameters, works, context)
+        computed = _Experts.apply(  # type: ignore[no-untyped-call]
+            dispatched,
+            hidden_TH.detach(),
+            top_k_weights_TK.detach(),
+            top_k_index_TK,
+            call,
+            works,
+            names,
+            *tokens,
+        )
+    shared = between() if between is not None else None
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        output: torch.Tensor = _Combine.apply(computed, row_token, token_row, call)  # type: ignore[no-untyped-call]
+    return output if shared is None else (output, shared)
+
+
+def _wgrad_tokens(
+    parameters: dict[str, torch.Tensor], works: list[WgradWork], context: LayerContext
+) -> tuple[dict[str, int | None], list[torch.Tensor]]:
+    """One token per trainable weight; the last one created (`down`) is the first to run in backward."""
+    indices: dict[str, int | None] = {name: None if name == "down" else i for i, name in enumerate(parameters)}
+    names = {name: indices[name] for name, weight in parameters.items() if weight.requires_grad}
+    if not torch.is_grad_enabled():
+        return {}, []
+
+    def take(name: str) -> torch.Tensor:
+        gradient = context.scheduler.take(works[-1], name)
+        context.event(f"wgrad {name}")
+        if not works[-1].compute and not works[-1].ready:
+            works.pop()
+        return gradient
+
+    tokens = [wgrad_token(parameters[name], lambda name=name: take(name)) for name in names]  # type: ignore[misc]
+    return names, tokens
+
+
+def _wgrad_work(
+    call: LayerCall, names: dict[str, int | None], pieces: list[Piece], grads: list[PieceGrads]
+) -> WgradWork:
+    held = sum(_bytes(tensor) for grad in grads for tensor in (*grad.first, grad.hidden_SI, grad.output_SH))
+    held += sum(_bytes(piece.rows_RH) for piece in pieces)
+
+    def compute(index: int | None) -> Callable[[], torch.Tensor]:
+        return lambda: weight_gradient(index, pieces, grads)
+
+    return WgradWork({name: compute(index) for name, index in names.items()}, held, lambda: call.returns_in_flight)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _plain_weights(parameters: dict[str, torch.Tensor]) -> ExpertWeights:
+    first = tuple(weight.detach() for name, weight in parameters.items() if name != "down")
+    return ExpertWeights(first, parameters["down"].detach())
+
+
+def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """Autocast's type where it is on, else the weights' type (as transformers' grouped experts)."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

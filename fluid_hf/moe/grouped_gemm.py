@@ -1,0 +1,81 @@
+"""Grouped GEMM over expert-sorted pairs: forward, input gradient (dgrad) and weight gradient (wgrad).
+
+Legend: S pairs sorted by expert, E experts, N output and M input features; a weight is [E, N, M] as in transformers.
+On CUDA in 16-bit types through `torch.nn.functional.grouped_mm`; elsewhere a loop over the experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["grouped_dgrad", "grouped_linear", "grouped_wgrad"]
+
+
+def grouped_linear(input_SM: torch.Tensor, weight_ENM: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """`input @ weight[expert].T` for each pair: [S, N]."""
+    return _grouped_mm(input_SM, weight_ENM.transpose(-2, -1), offsets_E)
+
+
+def grouped_dgrad(grad_SN: torch.Tensor, weight_ENM: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Gradient of `grouped_linear` with respect to its input: [S, M]."""
+    return _grouped_mm(grad_SN, weight_ENM, offsets_E)
+
+
+def grouped_wgrad(
+    grads: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], offsets: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Gradient of `grouped_linear` with respect to its weight, summed over pieces: [E, N, M].
+
+    Args:
+        grads: output gradients [S_i, N] of each piece.
+        inputs: inputs [S_i, M] of each piece.
+        offsets: `offsets_E` of each piece.
+    """
+    if _use_grouped_mm(grads[0], inputs[0]):
+        if len(grads) > 1:
+            order, joint = _joint_order(offsets)
+            grad, input = torch.cat(list(grads))[order], torch.cat(list(inputs))[order]
+        else:
+            grad, input, joint = grads[0], inputs[0], offsets[0]
+        return torch.nn.functional.grouped_mm(grad.t(), input, offs=joint)
+    experts = offsets[0].shape[0]
+    weight = grads[0].new_zeros(experts, grads[0].shape[1], inputs[0].shape[1])
+    for grad, input, ends_E in zip(grads, inputs, offsets, strict=True):
+        for expert, (start, end) in enumerate(_spans(ends_E)):
+            if end > start:
+                weight[expert].addmm_(grad[start:end].t(), input[start:end])
+    return weight
+
+
+def _grouped_mm(input_SM: torch.Tensor, weight_EMN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    if input_SM.shape[0] == 0:
+        return input_SM.new_empty(0, weight_EMN.shape[-1])
+    if _use_grouped_mm(input_SM, weight_EMN):
+        return torch.nn.functional.grouped_mm(input_SM, weight_EMN, offs=offsets_E)
+    output = input_SM.new_empty(input_SM.shape[0], weight_EMN.shape[-1])
+    for expert, (start, end) in enumerate(_spans(offsets_E)):
+        if end > start:
+            torch.mm(input_SM[start:end], weight_EMN[expert], out=output[start:end])
+    return output
+
+
+def _use_grouped_mm(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether torch's kernel takes these operands: 16-bit on CUDA, rows of a multiple of 16 bytes."""
+    if left.device.type != "cuda" or left.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return all(size * left.element_size() % 16 == 0 for size in (left.shape[-1], right.shape[-1], right.shape[-2]))
+
+
+def _spans(offsets_E: torch.Tensor) -> list[tuple[int, int]]:
+    ends = offsets_E.tolist()  # host synchronisation when on CUDA; only the loop path comes here
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _joint_order(offsets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order that sorts the concatenated pieces by expert, ties by piece, and the joint offsets."""
+    experts = torch.arange(offsets[0].shape[0], device=offsets[0].device)
+    counts = [torch.diff(ends, prepend=ends.new_zeros(1)) for ends in offsets]
+    expert_of = torch.cat([experts.repeat_interleave(count) for count in counts])
+    return torch.argsort(expert_of, stable=True), torch.stack(list(offsets)).sum(0).to(torch.int32)

@@ -1,0 +1,182 @@
+"""The expert-parallel experts as modules: built from sizes and a process group, or from the experts of an HF model."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.errors import ConfigError
+from fluid_hf.moe.activation import Activation
+from fluid_hf.moe.expert_parallel import expert_parallel
+from fluid_hf.moe.layer_call import LayerContext
+from fluid_hf.overlap.planner import choose_waves
+from fluid_hf.overlap.wgrad import WgradScheduler
+
+__all__ = ["ExpertParallelExperts", "ExpertParallelLayer", "WaveChoice"]
+
+
+class WaveChoice:
+    """Number of waves, chosen once per mode (training, evaluation) for all layers that share it.
+
+    Args:
+        waves: the number to use; `None` lets the planner choose from the tokens of the first batch, averaged over the
+            group so that all its ranks choose alike.
+    """
+
+    def __init__(self, waves: int | None) -> None:
+        self._fixed = waves
+        self._chosen: dict[bool, int] = {}
+
+    def get(self, layer: ExpertParallelLayer, tokens: int, top_k: int, device: torch.device) -> int:
+        """The number of waves for a call; the first call of a mode is a collective over the group."""
+        exchange = layer.context.exchange
+        if self._fixed is not None or exchange.size == 1 or not layer.context.overlap:
+            return self._fixed or 1
+        if layer.training not in self._chosen:
+            total = torch.tensor([tokens], dtype=torch.int64, device=device)
+            dist.all_reduce(total, group=exchange.group)
+            self._chosen[layer.training] = choose_waves(
+                expected_tokens=int(total.item()) // exchange.size,
+                top_k=top_k,
+                num_experts=layer.num_experts,
+                ep_size=exchange.size,
+            )
+        return self._chosen[layer.training]
+
+
+class ExpertParallelLayer(nn.Module):
+    """Base of the modules: called as `experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]`.
+
+    Args:
+        num_experts: experts of the whole layer.
+        exchange: exchange of the expert-parallel group.
+        scheduler: weight gradient scheduler.
+        act: activation of the gate.
+        overlap, recompute: see `fluid_hf.FluidConfig`.
+        wave_choice: number of waves, shared between layers.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        exchange: PeerExchange,
+        scheduler: WgradScheduler,
+        act: Activation,
+        *,
+        overlap: bool = True,
+        recompute: bool = False,
+        wave_choice: WaveChoice | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # by name: a subclass may have other bases whose constructors must not run
+        if num_experts % exchange.size:
+            raise ConfigError(f"num_experts ({num_experts}) must be divisible by ep_size ({exchange.size}).")
+        self.num_experts = num_experts
+        self.ep_size = exchange.size
+        self.ep_rank = exchange.rank
+        self.num_local_experts = num_experts // exchange.size
+        self.wave_choice = wave_choice or WaveChoice(None)
+        self.context = LayerContext(exchange, num_experts, act, scheduler, overlap=overlap, recompute=recompute)
+
+    def expert_parameters(self) -> dict[str, torch.Tensor]:
+        """The weights held here, as `expert_parallel` takes them."""
+        raise TypeError(f"{type(self).__name__} must define expert_parameters()")
+
+    def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights held here in transformers' layout: gate_up_proj [E_local, 2I, H], down_proj [E_local, H, I]."""
+        parameters = self.expert_parameters()
+        first = [weight.detach() for name, weight in parameters.items() if name != "down"]
+        return (first[0] if len(first) == 1 else torch.cat(first, dim=1)), parameters["down"].detach()
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts; a collective over the expert-parallel group."""
+        self.context.waves = self.wave_choice.get(
+            self, hidden_states.shape[0], top_k_index.shape[1], hidden_states.device
+        )
+        output = expert_parallel(hidden_states, top_k_index, top_k_weights, self.expert_parameters, self.context)
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    def extra_repr(self) -> str:
+        """Shown by `repr(model)`."""
+        first = self.ep_rank * self.num_local_experts
+        return (
+            f"num_experts={self.num_experts}, held={first}..{first + self.num_local_experts - 1}, "
+            f"ep_size={self.ep_size}, overlap={self.context.overlap}, wgrad={self.context.scheduler.policy!r}"
+        )
+
+
+class ExpertParallelExperts(ExpertParallelLayer):
+    """Gated experts split over a process group, in plain PyTorch.
+
+    Args:
+        num_experts: experts of the whole layer, divisible by the group's size.
+        hidden_size: H.
+        intermediate_size: I.
+        group: process group that shares the experts; `None` for all experts here.
+        scheduler: weight gradient scheduler; its own by default.
+        act: activation of the gate.
+        overlap, waves, recompute: see `fluid_hf.FluidConfig`.
+        device, dtype: of the weights.
+
+    Parameters:
+        gate_up_proj [E_local, 2I, H] and down_proj [E_local, H, I]: layout of transformers 5. Gradients are those of
+        the sum of all ranks' losses: divide by the number of ranks for a mean.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        group: dist.ProcessGroup | None = None,
+        scheduler: WgradScheduler | None = None,
+        act: Activation = nn.functional.silu,
+        overlap: bool = True,
+        waves: int | None = None,
+        recompute: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        super().__init__(
+            num_experts,
+            PeerExchange(group, rank, size),
+            scheduler or WgradScheduler("layer"),
+            act,
+            overlap=overlap,
+            recompute=recompute,
+            wave_choice=WaveChoice(waves),
+        )
+        shape = (self.num_local_experts, 2 * intermediate_size, hidden_size)
+        self.gate_up_proj = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        shape = (self.num_local_experts, hidden_size, intermediate_size)
+        self.down_proj = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=0.02)
+
+    @classmethod
+    def from_parameters(
+        cls, gate_up_proj: nn.Parameter, down_proj: nn.Parameter, layer: ExpertParallelLayer
+    ) -> ExpertParallelExperts:
+        """A module around existing parameters (those of the experts held here), with the settings of `layer`."""
+        module = cls.__new__(cls)
+        ExpertParallelLayer.__init__(
+            module,
+            layer.num_experts,
+            layer.context.exchange,
+            layer.context.scheduler,
+            layer.context.act,
+            overlap=layer.context.overlap,
+            recompute=layer.context.recompute,
+            wave_choice=layer.wave_choice,
+        )
+        module.gate_up_proj, module.down_proj = gate_up_proj, down_proj
+        return module
+
+    def expert_parameters(self) -> dict[str, torch.Tensor]:
+        return {"gate_up": self.gate_up_proj, "down": self.down_proj}

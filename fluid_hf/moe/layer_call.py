@@ -1,0 +1,336 @@
+"""One forward (and backward) of one expert-parallel layer: the work behind the four autograd nodes.
+
+Legend: T tokens here, H hidden, K experts per token, P ranks, R rows sent, Q rows received, S pairs.
+
+    forward    dispatch: rows R -> wire -> Q     experts: own tokens T and Q, wave by wave     combine: Q -> wire -> R
+    backward   combine: dOut R -> wire -> Q      experts: dX of T and Q, wave by wave          dispatch: Q -> wire -> R
+
+The methods run in the order of `fluid_hf.moe.expert_parallel`, which holds the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
+from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
+from fluid_hf.moe.activation import Activation
+from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGrads, backward_piece, finish_piece, project_piece
+from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_rows
+from fluid_hf.moe.routing_plan import SourcePlan, count_rows, local_expert_ids, place_rows
+from fluid_hf.moe.rows import RowFormat
+from fluid_hf.moe.statistics import LayerStats
+from fluid_hf.overlap.wgrad import WgradScheduler
+
+__all__ = ["LayerCall", "LayerContext", "pack_pieces", "unpack_pieces"]
+
+
+@dataclass
+class LayerContext:
+    """What stays the same between calls of one layer.
+
+    Attributes:
+        exchange: exchange of the expert-parallel group (size 1: no communication).
+        num_experts: experts of the whole layer.
+        act: activation of the gate.
+        scheduler: weight gradient scheduler.
+        overlap: exchange in waves; `False` for one all-to-all each way.
+        waves: waves of the exchange, equal on all ranks.
+        recompute: compute the projections again in backward instead of keeping them.
+        stats: counts since they were last read.
+        record: called with the name of each event, for tests and timelines; `None` for nothing.
+    """
+
+    exchange: PeerExchange
+    num_experts: int
+    act: Activation
+    scheduler: WgradScheduler
+    overlap: bool = True
+    waves: int = 1
+    recompute: bool = False
+    stats: LayerStats = field(default_factory=LayerStats)
+    record: Callable[[str], None] | None = None
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts held by this rank."""
+        return self.num_experts // self.exchange.size
+
+    def event(self, name: str) -> None:
+        """Record an event, if anybody listens."""
+        if self.record is not None:
+            self.record(name)
+
+
+class LayerCall:
+    """State of one call; shared by its autograd nodes, never kept by the layer.
+
+    Args:
+        context: the layer's context.
+        read_weights: returns the weights of the experts held here, as they are at the time of the call (ZeRO-3
+            gathers them again for backward).
+        hidden_TH, weights_TK: inputs, for their shapes and types only.
+        dtype: type the experts compute in and rows travel in.
+    """
+
+    def __init__(
+        self,
+        context: LayerContext,
+        read_weights: Callable[[], ExpertWeights],
+        hidden_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.context = context
+        self.read_weights = read_weights
+        self.format = RowFormat(hidden_TH.shape[1], weights_TK.shape[1], dtype)
+        self.dtype = dtype
+        self.out_dtype = hidden_TH.dtype
+        self.device = hidden_TH.device
+        self.needs_input_grad = hidden_TH.requires_grad or weights_TK.requires_grad
+        self.route: RowRoute | None = None
+        self.num_own_pairs = 0
+        self._handles: list[ExchangeHandle] = []
+        self._rows: torch.Tensor | None = None
+        self._own: torch.Tensor | None = None
+        self._own_weights: torch.Tensor | None = None
+        self.returns_in_flight = False
+
+    # -- forward --------------------------------------------------------------------------------------------------
+    def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> SourcePlan | None:
+        """Plan the rows, tell every peer how many come, and post all waves of the dispatch."""
+        context = self.context
+        size = context.exchange.size
+        if size == 1:
+            self.num_own_pairs = index_TK.numel()
+            return None
+        context.exchange.drain()
+        plan = self._plan(index_TK)
+        route = self.route
+        assert route is not None
+        sent = self.format.new_rows(route.num_sent, self.device)
+        self.format.hidden_of(sent).copy_(hidden_TH.index_select(0, plan.row_token_R))
+        ids_RK = local_expert_ids(index_TK[plan.row_token_R], context.num_local_experts, plan.row_rank_R)
+        self.format.ids_of(sent).copy_(ids_RK)
+        self.format.weights_of(sent).copy_(weights_TK.index_select(0, plan.row_token_R))
+        received = self.format.new_rows(route.num_received, self.device)
+        self._rows = received
+        self._post_out(sent, received, "dispatch")
+        return plan
+
+    def _plan(self, index_TK: torch.Tensor) -> SourcePlan:
+        context, exchange = self.context, self.context.exchange
+        serial = not context.overlap
+        parts = route_parts(exchange.size, context.waves, serial)
+        skip = None if serial else exchange.rank
+        hits = count_rows(
+            index_TK, context.num_local_experts, exchange.size, skip_rank=skip, parts=parts
+        )
+        sent_counts = hits.counts_PC.to(torch.int32)
+        received_counts = torch.empty_like(sent_counts)
+        ones = [1] * exchange.size
+        exchange.all_to_all(received_counts, sent_counts, ones, ones).wait()
+        own = (index_TK // context.num_local_experts == exchange.rank).sum().to(torch.int32)
+        # The one host synchronisation of the layer: buffer sizes must be known before receives can be posted.
+        flat = torch.cat([own.view(1), sent_counts[:, 0], received_counts.reshape(-1)]).tolist()
+        rows = tuple(flat[1 : 1 + exchange.size])
+        received = flat[1 + exchange.size :]
+        width = 1 + parts
+        counts = [received[start : start + width] for start in range(0, len(received), width)]
+        self.num_own_pairs = 0 if serial else flat[0]
+        self.route = make_route(exchange, context.waves, serial, rows, counts)
+        context.stats.add_dispatch(index_TK.shape[0], self.route.num_sent - (rows[exchange.rank] if serial else 0))
+        return place_rows(hits, rows)
+
+    def run_experts(
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
+    ) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
+        """Compute own tokens and every wave as it arrives; post each wave's combine at once.
+
+        Own tokens fill both ends: their projections run before the first wave is waited for, the rest after the last
+        combine was posted.
+        """
+        context, route = self.context, self.route
+        weights = self._weights()
+        pieces: list[Piece] = []
+        projections: list[tuple[torch.Tensor, ...]] = []
+        own_first: tuple[torch.Tensor, ...] = ()
+        if route is None or not route.serial:
+            pieces.append(self._own_piece(hidden_TH, weights_TK, index_TK))
+            own_first = project_piece(pieces[0], weights)
+            projections.append(own_first)
+        combine: list[ExchangeHandle] = []
+        returned = self._new_hidden(route.num_sent) if route is not None else None
+        for wave in range(route.num_waves if route is not None else 0):
+            assert route is not None and self._rows is not None and returned is not None
+            self._handles[wave].wait()
+            context.event(f"wait dispatch {wave}")
+            low, high = route.wave_bounds(wave)
+            piece = self._wave_piece(self._rows[low:high], route.wave_pairs(wave))
+            first = project_piece(piece, weights)
+            out_QH = self._new_hidden(high - low)
+            finish_piece(piece, first, weights, context.act, out_QH)
+            combine.append(route.post_back(wave, out_QH, returned))
+            context.event(f"post combine {wave}")
+            pieces.append(piece)
+            projections.append(first)
+        self._own = None
+        if own_first:
+            self._own = self._new_hidden(hidden_TH.shape[0])
+            finish_piece(pieces[0], own_first, weights, context.act, self._own)
+        context.stats.add_load([piece.plan.offsets_E for piece in pieces])
+        self._handles, self._rows = combine, returned
+        return pieces, projections
+
+    def combine(self, token_row_TP: torch.Tensor | None) -> torch.Tensor:
+        """Wait for the returning rows and sum them per token: [T, H] in the type of the input."""
+        for wave, handle in enumerate(self._handles):
+            handle.wait()
+            self.context.event(f"wait combine {wave}")
+        own, rows = self._own, self._rows
+        self._handles, self._rows, self._own = [], None, None
+        if rows is None or token_row_TP is None:
+            assert own is not None
+            return own.to(self.out_dtype)
+        return reduce_rows(own, rows, token_row_TP, self.out_dtype)
+
+    # -- backward -------------------------------------------------------------------------------------------------
+    def post_output_grad(self, grad_TH: torch.Tensor, row_token_R: torch.Tensor | None) -> None:
+        """Send each row's output gradient to the rank that computed it."""
+        self._own = grad_TH.to(self.dtype).contiguous()
+        if self.route is None or row_token_R is None:
+            return
+        self.context.exchange.drain()
+        sent = self._own.index_select(0, row_token_R)
+        self._rows = self._new_hidden(self.route.num_received)
+        self._post_out(sent, self._rows, "output grad")
+
+    def backward_experts(
+        self, pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]], defer: bool
+    ) -> list[PieceGrads]:
+        """Input gradients of own tokens, then of every wave as it arrives, each sent back as soon as it is ready.
+
+        With `defer` all waves are sent at once; otherwise the last one is left for `post_last_return`, so that the
+        caller computes the weight gradients first.
+        """
+        context, route = self.context, self.route
+        weights = self._weights()
+        grads: list[PieceGrads] = []
+        own = self._own
+        assert own is not None
+        self._own = None
+        if route is None or not route.serial:
+            self._own = torch.empty_like(own)
+            self._own_weights = own.new_empty(own.shape[0], self.format.top_k, dtype=self.format.weight_dtype)
+            first = self._projections(pieces[0], projections, 0, weights)
+            grads.append(backward_piece(pieces[0], first, own, weights, context.act, (self._own, self._own_weights)))
+            context.event("dgrad own")
+        self._returns: list[Callable[[], ExchangeHandle]] = []
+        arriving, self._handles = self._handles, []
+        rows, self._rows = self._rows, None
+        if route is not None:
+            self._rows = self.format.new_gradient_rows(route.num_sent, self.device)
+        for wave, handle in enumerate(arriving):
+            assert route is not None and rows is not None
+            handle.wait()
+            context.event(f"wait output grad {wave}")
+            low, high = route.wave_bounds(wave)
+            buffer = self.format.new_gradient_rows(high - low, self.device)
+            out = (self.format.hidden_of(buffer), self.format.weight_gradients_of(buffer))
+            index = len(grads)
+            first = self._projections(pieces[index], projections, index, weights)
+            grads.append(backward_piece(pieces[index], first, rows[low:high], weights, context.act, out))
+            context.event(f"dgrad {wave}")
+            if self.needs_input_grad and (defer or wave < len(arriving) - 1):
+                self._post_return(wave, buffer)
+            elif self.needs_input_grad:
+                self._returns.append(lambda wave=wave, buffer=buffer: self._post_return(wave, buffer))  # type: ignore[misc]
+        return grads
+
+    def post_last_return(self) -> None:
+        """Send the wave that `backward_experts` left."""
+        for post in self._returns:
+            post()
+        self._returns = []
+
+    def finish_input_grad(
+        self, index_TK: torch.Tensor, token_row_TP: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Wait for the returning gradients and sum them per token: gradients of hidden states and routing weights."""
+        for wave, handle in enumerate(self._handles):
+            handle.wait()
+            self.context.event(f"wait return {wave}")
+        own, own_weights, rows = self._own, self._own_weights, self._rows
+        self._handles, self._rows, self._own, self._own_weights = [], None, None, None
+        self.returns_in_flight = False
+        if rows is None or token_row_TP is None:
+            assert own is not None and own_weights is not None
+            return own.to(self.out_dtype), own_weights
+        grad_TH = reduce_rows(own, self.format.hidden_of(rows), token_row_TP, self.out_dtype)
+        row_TK = token_row_TP.gather(1, index_TK // self.context.num_local_experts)
+        weight_rows = torch.nn.functional.pad(self.format.weight_gradients_of(rows), (0, 0, 0, 1))
+        grad_TK = weight_rows.gather(0, row_TK)
+        return grad_TH, grad_TK if own_weights is None else grad_TK + own_weights
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+    def _post_out(self, sent: torch.Tensor, received: torch.Tensor, what: str) -> None:
+        assert self.route is not None
+        self._handles = [self.route.post_out(wave, sent, received) for wave in range(self.route.num_waves)]
+        self.context.event(f"post {what}")
+
+    def _post_return(self, wave: int, buffer: torch.Tensor) -> ExchangeHandle:
+        assert self.route is not None and self._rows is not None
+        handle = self.route.post_back(wave, buffer, self._rows)
+        self._handles.append(handle)
+        self.returns_in_flight = True
+        self.context.event(f"post return {wave}")
+        return handle
+
+    def _weights(self) -> ExpertWeights:
+        return self.read_weights().to(self.dtype)
+
+    def _new_hidden(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)
+
+    def _own_piece(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> Piece:
+        local = self.context.num_local_experts
+        ids_TK = local_expert_ids(index_TK, local, self.context.exchange.rank)
+        return Piece(hidden_TH, weights_TK, make_pair_plan(ids_TK, local, self.num_own_pairs))
+
+    def _wave_piece(self, rows: torch.Tensor, num_pairs: int) -> Piece:
+        plan = make_pair_plan(self.format.ids_of(rows), self.context.num_local_experts, num_pairs)
+        return Piece(self.format.hidden_of(rows), self.format.weights_of(rows), plan)
+
+    def _projections(
+        self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: ExpertWeights
+    ) -> tuple[torch.Tensor, ...]:
+        return kept[index] if kept else project_piece(piece, weights)
+
+
+def pack_pieces(
+    pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]]
+) -> list[torch.Tensor]:
+    """Flatten what backward needs into tensors for `save_for_backward`."""
+    flat: list[torch.Tensor] = []
+    for index, piece in enumerate(pieces):
+        plan = piece.plan
+        flat += [piece.rows_RH, piece.weights_RK, plan.pair_row_S, plan.pair_slot_S, plan.row_pair_RK, plan.offsets_E]
+        flat += projections[index] if projections else ()
+    return flat
+
+
+def unpack_pieces(
+    flat: Sequence[torch.Tensor], num_projections: int
+) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
+    """Inverse of `pack_pieces`; `num_projections` tensors per piece (0 when they were not kept)."""
+    pieces, projections = [], []
+    step = 6 + num_projections
+    for start in range(0, len(flat), step):
+        rows, weights, *plan = flat[start : start + 6]
+        pieces.append(Piece(rows, weights, PairPlan(*plan)))
+        if num_projections:
+            projections.append(tuple(flat[start + 6 : start + step]))
+    return pieces, projections

@@ -1,0 +1,100 @@
+"""Between rows and expert-sorted (row, expert) pairs, and back: the steps around the grouped GEMM.
+
+Legend: R rows, T tokens, K experts per token, S pairs, H hidden size, P ranks, E experts held here. Plain PyTorch;
+sums run in float32 (float64 for float64 input) in a fixed order, so results are equal from run to run.
+
+    rows      0: e1 e0      1: e1 -       2: e0 e1
+    pairs     expert 0: (0, e0) (2, e0)   expert 1: (0, e1) (1, e1) (2, e1)
+    pair_row  0 2 0 1 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["PairPlan", "expand_rows", "make_pair_plan", "reduce_pairs", "reduce_rows", "sum_dtype"]
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """Where each pair comes from.
+
+    Attributes:
+        pair_row_S: row of each pair, int64, expert-sorted, ties by row then slot.
+        pair_slot_S: `row * K + slot` of each pair, int64.
+        row_pair_RK: pair of each (row, slot), int64; S where there is none.
+        offsets_E: end of each expert's pairs, int32 (the `offs` of a grouped GEMM).
+    """
+
+    pair_row_S: torch.Tensor
+    pair_slot_S: torch.Tensor
+    row_pair_RK: torch.Tensor
+    offsets_E: torch.Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        """S."""
+        return self.pair_row_S.shape[0]
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which sums of `dtype` values are accumulated."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int) -> PairPlan:
+    """Sort the (row, expert) pairs by expert.
+
+    Args:
+        ids_RK: local expert ids, any integer type, -1 for none.
+        num_experts: E.
+        num_pairs: number of ids that are not -1, known on the host, so that nothing waits for the device.
+    """
+    rows, top_k = ids_RK.shape
+    key = ids_RK.reshape(-1).to(torch.int64)
+    key = torch.where(key < 0, num_experts, key)
+    order = torch.argsort(key, stable=True)[:num_pairs]
+    row_pair = torch.full((rows * top_k,), num_pairs, dtype=torch.int64, device=ids_RK.device)
+    row_pair[order] = torch.arange(num_pairs, device=ids_RK.device)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_RK.device)
+    counts.scatter_add_(0, key, torch.ones_like(key))
+    offsets = counts[:num_experts].cumsum(0).to(torch.int32)
+    return PairPlan(order // top_k, order, row_pair.view(rows, top_k), offsets)
+
+
+def expand_rows(rows_RH: torch.Tensor, plan: PairPlan) -> torch.Tensor:
+    """Copy each row to its pairs: [R, H] -> [S, H]."""
+    return rows_RH.index_select(0, plan.pair_row_S)
+
+
+def reduce_pairs(pairs: Sequence[torch.Tensor], plan: PairPlan, out_RH: torch.Tensor) -> None:
+    """Write to each row the sum of its pairs, over all tensors [S, H] given; zero for rows without pairs."""
+    total = torch.zeros(out_RH.shape, dtype=sum_dtype(out_RH.dtype), device=out_RH.device)
+    for slot in range(plan.row_pair_RK.shape[1]):
+        index_R = plan.row_pair_RK[:, slot]
+        valid_R1 = (index_R < plan.num_pairs)[:, None]
+        for pairs_SH in pairs:
+            if plan.num_pairs:
+                picked = pairs_SH.index_select(0, index_R.clamp(max=plan.num_pairs - 1)).to(total.dtype)
+                total += torch.where(valid_R1, picked, 0.0)
+    out_RH.copy_(total)
+
+
+def reduce_rows(
+    own_TH: torch.Tensor | None, rows_RH: torch.Tensor, token_row_TP: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Sum the rows of each token, own part first, then by rank: [T, H] of type `dtype`."""
+    num_rows = rows_RH.shape[0]
+    shape = (token_row_TP.shape[0], rows_RH.shape[1])
+    if own_TH is not None:
+        total = own_TH.to(sum_dtype(rows_RH.dtype), copy=True)
+    else:
+        total = torch.zeros(shape, dtype=sum_dtype(rows_RH.dtype), device=rows_RH.device)
+    for rank in range(token_row_TP.shape[1] if num_rows else 0):
+        index_T = token_row_TP[:, rank]
+        picked = rows_RH.index_select(0, index_T.clamp(max=num_rows - 1)).to(total.dtype)
+        total += torch.where((index_T < num_rows)[:, None], picked, 0.0)
+    return total.to(dtype)

@@ -1,0 +1,1 @@
+"""Overlap: weight gradients inside communication windows, and how many waves to use."""

@@ -1,0 +1,189 @@
+"""`patch_model` and `unpatch_model`: find, check everything, then swap; and the exact undo."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fluid_hf.backends import Backend, TorchBackend
+from fluid_hf.checkpoint import bind_saving, gather_experts, unbind_saving
+from fluid_hf.config import FluidConfig
+from fluid_hf.control import ControlGroup, as_error
+from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
+from fluid_hf.models.registry import ExpertsSite, find_experts
+from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
+from fluid_hf.process_groups import resolve_ep_size
+from fluid_hf.state import FluidState
+
+__all__ = ["get_state", "patch_model", "unpatch_model"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
+    """Make the experts of a Hugging Face MoE model expert parallel, in place. Collective over all ranks.
+
+    The model keeps its class, its outputs and its checkpoint format; only `block.experts` of every MoE block is
+    replaced by a module that holds this rank's experts. Patching again with the same settings does nothing.
+
+    Args:
+        model: a transformers model whose experts follow `use_experts_implementation` (Mixtral, Qwen2-MoE, Qwen3-MoE
+            and others that need nothing special).
+        config: settings. `None` reads the `"fluid"` block of the DeepSpeed JSON in force; without one, defaults.
+
+    Returns:
+        The same model; `model.fluid` is its `FluidState`.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that can be patched; names the class and what is missing.
+        ConfigError: the settings do not fit the model, the world size or the DeepSpeed JSON.
+        AlreadyPatchedError: the model is patched with other settings.
+        RankMismatchError: ranks pass different settings or models, or another rank raised one of the above.
+
+    Nothing is changed on any rank if any rank raises.
+    """
+    control = ControlGroup()
+    try:
+        error, requested, config, backend, sites = _prepare(model, config)
+        fingerprint = (config.to_dict() if config else None, [(site.name, site.num_experts) for site in sites])
+        control.agree(error, fingerprint, "patch_model (settings and model)")
+    except BaseException:
+        control.close()
+        raise
+    assert config is not None and requested is not None and backend is not None
+    if getattr(model, "fluid", None) is not None:
+        control.close()
+        return model
+    assert config.ep_size is not None
+    state = FluidState(config, requested, backend.create_groups(config.ep_size), backend, control)
+    wave_choice = WaveChoice(config.waves)
+    for site in sites:
+        _swap(site, state, wave_choice)
+    model.fluid = state  # type: ignore[assignment]
+    bind_saving(model, state)
+    backend.attach(model)
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Put the original modules back, with the full current weights on every rank. Collective over all ranks.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+    """
+    state = get_state(model)
+    state.finish_batch()
+    state.backend.detach(model)
+    unbind_saving(model)
+    for name, original in state.originals.items():
+        layer = state.layers[name]
+        if state.groups.ep_size > 1:
+            gate_up, down = gather_experts(layer, state, to_all=True)
+            assert gate_up is not None and down is not None
+            original.gate_up_proj.data, original.down_proj.data = gate_up, down
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, original)
+    state.control.close()
+    del model.fluid
+    return model
+
+
+def get_state(model: Any) -> FluidState:
+    """The `FluidState` of a patched model, also through wrappers that pass attributes on (PEFT).
+
+    Raises:
+        NotPatchedError: the model is not patched.
+    """
+    state = getattr(model, "fluid", None)
+    if not isinstance(state, FluidState):
+        raise NotPatchedError(f"{type(model).__name__} is not patched; call fluid_hf.patch_model(model) first.")
+    return state
+
+
+def _prepare(
+    model: nn.Module, config: FluidConfig | None
+) -> tuple[Exception | None, FluidConfig | None, FluidConfig | None, Backend | None, list[ExpertsSite]]:
+    """Every check that one rank can make by itself. Changes nothing; returns the error instead of raising it."""
+    try:
+        if config is not None and not isinstance(config, FluidConfig):
+            raise ConfigError(f"config ({config!r}) must be a FluidConfig; use FluidConfig.from_dict({{...}}).")
+        requested = _requested_config(config)
+        state = getattr(model, "fluid", None)
+        if isinstance(state, FluidState):
+            if requested not in (state.requested, state.config):
+                raise AlreadyPatchedError(
+                    f"{type(model).__name__} is patched already with {state.requested}; requested {requested}. "
+                    "Call unpatch_model(model) first, or pass the same settings."
+                )
+            return None, requested, state.config, state.backend, []
+        sites = find_experts(model)
+        counts = sorted({site.num_experts for site in sites})
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if requested.ep_size is not None and requested.ep_size > 1 and not dist.is_initialized():
+            raise ConfigError(
+                f"ep_size ({requested.ep_size}) needs torch.distributed, which is not initialised; launch with "
+                "`deepspeed` or `torchrun` and initialise it before patching, or use ep_size 1."
+            )
+        if len(counts) > 1:
+            raise UnsupportedModelError(f"{type(model).__name__} has layers with different num_experts {counts}.")
+        resolved = dataclasses.replace(requested, ep_size=resolve_ep_size(requested.ep_size, world, counts[0]))
+        backend = _choose_backend(resolved)
+        backend.check(resolved)
+        return None, requested, resolved, backend, sites
+    except Exception as error:  # reported to the other ranks, then raised on this one
+        return as_error(error), None, None, None, []
+
+
+def _requested_config(config: FluidConfig | None) -> FluidConfig:
+    """The settings asked for: the argument, or the "fluid" block of the DeepSpeed JSON that transformers holds."""
+    block = None
+    if importlib.util.find_spec("deepspeed") is not None:
+        from transformers.integrations.deepspeed import deepspeed_config
+
+        active = deepspeed_config()
+        block = active.get("fluid") if isinstance(active, dict) else None
+    if block is None:
+        return config or FluidConfig()
+    from_json = FluidConfig.from_dict(block)
+    if config is not None and config != from_json:
+        raise ConfigError(
+            f'config ({config}) must equal the "fluid" block of the DeepSpeed JSON ({from_json}); give one of them only.'
+        )
+    return from_json
+
+
+def _choose_backend(config: FluidConfig) -> Backend:
+    if dist.is_initialized() and importlib.util.find_spec("deepspeed") is not None:
+        # The one step up from the core: the engine's protocol lives with the integrations.
+        from fluid_hf.integrations.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend()
+    return TorchBackend()
+
+
+@torch.no_grad()
+def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None:
+    settings = ExpertParallelLayer(
+        site.num_experts,
+        state.exchange,
+        state.scheduler,
+        site.module.act_fn,
+        overlap=state.config.overlap,
+        recompute=state.config.recompute,
+        wave_choice=wave_choice,
+    )
+    source = site.module
+    layer = state.backend.build_layer(source, settings, state.groups)
+    layer.train(source.training)
+    if state.groups.ep_size > 1:  # the full weights live on in shares only
+        for parameter in (source.gate_up_proj, source.down_proj):
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.new_empty(0)
+    setattr(site.parent, site.attribute, layer)
+    state.layers[site.name] = layer
+    state.originals[site.name] = source

@@ -1,0 +1,78 @@
+"""Expert-parallel groups: pure rank arithmetic, and their creation in plain PyTorch.
+
+Ranks that share one set of experts are neighbours: with world size 4 and ep_size 2 the expert-parallel groups are
+(0, 1) and (2, 3), the expert-data-parallel groups (ranks that hold the same experts) are (0, 2) and (1, 3). DeepSpeed's
+`deepspeed.utils.groups` uses the same layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from fluid_hf.errors import ConfigError
+
+__all__ = ["ParallelGroups", "create_groups", "expert_data_parallel_ranks", "expert_parallel_ranks", "resolve_ep_size"]
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The process groups of a patched model; every group is `None` when its size is 1 without torch.distributed."""
+
+    ep_size: int
+    ep_rank: int
+    ep_group: dist.ProcessGroup | None
+    expert_data_group: dist.ProcessGroup | None
+    world_size: int
+
+
+def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
+    """Global ranks of each expert-parallel group."""
+    return [list(range(start, start + ep_size)) for start in range(0, world_size, ep_size)]
+
+
+def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
+    """Global ranks of each expert-data-parallel group: the ranks that hold the same experts."""
+    return [list(range(index, world_size, ep_size)) for index in range(ep_size)]
+
+
+def resolve_ep_size(ep_size: int | None, world_size: int, num_experts: int) -> int:
+    """The expert parallel size to use: as asked, checked; or the largest divisor of the world size that fits.
+
+    Raises:
+        ConfigError: `ep_size` divides neither the world size nor the number of experts.
+    """
+    fitting = [n for n in range(1, world_size + 1) if world_size % n == 0 and num_experts % n == 0]
+    if ep_size is None:
+        return fitting[-1]
+    if world_size % ep_size:
+        raise ConfigError(
+            f"world size ({world_size}) must be divisible by ep_size ({ep_size}); use ep_size {_choices(fitting)}."
+        )
+    if num_experts % ep_size:
+        raise ConfigError(
+            f"num_experts ({num_experts}) must be divisible by ep_size ({ep_size}); use ep_size {_choices(fitting)}."
+        )
+    return ep_size
+
+
+def create_groups(ep_size: int) -> ParallelGroups:
+    """Create the expert-parallel groups in plain PyTorch. Collective over the default group when ep_size > 1."""
+    if not dist.is_initialized():
+        if ep_size > 1:
+            raise ConfigError(
+                f"ep_size ({ep_size}) needs torch.distributed, which is not initialised; launch with `deepspeed` or "
+                "`torchrun` and call torch.distributed.init_process_group() first, or use ep_size 1."
+            )
+        return ParallelGroups(1, 0, None, None, 1)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    ep_group = edp_group = None
+    if ep_size > 1:
+        ep_group, _ = dist.new_subgroups_by_enumeration(expert_parallel_ranks(world_size, ep_size))
+        edp_group, _ = dist.new_subgroups_by_enumeration(expert_data_parallel_ranks(world_size, ep_size))
+    return ParallelGroups(ep_size, rank % ep_size, ep_group, edp_group, world_size)
+
+
+def _choices(values: list[int]) -> str:
+    return " or ".join(map(str, values))

@@ -1,0 +1,127 @@
+"""`model.fluid`: what belongs to one patched model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fluid_hf.backends import Backend
+from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.config import FluidConfig
+from fluid_hf.control import ControlGroup
+from fluid_hf.moe.layer import ExpertParallelLayer
+from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
+from fluid_hf.process_groups import ParallelGroups
+
+__all__ = ["FluidState"]
+
+
+class FluidState:
+    """Groups, scheduler and statistics of one patched model.
+
+    Attributes:
+        config: the settings in force, `ep_size` resolved.
+        groups: process groups.
+        scheduler: weight gradient scheduler of all its layers.
+        layers: expert-parallel layers by module name.
+        originals: what `unpatch_model` puts back, by module name.
+    """
+
+    def __init__(
+        self,
+        config: FluidConfig,
+        requested: FluidConfig,
+        groups: ParallelGroups,
+        backend: Backend,
+        control: ControlGroup,
+    ) -> None:
+        self.config = config
+        self.requested = requested
+        self.groups = groups
+        self.backend = backend
+        self.control = control
+        self.scheduler = WgradScheduler(config.wgrad)
+        self.exchange = PeerExchange(groups.ep_group, groups.ep_rank, groups.ep_size)
+        self.layers: dict[str, ExpertParallelLayer] = {}
+        self.originals: dict[str, nn.Module] = {}
+        self.engine_bound = False
+        self._last_stats = WgradStats()
+
+    def finish_batch(self) -> WgradStats:
+        """End a batch: `scheduler.finish_batch()`, and nothing may be left in flight."""
+        self.exchange.drain()
+        self._last_stats = self.scheduler.finish_batch()
+        return self._last_stats
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call. Collective over all ranks (the busiest expert may be anywhere).
+
+        Returns:
+            `fluid/bytes_sent` and `fluid/rows_sent` of this rank, `fluid/busiest_expert` (pairs of the busiest expert
+            over the mean of its layer, largest over layers), `fluid/wgrad_in_window` (share of the weight gradients of
+            the last batch that ran inside a communication window).
+        """
+        loads = {}
+        rows = 0
+        for name, layer in self.layers.items():
+            stats = layer.context.stats
+            rows += stats.rows
+            loads[name] = stats.load_E.tolist() if stats.load_E is not None else []
+            stats.reset()
+        gathered = self.control.gather(loads, "model.fluid.metrics()")
+        sent, self.exchange.bytes_sent = self.exchange.bytes_sent, 0
+        return {
+            "fluid/bytes_sent": float(sent),
+            "fluid/rows_sent": float(rows),
+            "fluid/busiest_expert": max((_busiest(gathered, name, self) for name in self.layers), default=0.0),
+            "fluid/wgrad_in_window": self._last_stats.share_inside,
+        }
+
+    @contextlib.contextmanager
+    def record_events(self) -> Iterator[list[tuple[str, str]]]:
+        """Collect `(layer name, event)` in the order in which the host issues them."""
+        events: list[tuple[str, str]] = []
+        for name, layer in self.layers.items():
+            layer.context.record = lambda event, name=name: events.append((name, event))  # type: ignore[misc]
+        try:
+            yield events
+        finally:
+            for layer in self.layers.values():
+                layer.context.record = None
+
+    @torch.no_grad()
+    def reduce_gradients(self, model: nn.Module) -> None:
+        """Average gradients over the ranks in a loop without DeepSpeed or DDP: collective over all ranks.
+
+        Dense gradients become the mean over the world; expert gradients, which already hold every token of their
+        expert-parallel group, are summed over the expert-data-parallel group and divided by the world size.
+        """
+        if self.groups.world_size == 1:
+            return
+        expert = {id(p) for layer in self.layers.values() for p in layer.parameters()} if self.groups.ep_size > 1 else set()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                group = self.groups.expert_data_group if id(parameter) in expert else None
+                dist.all_reduce(parameter.grad, group=group)
+                parameter.grad /= self.groups.world_size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FluidState:
+        return self  # process groups cannot be copied; a copied model shares them
+
+
+def _busiest(gathered: list[dict[str, list[int]]], name: str, state: FluidState) -> float:
+    size = state.groups.ep_size
+    total = [0.0] * state.layers[name].num_experts
+    for rank, loads in enumerate(gathered):
+        start = (rank % size) * len(loads[name])
+        for index, load in enumerate(loads[name]):
+            total[start + index] += load
+    mean = sum(total) / len(total)
+    return max(total) / mean if mean else 0.0

@@ -1,0 +1,303 @@
+"""DeepSpeed: expert-parallel groups, expert parameters as its engine wants them, client optimizers, checkpoints.
+
+A module that is an `AutoEPMoELayer` gets from DeepSpeed 0.19.8 MoE optimizer groups, reduction over the
+expert-data-parallel group, clipping across experts, ZeRO 1 to 3 placement and expert checkpoint files. The layer here
+is one, but runs none of AutoEP's own code: its constructor is not called and its forward is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint import constants
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import set_z3_leaf_module
+from torch import nn
+from transformers.integrations.deepspeed import deepspeed_config
+
+from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
+from fluid_hf.checkpoint import full_state_dict
+from fluid_hf.config import FluidConfig
+from fluid_hf.errors import CheckpointError, ConfigError
+from fluid_hf.moe.layer import ExpertParallelLayer
+from fluid_hf.process_groups import ParallelGroups
+from fluid_hf.state import FluidState
+
+__all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "split_expert_groups"]
+
+LAYOUT_FILE = "fluid.json"
+
+
+class SplitExperts(nn.Module):
+    """The weights under the names DeepSpeed reads: w1 (gate), w3 (up) [E, I, H] and w2 (down) [E, H, I]."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, trainable: tuple[bool, bool]) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(gate, requires_grad=trainable[0])
+        self.w3 = nn.Parameter(up, requires_grad=trainable[0])
+        self.w2 = nn.Parameter(down, requires_grad=trainable[1])
+
+
+class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
+    """Expert-parallel experts that DeepSpeed's engine recognises as its own kind of MoE layer."""
+
+    comm_backend = "comm"
+    combine_impl = "weighted_sum"
+
+    def __init__(self, settings: ExpertParallelLayer, group_name: str, experts: SplitExperts) -> None:
+        context = settings.context
+        ExpertParallelLayer.__init__(
+            self,
+            settings.num_experts,
+            context.exchange,
+            context.scheduler,
+            context.act,
+            overlap=context.overlap,
+            recompute=context.recompute,
+            wave_choice=settings.wave_choice,
+        )
+        self.experts = experts
+        self.ep_group_name = group_name
+        self.ep_group = context.exchange.group
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            self.num_experts, self.num_local_experts, self.ep_size
+        )
+
+    def expert_parameters(self) -> dict[str, torch.Tensor]:
+        return {"gate": self.experts.w1, "up": self.experts.w3, "down": self.experts.w2}
+
+    def checkpoint_metadata(self, parameter: torch.Tensor) -> dict[str, Any]:
+        """What DeepSpeed's universal checkpoint stores about one expert parameter."""
+        placement = self.expert_placement_descriptor
+        shape = [self.num_experts, *parameter.shape[1:]]
+        return {
+            constants.AUTOEP_EXPERT_PLACEMENT: placement,
+            constants.AFFINE_MAP: autoep_placement_to_affine_map(placement, shape).to_dict(),
+            constants.AUTOEP_PARAM_LOGICAL_SHAPE: shape,
+            constants.AUTOEP_PARAM_EP_RANK: self.ep_rank,
+            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
+        }
+
+
+class DeepSpeedBackend(TorchBackend):
+    """Groups from `deepspeed.utils.groups`, expert weights as ZeRO wants them."""
+
+    name = "deepspeed"
+
+    def check(self, config: FluidConfig) -> None:
+        _refuse_autoep(deepspeed_config())
+
+    def create_groups(self, ep_size: int) -> ParallelGroups:
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+        world_size = dist.get_world_size()
+        if ep_size == 1:
+            return ParallelGroups(1, 0, None, None, world_size)
+        name = _group_name(ep_size)
+        deepspeed_groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
+        group = deepspeed_groups._get_expert_parallel_group(name)
+        edp_group = deepspeed_groups._get_expert_data_parallel_group(name)
+        return ParallelGroups(ep_size, dist.get_rank(group), group, edp_group, world_size)
+
+    def build_layer(
+        self, source: nn.Module, settings: ExpertParallelLayer, groups: ParallelGroups
+    ) -> ExpertParallelLayer:
+        if groups.ep_size == 1:
+            return super().build_layer(source, settings, groups)
+        trainable = (source.gate_up_proj.requires_grad, source.down_proj.requires_grad)
+        name = _group_name(groups.ep_size)
+        convert = getattr(source.gate_up_proj, "convert_to_zero_parameters", None)
+        with self.full([source.gate_up_proj, source.down_proj]):
+            if not any(trainable):  # nothing to reduce: an AutoEP layer would ask for an optimizer group
+                layer = super().build_layer(source, settings, groups)
+            else:
+                gate_up, down = take_local_experts(source, settings)
+                gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=1))
+                layer = DeepSpeedExperts(settings, name, SplitExperts(gate, up, down, trainable))
+        for parameter in layer.parameters():
+            _mark_expert_parameter(parameter, name)
+            if isinstance(layer, DeepSpeedExperts):
+                setattr(parameter, constants.DS_AUTOEP_UC_META, layer.checkpoint_metadata(parameter))
+        if convert is not None:  # the model was built under zero.Init: the new parameters join it
+            for parameter in layer.parameters():
+                parameter.ds_zero_partition_process_group = groups.expert_data_group
+            convert(param_list=list(layer.parameters()))
+        # ZeRO-3 gathers the whole layer at once: its parameters are read outside their own module's forward.
+        set_z3_leaf_module(layer, True)
+        return layer
+
+    def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        return deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext()
+
+    def attach(self, model: nn.Module) -> None:
+        _PATCHED.add(model)
+        if not hasattr(deepspeed.initialize, "__wrapped__"):
+            deepspeed.initialize = _wrap_initialize(deepspeed.initialize)
+
+    def detach(self, model: nn.Module) -> None:
+        _PATCHED.remove(model)
+        if not len(_PATCHED) and hasattr(deepspeed.initialize, "__wrapped__"):
+            deepspeed.initialize = deepspeed.initialize.__wrapped__
+
+
+# Models for which deepspeed.initialize is wrapped; the wrap goes when the last of them is unpatched.
+_PATCHED = WeakModels()
+
+
+def split_expert_groups(param_groups: list[dict[str, Any]]) -> None:
+    """Split each optimizer group in place into dense and expert parameters, as ZeRO 1 and 2 require; idempotent."""
+    split: list[dict[str, Any]] = []
+    for group in param_groups:
+        expert = [parameter for parameter in group["params"] if is_moe_param(parameter)]
+        if not expert or group.get("moe"):
+            split.append(group)
+            continue
+        dense = [parameter for parameter in group["params"] if not is_moe_param(parameter)]
+        if dense:
+            split.append({**group, "params": dense})
+        split.append({**group, "params": expert, "moe": True, "name": expert[0].group_name})
+    param_groups[:] = split
+
+
+def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """`deepspeed.initialize` that prepares client optimizers of patched models and binds the engine; others untouched."""
+    signature = inspect.signature(initialize)
+
+    @functools.wraps(initialize)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        model = bound.arguments.get("model")
+        state = getattr(model, "fluid", None)
+        if not isinstance(state, FluidState):
+            return initialize(*args, **kwargs)
+        config = bound.arguments.get("config") or bound.arguments.get("config_params")
+        _refuse_autoep(json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config)
+        if bound.arguments.get("optimizer") is not None:
+            bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
+        result = initialize(*bound.args, **bound.kwargs)
+        _bind_engine(result[0], model, state)
+        return result
+
+    return wrapped
+
+
+def _prepare_optimizer(optimizer: Any, model: nn.Module, state: FluidState) -> Any:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        if not callable(optimizer):
+            return optimizer
+
+        @functools.wraps(optimizer)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            return _prepare_optimizer(optimizer(*args, **kwargs), model, state)
+
+        return make
+    known = {id(parameter) for parameter in model.parameters()}
+    unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
+    if unknown:
+        raise ConfigError(
+            f"optimizer ({type(optimizer).__name__}) holds {unknown} parameters that are not the model's; "
+            "call patch_model before the optimizer is built."
+        )
+    if any(isinstance(layer, DeepSpeedExperts) for layer in state.layers.values()):
+        split_expert_groups(optimizer.param_groups)
+    return optimizer
+
+
+def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
+    """Make the engine save whole models and refuse checkpoints of another layout."""
+    state.engine_bound = True
+    layout = {"ep_size": state.groups.ep_size, "world_size": state.groups.world_size}
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    @functools.wraps(save)
+    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
+        if dist.get_rank() == 0:
+            folder = Path(save_dir) / tag
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
+        return save(save_dir, tag, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not engine.load_universal_checkpoint():
+            _check_layout(Path(load_dir), tag, layout)
+        return load(load_dir, tag, *args, **kwargs)
+
+    def consolidated(exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor]:
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        full = full_state_dict(model)
+        return {name: w for name, w in full.items() if not (exclude_frozen_parameters and name in frozen)}
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+    if state.groups.ep_size > 1:
+        engine._zero3_consolidated_16bit_state_dict = consolidated
+
+
+def _check_layout(folder: Path, tag: Any, layout: dict[str, int]) -> None:
+    """Refuse what DeepSpeed would load wrongly without a word: optimizer state of another expert layout."""
+    latest = folder / "latest"
+    if tag is None:
+        if not latest.is_file():
+            return  # DeepSpeed says what is missing
+        tag = latest.read_text(encoding="utf-8").strip()
+    path = folder / str(tag) / LAYOUT_FILE
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if saved is None and layout["ep_size"] > 1:
+        raise CheckpointError(
+            f"checkpoint ({folder / str(tag)}) has no {LAYOUT_FILE}: it was not saved by a patched model; load the "
+            f"plain weights with from_pretrained before patch_model instead, or resume with ep_size 1."
+        )
+    if saved is not None and saved["ep_size"] != layout["ep_size"]:
+        raise CheckpointError(
+            f"ep_size ({layout['ep_size']}) must equal the ep_size ({saved['ep_size']}) of the checkpoint "
+            f"({folder / str(tag)}); set ep_size {saved['ep_size']}, or start from the plain weights saved beside it."
+        )
+
+
+def _refuse_autoep(config: Any) -> None:
+    block = config.get("expert_parallel") if isinstance(config, dict) else None
+    if isinstance(block, dict) and block.get("enabled", False):
+        raise ConfigError(
+            'expert_parallel.enabled (true) in the DeepSpeed JSON must be false for a patched model; remove the '
+            '"expert_parallel" block and keep the "fluid" block.'
+        )
+
+
+def _mark_expert_parameter(parameter: torch.Tensor, group_name: str) -> None:
+    marks = {
+        "allreduce": False,
+        "group_name": group_name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_group_name": group_name,
+    }
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+
+
+def _group_name(ep_size: int) -> str:
+    return f"ep_size_{ep_size}"
+
+
+def iter_experts(model: nn.Module) -> Iterator[DeepSpeedExperts]:
+    """The layers of a patched model that DeepSpeed treats as expert parallel."""
+    for module in model.modules():
+        if isinstance(module, DeepSpeedExperts):
+            yield module
