@@ -1,0 +1,184 @@
+"""Ranks for tests: a pool of gloo processes started once per test module, and scripts under a launcher."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH_ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclasses.dataclass
+class Failure:
+    """An exception of one rank."""
+
+    kind: str
+    message: str
+    text: str
+
+
+class RankError(AssertionError):
+    """At least one rank raised; `failures` maps rank to what it raised."""
+
+    def __init__(self, failures: dict[int, Failure]) -> None:
+        self.failures = failures
+        super().__init__("\n".join(f"rank {rank}: {failure.text}" for rank, failure in failures.items()))
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class RankPool:
+    """Persistent processes, one per rank, that run functions of test modules.
+
+    Args:
+        world_size: number of ranks, at most 4.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._start()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+        """`function(rank, world_size, *args, **kwargs)` on every rank; the results in rank order.
+
+        Raises:
+            RankError: a rank raised.
+            TimeoutError: a rank did not finish in time; the pool has been restarted.
+        """
+        path = sys.modules[function.__module__].__file__
+        for connection in self._connections:
+            connection.send((path, function.__qualname__, args, kwargs))
+        deadline = time.monotonic() + timeout
+        results: list[Any] = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                self.restart()
+                raise TimeoutError(f"{function.__qualname__}: rank {rank} did not finish within {timeout} s")
+            results.append(connection.recv())
+        failures = {rank: result for rank, result in enumerate(results) if isinstance(result, Failure)}
+        if failures:
+            raise RankError(failures)
+        return results
+
+    def expect(self, error: str, function: Callable[..., Any], *args: Any, timeout: float = 30, **kwargs: Any) -> list[str]:
+        """Check that every rank raises an error of the named type in time; their messages in rank order."""
+        with pytest.raises(RankError) as caught:
+            self.run(function, *args, timeout=timeout, **kwargs)
+        failures = caught.value.failures
+        assert sorted(failures) == list(range(self.world_size)), f"only ranks {sorted(failures)} raised"
+        assert {failure.kind for failure in failures.values()} <= {error, "RankMismatchError"}, caught.value
+        assert any(failure.kind == error for failure in failures.values()), caught.value
+        return [failures[rank].message for rank in range(self.world_size)]
+
+    def restart(self) -> None:
+        """Kill the processes and start new ones."""
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, self.world_size, port), daemon=True)
+            process.start()
+            self._connections.append(here)
+            self._processes.append(process)
+
+
+def rank_pool(world_size: int) -> Any:
+    """A module-scoped fixture with a pool of ranks."""
+
+    @pytest.fixture(scope="module")
+    def pool() -> Iterator[RankPool]:
+        ranks = RankPool(world_size)
+        yield ranks
+        ranks.close()
+
+    return pool
+
+
+def launch(
+    script: str | Path, *args: str, nproc: int = 2, launcher: str = "deepspeed", timeout: float = 240, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script under `deepspeed` or `torchrun` on CPU ranks; kill the whole process group at the timeout."""
+    bin_dir = Path(sys.executable).parent
+    if launcher == "deepspeed":
+        options = ["--num_accelerators", str(nproc), "--no_local_rank", "--master_port", str(free_port())]
+    else:
+        options = ["--nproc_per_node", str(nproc), "--master_port", str(free_port())]
+    command = [str(bin_dir / launcher), *options, str(script), *args]
+    environment = {**os.environ, **LAUNCH_ENV, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"{script} did not end within {timeout} s\n{out[-3000:]}\n{err[-3000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+    os.environ.update(LAUNCH_ENV, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    modules: dict[str, ModuleType] = {}
+    while True:
+        try:
+            path, name, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            if path not in modules:
+                modules[path] = _load(path)
+            connection.send(getattr(modules[path], name)(rank, world_size, *args, **kwargs))
+        except BaseException as error:
+            connection.send(Failure(type(error).__name__, str(error), traceback.format_exc()))
+
+
+def _load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
