@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,23 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
     if state.groups.ep_size > 1:
         engine._zero3_consolidated_16bit_state_dict = consolidated
+        engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
+
+
+@torch.no_grad()
+def _clip_gradients(engine: Any, model: nn.Module, state: FluidState) -> None:
+    """Clip by the norm over all experts, exactly; DeepSpeed's own stage 0 averages the experts' norms over ranks."""
+    squares = [torch.zeros((), dtype=torch.float64, device=engine.device) for _ in range(2)]
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            squares[is_moe_param(parameter)] += parameter.grad.double().square().sum()
+    dist.all_reduce(squares[1], group=state.groups.ep_group)
+    norm = (squares[0] + squares[1]).sqrt()
+    scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
+    engine._global_grad_norm = float(norm)  # host synchronisation, once a step, as in the other stages
 
 
 def _check_layout(folder: Path, tag: Any, layout: dict[str, int]) -> None:
@@ -295,9 +312,3 @@ def _mark_expert_parameter(parameter: torch.Tensor, group_name: str) -> None:
 def _group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
 
-
-def iter_experts(model: nn.Module) -> Iterator[DeepSpeedExperts]:
-    """The layers of a patched model that DeepSpeed treats as expert parallel."""
-    for module in model.modules():
-        if isinstance(module, DeepSpeedExperts):
-            yield module

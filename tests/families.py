@@ -49,5 +49,6 @@ def batch(rank: int, rows: int, length: int = 12, vocab_size: int = 96, step: in
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """|value - reference| / |reference|; a NaN is infinite."""
-    error = float((value.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-12))
+    value, reference = value.detach().double(), reference.detach().double()
+    error = float((value - reference).norm() / reference.norm().clamp(min=1e-12))
     return error if error == error else float("inf")

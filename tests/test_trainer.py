@@ -1,0 +1,150 @@
+"""The HF Trainer under the deepspeed launcher: losses, gradient norms, checkpoints, resuming, reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import launch
+from families import batch
+from transformers import AutoModelForCausalLM
+
+SCRIPT = Path(__file__).parent / "trainer_script.py"
+TOLERANCE = 1e-4
+
+
+def train(runs: list[dict[str, Any]], folder: Path, nproc: int = 2, timeout: float = 280) -> dict[str, list[dict[str, Any]]]:
+    """Results of each run by name, one per rank, in rank order."""
+    runs = [{"output": str(folder / run["name"]), **run} for run in runs]
+    done = launch(SCRIPT, json.dumps(runs), str(folder), nproc=nproc, timeout=timeout)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        paths = [folder / f"{run['name']}-{rank}.json" for rank in range(nproc)]
+        assert "die_after_save" in run or all(path.is_file() for path in paths), done.stdout[-3000:] + done.stderr[-5000:]
+        results[run["name"]] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+    return results
+
+
+def curve(result: dict[str, Any]) -> list[tuple[float, float]]:
+    assert "error" not in result, result
+    return [(entry["loss"], entry["grad_norm"]) for entry in result["history"] if "loss" in entry]
+
+
+def assert_equal(found: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    assert len(found) == len(expected) > 0
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for value, reference in zip(ours, theirs, strict=True):
+            assert abs(value - reference) <= TOLERANCE * abs(reference), f"step {step}: {found} != {expected}"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("stages")
+    runs: list[dict[str, Any]] = []
+    for optimizer in (True, False):
+        runs.append({"name": f"plain-{optimizer}", "stage": 1, "json_optimizer": optimizer})
+        for stage in range(4):
+            run = {"name": f"{stage}-{optimizer}", "stage": stage, "json_optimizer": optimizer, "fluid": {"ep_size": 2}}
+            runs.append({**run, "save_model": str(folder / f"saved-{stage}-{optimizer}")})
+    return train(runs, folder)
+
+
+@pytest.mark.parametrize("json_optimizer", [True, False], ids=["json_optimizer", "trainer_optimizer"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_stage_equals_unpatched_training(
+    results: dict[str, list[dict[str, Any]]], stage: int, json_optimizer: bool
+) -> None:
+    found, expected = results[f"{stage}-{json_optimizer}"][0], results[f"plain-{json_optimizer}"][0]
+    assert_equal(curve(found), curve(expected))
+    assert len(curve(found)) == 10
+
+
+RELOAD = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from families import batch
+from transformers import AutoModelForCausalLM
+losses = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    losses[Path(folder).name] = sum(model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in batch(0, 96)[:6]) / 6
+assert "fluid_hf" not in sys.modules
+print(json.dumps(losses))
+"""
+
+
+def test_saved_models_are_plain_checkpoints(
+    results: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`trainer.save_model` and `model.save_pretrained`, reloaded in a fresh process that knows transformers only."""
+    folders = sorted(str(folder) for folder in tmp_path_factory.getbasetemp().glob("stages*/saved-*"))
+    assert len(folders) == 16
+    command = [sys.executable, "-c", RELOAD, str(Path(__file__).parent), *folders]
+    losses = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for name, loss in losses.items():
+        expected = results[name.removeprefix("saved-").removesuffix("_direct")][0]["eval_loss"]
+        assert abs(loss - expected) <= TOLERANCE * expected, name
+    assert not list(Path(folders[0]).parent.glob(".*")), "temporary files were left"
+
+
+def test_metrics_are_in_the_history(results: dict[str, list[dict[str, Any]]]) -> None:
+    entries = [entry for entry in results["1-True"][0]["history"] if "loss" in entry]
+    for entry in entries:
+        assert entry["fluid/bytes_sent"] > 0 and entry["fluid/rows_sent"] > 0
+        assert entry["fluid/busiest_expert"] >= 1.0
+        assert entry["fluid/wgrad_in_window"] == 1.0
+
+
+def test_reporters_get_the_metrics(tmp_path: Path) -> None:
+    run = {"name": "board", "stage": 1, "steps": 2, "fluid": {"ep_size": 2}, "report_to": "tensorboard"}
+    train([run], tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logs = next((tmp_path / "board").glob("runs/*"))
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    assert "train/fluid/bytes_sent" in events.Tags()["scalars"]
+    assert len(events.Scalars("train/fluid/wgrad_in_window")) == 2
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_resume_after_a_kill(tmp_path: Path, stage: int) -> None:
+    run = {"stage": stage, "fluid": {"ep_size": 2}, "steps": 6, "save_steps": 3}
+    killed = {**run, "name": "killed", "die_after_save": 3, "output": str(tmp_path / "run")}
+    train([killed], tmp_path)
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    resumed = {**run, "name": "resumed", "output": str(tmp_path / "run"), "resume": str(tmp_path / "run/checkpoint-3")}
+    other = {**resumed, "name": "other", "fluid": {"ep_size": 1}}
+    results = train([{**run, "name": "whole"}, resumed, other], tmp_path)
+    assert_equal(curve(results["resumed"][0])[3:], curve(results["whole"][0])[3:])
+    assert [result["error"] for result in results["other"]] == ["CheckpointError"] * 2
+    assert "ep_size (1) must equal the ep_size (2)" in results["other"][0]["message"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    assert torch.isfinite(model(input_ids=batch(0, 1)).logits).all()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_expert_data_parallel_with_accumulation(tmp_path: Path, family: str) -> None:
+    run = {"stage": 2, "steps": 4, "accumulation": 2, "family": family}
+    patched = {**run, "name": "patched", "fluid": {"ep_size": 2}}
+    results = train([{**run, "name": "plain"}, patched], tmp_path, nproc=4)
+    assert_equal(curve(results["patched"][0]), curve(results["plain"][0]))
+
+
+def test_bad_settings_raise_on_every_rank_before_training(tmp_path: Path) -> None:
+    base = {"stage": 1, "steps": 1}
+    runs = [
+        {**base, "name": "unknown key", "fluid": {"ep_sise": 2}},
+        {**base, "name": "autoep", "fluid": {"ep_size": 2}, "deepspeed": {"expert_parallel": {"enabled": True}}},
+        {**base, "name": "world", "fluid": {"ep_size": 4}},
+    ]
+    results = train(runs, tmp_path)
+    for name, message in (("unknown key", "'ep_size'"), ("autoep", "expert_parallel"), ("world", "world size (2)")):
+        assert [result["error"] for result in results[name]] == ["ConfigError"] * 2, results[name]
+        assert message in results[name][0]["message"]

@@ -1,0 +1,102 @@
+"""Trainer runs on CPU ranks, one after the other, each writing a JSON file per rank. Started by test_trainer.py.
+
+usage: trainer_script.py '[{"name": "a", "stage": 1, "fluid": {"ep_size": 2}, ...}, ...]' RESULTS_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from families import batch, tiny_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from fluid_hf import FluidCallback
+
+
+class DieAfterSave(TrainerCallback):
+    """Ends every rank at once after a checkpoint, as a killed job would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.step == state.global_step:
+            torch.distributed.barrier()
+            os._exit(3)
+
+
+def deepspeed_json(options: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": options["stage"], "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    if options.get("json_optimizer"):
+        params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+    if options.get("fluid") is not None:
+        config["fluid"] = options["fluid"]
+    config.update(options.get("deepspeed", {}))
+    return config
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    args = TrainingArguments(
+        output_dir=options["output"],
+        deepspeed=deepspeed_json(options),
+        use_cpu=True,
+        max_steps=options.get("steps", 10),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=options.get("accumulation", 1),
+        learning_rate=3e-3,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="steps" if options.get("save_steps") else "no",
+        save_steps=options.get("save_steps", 500),
+        report_to=options.get("report_to", "none"),
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        seed=7,
+    )
+    model = tiny_model(options.get("family", "qwen3_moe"))
+    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96)]
+    callbacks: list[TrainerCallback] = [FluidCallback()] if options.get("fluid") is not None else []
+    if "die_after_save" in options:
+        callbacks.append(DieAfterSave(options["die_after_save"]))
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    result: dict[str, Any] = {"history": trainer.state.log_history}
+    if options.get("save_model"):
+        result["eval_loss"] = trainer.evaluate()["eval_loss"]
+        trainer.save_model(options["save_model"])
+        trainer.model.save_pretrained(options["save_model"] + "_direct")
+    return result
+
+
+def main() -> None:
+    deepspeed.init_distributed("gloo")
+    for options in json.loads(sys.argv[1]):
+        try:
+            result = run(options)
+        except Exception as error:
+            result = {"error": type(error).__name__, "message": str(error)}
+        path = Path(sys.argv[2]) / f"{options['name']}-{torch.distributed.get_rank()}.json"
+        path.write_text(json.dumps(result), encoding="utf-8")
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
+
+
+if __name__ == "__main__":
+    main()
