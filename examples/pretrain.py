@@ -1,4 +1,4 @@
-"""Train a mixture-of-experts model with the Hugging Face Trainer, DeepSpeed and fluid_hf, then reload it with transformers.
+"""Train a mixture-of-experts model with Trainer, DeepSpeed and fluid_hf, then reload it with transformers.
 
     bash examples/quickstart.sh                       # installs what is missing and starts this file on 2 ranks
     deepspeed --num_gpus 2 examples/pretrain.py --model Qwen/Qwen3-30B-A3B --data wikitext:wikitext-103-raw-v1
@@ -40,7 +40,7 @@ class RunResult:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Train a mixture-of-experts model with Trainer, DeepSpeed and fluid_hf; reload it with transformers.",
+        description="Train a mixture-of-experts model with Trainer, DeepSpeed, fluid_hf; reload it with transformers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -61,7 +61,9 @@ def parse_args() -> argparse.Namespace:
     add("--no-fluid", action="store_true", help="train the unpatched model, to compare")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error("start this with a distributed launcher: `bash examples/quickstart.sh` or `deepspeed --num_gpus 2`")
+        parser.error(
+            "start this with a distributed launcher: `bash examples/quickstart.sh` or `deepspeed --num_gpus 2`"
+        )
     if args.lr is None:
         args.lr = 3e-3 if args.model in FAMILIES else 1e-5
     return args

@@ -79,7 +79,9 @@ def _read_hub_dataset(name: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ImportError(f"--data ({name}) is no file or folder; to read a Hub dataset: pip install datasets") from error
+        raise ImportError(
+            f"--data ({name}) is no file or folder; to read a Hub dataset: pip install datasets"
+        ) from error
     path, _, config = name.partition(":")
     for row in load_dataset(path, config or None, split="train", streaming=True):
         text = row.get("text") or next((value for value in row.values() if isinstance(value, str)), "")
@@ -116,7 +118,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> torch.Tensor:
-    """All texts as token ids, an end-of-text token after each, cut into rows of `seq_len` (the remainder is dropped)."""
+    """All texts as token ids, an end-of-text token after each, cut into rows of `seq_len` (the rest is dropped)."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for text in tqdm(texts, desc="tokenizing", unit="text"):

@@ -32,7 +32,7 @@ class Backend(Protocol):
     def create_groups(self, ep_size: int) -> ParallelGroups:
         """Create or reuse the expert-parallel groups; collective over all ranks."""
 
-    def build_layer(self, source: nn.Module, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
+    def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
         """The layer that replaces `source`, holding this rank's experts; `settings` carries everything else."""
 
     def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
@@ -56,9 +56,7 @@ class TorchBackend:
     def create_groups(self, ep_size: int) -> ParallelGroups:
         return create_groups(ep_size)
 
-    def build_layer(
-        self, source: nn.Module, settings: ExpertParallelLayer, groups: ParallelGroups
-    ) -> ExpertParallelLayer:
+    def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
         if groups.ep_size == 1:  # the parameters stay the very same objects
             return ExpertParallelExperts.from_parameters(source.gate_up_proj, source.down_proj, settings)
         gate_up, down = take_local_experts(source, settings)
@@ -78,7 +76,7 @@ class TorchBackend:
         """Nothing to undo."""
 
 
-def take_local_experts(source: nn.Module, layer: ExpertParallelLayer) -> tuple[torch.Tensor, torch.Tensor]:
+def take_local_experts(source: Any, layer: ExpertParallelLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Copies of this rank's slices of the source's gate_up_proj and down_proj."""
     start = layer.ep_rank * layer.num_local_experts
     held = slice(start, start + layer.num_local_experts)

@@ -45,7 +45,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
 
 
 def write_checkpoint(
-    model: nn.Module, directory: str | os.PathLike[str], weights: dict[str, torch.Tensor], **kwargs: Any
+    model: Any, directory: str | os.PathLike[str], weights: dict[str, torch.Tensor], **kwargs: Any
 ) -> None:
     """Write `weights` under transformers' names into a folder beside `directory`, then move each file into place."""
     target = Path(directory)
@@ -140,7 +140,7 @@ def bind_saving(model: nn.Module, state: FluidState) -> None:
         return full_state_dict(model)
 
     model.save_pretrained = save  # type: ignore[assignment]
-    model.state_dict = state_dict  # type: ignore[method-assign]
+    model.state_dict = state_dict  # type: ignore[assignment]
 
 
 def unbind_saving(model: nn.Module) -> None:

@@ -49,14 +49,18 @@ class FluidConfig:
         if not _is_positive_int(self.sp_size):
             raise ConfigError(f"sp_size ({self.sp_size!r}) must be a positive integer.")
         if self.sp_size != 1:
-            raise ConfigError(f"sp_size ({self.sp_size}) must be 1: sequence parallelism is not available; set sp_size 1.")
+            raise ConfigError(
+                f"sp_size ({self.sp_size}) must be 1: sequence parallelism is not available; set sp_size 1."
+            )
         for name in ("overlap", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} ({getattr(self, name)!r}) must be true or false.")
         if self.wgrad not in WGRAD_POLICIES:
             raise ConfigError(f"wgrad ({self.wgrad!r}) must be one of {', '.join(map(repr, WGRAD_POLICIES))}.")
         if self.waves is not None and not self.overlap:
-            raise ConfigError(f"waves ({self.waves}) needs overlap (false) to be true; leave waves out or set overlap true.")
+            raise ConfigError(
+                f"waves ({self.waves}) needs overlap (false) to be true; leave waves out or set overlap true."
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FluidConfig:
@@ -67,7 +71,9 @@ class FluidConfig:
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-                raise ConfigError(f"unknown key {key!r} in the fluid settings; did you mean {near[0]!r}? Valid: {_names(cls)}.")
+                raise ConfigError(
+                    f"unknown key {key!r} in the fluid settings; did you mean {near[0]!r}? Valid: {_names(cls)}."
+                )
         return cls(**values)
 
     @classmethod

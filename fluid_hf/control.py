@@ -55,7 +55,9 @@ class ControlGroup:
             raise error
         failed = {rank: text for rank, (text, _) in enumerate(reports) if text is not None}
         if failed:
-            raise RankMismatchError(f"{what} failed on rank {', '.join(map(str, failed))}: {next(iter(failed.values()))}")
+            raise RankMismatchError(
+                f"{what} failed on rank {', '.join(map(str, failed))}: {next(iter(failed.values()))}"
+            )
         differing = {rank: value for rank, (_, value) in enumerate(reports) if value != reports[0][1]}
         if differing:
             rank, value = next(iter(differing.items()))

@@ -152,7 +152,7 @@ def _requested_config(config: FluidConfig | None) -> FluidConfig:
     from_json = FluidConfig.from_dict(block)
     if config is not None and config != from_json:
         raise ConfigError(
-            f'config ({config}) must equal the "fluid" block of the DeepSpeed JSON ({from_json}); give one of them only.'
+            f'config ({config}) must equal the "fluid" block of the DeepSpeed JSON ({from_json}); give only one.'
         )
     return from_json
 
@@ -168,16 +168,16 @@ def _choose_backend(config: FluidConfig) -> Backend:
 
 @torch.no_grad()
 def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None:
+    source: Any = site.module
     settings = ExpertParallelLayer(
         site.num_experts,
         state.exchange,
         state.scheduler,
-        site.module.act_fn,
+        source.act_fn,
         overlap=state.config.overlap,
         recompute=state.config.recompute,
         wave_choice=wave_choice,
     )
-    source = site.module
     layer = state.backend.build_layer(source, settings, state.groups)
     layer.train(source.training)
     if state.groups.ep_size > 1:  # the full weights live on in shares only

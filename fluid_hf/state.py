@@ -103,7 +103,9 @@ class FluidState:
         """
         if self.groups.world_size == 1:
             return
-        expert = {id(p) for layer in self.layers.values() for p in layer.parameters()} if self.groups.ep_size > 1 else set()
+        expert = (
+            {id(p) for layer in self.layers.values() for p in layer.parameters()} if self.groups.ep_size > 1 else set()
+        )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:

@@ -115,9 +115,7 @@ class DeepSpeedBackend(TorchBackend):
         edp_group = deepspeed_groups._get_expert_data_parallel_group(name)
         return ParallelGroups(ep_size, dist.get_rank(group), group, edp_group, world_size)
 
-    def build_layer(
-        self, source: nn.Module, settings: ExpertParallelLayer, groups: ParallelGroups
-    ) -> ExpertParallelLayer:
+    def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
         if groups.ep_size == 1:
             return super().build_layer(source, settings, groups)
         trainable = (source.gate_up_proj.requires_grad, source.down_proj.requires_grad)
@@ -136,7 +134,7 @@ class DeepSpeedBackend(TorchBackend):
                 setattr(parameter, constants.DS_AUTOEP_UC_META, layer.checkpoint_metadata(parameter))
         if convert is not None:  # the model was built under zero.Init: the new parameters join it
             for parameter in layer.parameters():
-                parameter.ds_zero_partition_process_group = groups.expert_data_group
+                setattr(parameter, "ds_zero_partition_process_group", groups.expert_data_group)  # noqa: B010
             convert(param_list=list(layer.parameters()))
         # ZeRO-3 gathers the whole layer at once: its parameters are read outside their own module's forward.
         set_z3_leaf_module(layer, True)
@@ -177,13 +175,13 @@ def split_expert_groups(param_groups: list[dict[str, Any]]) -> None:
 
 
 def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    """`deepspeed.initialize` that prepares client optimizers of patched models and binds the engine; others untouched."""
+    """`deepspeed.initialize` that prepares client optimizers of patched models and binds the engine; else as before."""
     signature = inspect.signature(initialize)
 
     @functools.wraps(initialize)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        model = bound.arguments.get("model")
+        model: Any = bound.arguments.get("model")
         state = getattr(model, "fluid", None)
         if not isinstance(state, FluidState):
             return initialize(*args, **kwargs)
@@ -293,7 +291,7 @@ def _refuse_autoep(config: Any) -> None:
     block = config.get("expert_parallel") if isinstance(config, dict) else None
     if isinstance(block, dict) and block.get("enabled", False):
         raise ConfigError(
-            'expert_parallel.enabled (true) in the DeepSpeed JSON must be false for a patched model; remove the '
+            "expert_parallel.enabled (true) in the DeepSpeed JSON must be false for a patched model; remove the "
             '"expert_parallel" block and keep the "fluid" block.'
         )
 
@@ -311,4 +309,3 @@ def _mark_expert_parameter(parameter: torch.Tensor, group_name: str) -> None:
 
 def _group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
-

@@ -30,9 +30,7 @@ class FluidCallback(TrainerCallback):
         self.config = config
         self._metrics: dict[str, float] = {}
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Patch the model unless it is patched, and take a place before the reporters."""
         model: nn.Module = kwargs["model"]
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
@@ -57,9 +55,7 @@ class FluidCallback(TrainerCallback):
         """Check that the micro-batch left nothing over."""
         get_state(kwargs["model"]).finish_batch()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the step left nothing over; collect metrics when this step logs (on all ranks alike)."""
         fluid = get_state(kwargs["model"])
         fluid.finish_batch()
@@ -75,6 +71,8 @@ class FluidCallback(TrainerCallback):
                 state.log_history[-1].update(self._metrics)
             self._metrics = {}
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop scheduling weight gradients."""
         get_state(kwargs["model"]).scheduler.disable()

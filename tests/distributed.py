@@ -21,7 +21,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH_ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "TOKENIZERS_PARALLELISM": "false"}
+LAUNCH_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "MASTER_ADDR": "127.0.0.1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 @dataclasses.dataclass
@@ -81,7 +86,9 @@ class RankPool:
             raise RankError(failures)
         return results
 
-    def expect(self, error: str, function: Callable[..., Any], *args: Any, timeout: float = 30, **kwargs: Any) -> list[str]:
+    def expect(
+        self, error: str, function: Callable[..., Any], *args: Any, timeout: float = 30, **kwargs: Any
+    ) -> list[str]:
         """Check that every rank raises an error of the named type in time; their messages in rank order."""
         with pytest.raises(RankError) as caught:
             self.run(function, *args, timeout=timeout, **kwargs)
@@ -129,7 +136,12 @@ def rank_pool(world_size: int) -> Any:
 
 
 def launch(
-    script: str | Path, *args: str, nproc: int = 2, launcher: str = "deepspeed", timeout: float = 240, cwd: Path | None = None
+    script: str | Path,
+    *args: str,
+    nproc: int = 2,
+    launcher: str = "deepspeed",
+    timeout: float = 240,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under `deepspeed` or `torchrun` on CPU ranks; kill the whole process group at the timeout."""
     bin_dir = Path(sys.executable).parent
@@ -141,7 +153,13 @@ def launch(
     environment = {**os.environ, **LAUNCH_ENV, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=timeout)
@@ -153,7 +171,9 @@ def launch(
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
-    os.environ.update(LAUNCH_ENV, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    os.environ.update(
+        LAUNCH_ENV, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port)
+    )
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
     import torch.distributed as dist

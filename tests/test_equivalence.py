@@ -19,7 +19,9 @@ pool4 = rank_pool(4)
 TOLERANCE = 1e-5
 
 
-def run_model(rank: int, world: int, family: str, ep_size: int, checkpointing: str = "", **settings: Any) -> dict[str, float]:
+def run_model(
+    rank: int, world: int, family: str, ep_size: int, checkpointing: str = "", **settings: Any
+) -> dict[str, float]:
     """Worst relative errors of loss, logits and gradients of one rank."""
     disable = settings.pop("disable_scheduler", False)
     rows = [1 + (other % 3) for other in range(world)]  # different batch sizes per rank
@@ -123,7 +125,9 @@ def run_two_models(rank: int, world: int) -> list[float]:
     """Two patched models in one process do not mix."""
     ids = batch(rank, 2)
     losses = []
-    models = [fluid_hf.patch_model(tiny_model(family), FluidConfig(ep_size=world)) for family in ("mixtral", "qwen3_moe")]
+    models = [
+        fluid_hf.patch_model(tiny_model(family), FluidConfig(ep_size=world)) for family in ("mixtral", "qwen3_moe")
+    ]
     outputs = [model(input_ids=ids, labels=ids) for model in models]
     for output, model in zip(outputs, models, strict=True):
         output.loss.backward()

@@ -19,13 +19,13 @@ from fluid_hf.overlap.wgrad import WgradScheduler
 pool2 = rank_pool(2)
 pool4 = rank_pool(4)
 
-E, H, I, K = 8, 16, 12, 3
+E, H, INNER, K = 8, 16, 12, 3
 CASES = ("even", "uneven", "no_tokens_on_one", "one_token", "all_elsewhere", "idle_expert", "one_expert")
 TOLERANCE = 1e-5
 
 
 def reference_experts() -> Qwen3MoeExperts:
-    config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=E, num_experts_per_tok=K)
+    config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=INNER, num_experts=E, num_experts_per_tok=K)
     config._experts_implementation = "eager"
     experts = Qwen3MoeExperts(config)
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +76,13 @@ def reference(case: str, world: int) -> dict[str, torch.Tensor]:
     y = experts(x, joint["index"], w)
     y.backward(joint["dy"])
     assert x.grad is not None and w.grad is not None
-    return {"y": y.detach(), "dx": x.grad, "dw": w.grad, "gate_up": experts.gate_up_proj.grad, "down": experts.down_proj.grad}
+    return {
+        "y": y.detach(),
+        "dx": x.grad,
+        "dw": w.grad,
+        "gate_up": experts.gate_up_proj.grad,
+        "down": experts.down_proj.grad,
+    }
 
 
 def run_layer(rank: int, world: int, case: str, **settings: Any) -> dict[str, float]:
@@ -85,9 +91,12 @@ def run_layer(rank: int, world: int, case: str, **settings: Any) -> dict[str, fl
     full = reference_experts()
     policy = settings.pop("wgrad", "layer")
     group = dist.group.WORLD if world > 1 else None
-    layer = ExpertParallelExperts(E, H, I, group=group, scheduler=WgradScheduler(policy), **settings)
+    layer = ExpertParallelExperts(E, H, INNER, group=group, scheduler=WgradScheduler(policy), **settings)
     held = slice(rank * E // world, (rank + 1) * E // world)
-    layer.gate_up_proj.data, layer.down_proj.data = full.gate_up_proj.data[held].clone(), full.down_proj.data[held].clone()
+    layer.gate_up_proj.data, layer.down_proj.data = (
+        full.gate_up_proj.data[held].clone(),
+        full.down_proj.data[held].clone(),
+    )
     mine = inputs(case, rank, world)
     counts = token_counts(case, world)
     span = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
@@ -157,7 +166,7 @@ def test_odd_group(pool4: RankPool) -> None:
 
 def run_equal_bits(rank: int, world: int) -> bool:
     torch.manual_seed(rank)
-    layer = ExpertParallelExperts(E, H, I, group=dist.group.WORLD, waves=3)
+    layer = ExpertParallelExperts(E, H, INNER, group=dist.group.WORLD, waves=3)
     mine = inputs("uneven", rank, world)
     results = []
     for _ in range(3):
@@ -190,7 +199,7 @@ def run_bf16_error(rank: int, world: int) -> tuple[float, float]:
     half = full.bfloat16()
     x, w = mine["x"].bfloat16(), mine["w"].bfloat16()
     theirs = half(x, mine["index"], w)
-    layer = ExpertParallelExperts(E, H, I, group=dist.group.WORLD, dtype=torch.bfloat16)
+    layer = ExpertParallelExperts(E, H, INNER, group=dist.group.WORLD, dtype=torch.bfloat16)
     held = slice(rank * E // world, (rank + 1) * E // world)
     layer.gate_up_proj.data, layer.down_proj.data = half.gate_up_proj.data[held], half.down_proj.data[held]
     return relative_error(layer(x, mine["index"], w), exact), relative_error(theirs, exact)

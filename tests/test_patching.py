@@ -108,7 +108,13 @@ def test_unwritable_folder_raises_everywhere_and_leaves_nothing(pool2: RankPool,
 
 
 def make(kind: str) -> nn.Module:
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+    }
     if kind == "dense":
         return LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2))
     if kind == "biased":
@@ -174,7 +180,10 @@ def run_indivisible(rank: int, world: int) -> None:
 
 
 def test_indivisible_experts(pool2: RankPool) -> None:
-    assert "num_experts (3) must be divisible by ep_size (2); use ep_size 1" in pool2.expect("ConfigError", run_indivisible)[0]
+    assert (
+        "num_experts (3) must be divisible by ep_size (2); use ep_size 1"
+        in pool2.expect("ConfigError", run_indivisible)[0]
+    )
 
 
 def run_patch_twice(rank: int, world: int) -> None:
@@ -226,7 +235,11 @@ def run_optimizer_before_patch(rank: int, world: int) -> None:
     model = tiny_model("mixtral")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     fluid_hf.patch_model(model, FluidConfig(ep_size=2))
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
     try:
         deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     finally:

@@ -94,7 +94,9 @@ def run_statistics(rank: int, world: int, **settings: Any) -> tuple[int, int, in
 def test_weight_gradients_run_inside_windows(pool2: RankPool) -> None:
     weights = 2 * 3  # layers x (gate, up, down)
     assert [(inside, outside) for inside, outside, _ in pool2.run(run_statistics)] == [(weights, 0)] * 2
-    assert [(inside, outside) for inside, outside, _ in pool2.run(run_statistics, wgrad="off", waves=1)] == [(0, weights)] * 2
+    assert [(inside, outside) for inside, outside, _ in pool2.run(run_statistics, wgrad="off", waves=1)] == [
+        (0, weights)
+    ] * 2
 
 
 def count_bytes(rank: int, world: int, waves: int | None, overlap: bool) -> list[tuple[float, float]]:

@@ -18,14 +18,18 @@ SCRIPT = Path(__file__).parent / "trainer_script.py"
 TOLERANCE = 1e-4
 
 
-def train(runs: list[dict[str, Any]], folder: Path, nproc: int = 2, timeout: float = 280) -> dict[str, list[dict[str, Any]]]:
+def train(
+    runs: list[dict[str, Any]], folder: Path, nproc: int = 2, timeout: float = 280
+) -> dict[str, list[dict[str, Any]]]:
     """Results of each run by name, one per rank, in rank order."""
     runs = [{"output": str(folder / run["name"]), **run} for run in runs]
     done = launch(SCRIPT, json.dumps(runs), str(folder), nproc=nproc, timeout=timeout)
     results: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         paths = [folder / f"{run['name']}-{rank}.json" for rank in range(nproc)]
-        assert "die_after_save" in run or all(path.is_file() for path in paths), done.stdout[-3000:] + done.stderr[-5000:]
+        assert "die_after_save" in run or all(path.is_file() for path in paths), (
+            done.stdout[-3000:] + done.stderr[-5000:]
+        )
         results[run["name"]] = [json.loads(path.read_text()) for path in paths if path.is_file()]
     return results
 
@@ -73,7 +77,8 @@ from transformers import AutoModelForCausalLM
 losses = {}
 for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    losses[Path(folder).name] = sum(model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in batch(0, 96)[:6]) / 6
+    found = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in batch(0, 96)[:6]]
+    losses[Path(folder).name] = sum(found) / 6
 assert "fluid_hf" not in sys.modules
 print(json.dumps(losses))
 """

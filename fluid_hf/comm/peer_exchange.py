@@ -55,7 +55,7 @@ class PeerExchange:
         self._batched = group is not None and dist.get_backend(group) == "nccl"
 
     def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> ExchangeHandle:
-        """Start one wave: send and receive contiguous tensors, given as `(group rank, tensor)`; empty ones are skipped."""
+        """Start one wave: send and receive `(group rank, contiguous tensor)` pairs; empty ones are skipped."""
         sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
         recvs = [(peer, tensor) for peer, tensor in recvs if tensor.numel()]
         self.bytes_sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)

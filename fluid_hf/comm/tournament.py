@@ -11,7 +11,7 @@ __all__ = ["Message", "Wave", "num_rounds", "part_bounds", "plan_waves", "round_
 
 
 def num_rounds(size: int) -> int:
-    """Rounds in which all pairs of `size` ranks meet: `size - 1` for even sizes, `size` for odd ones (one rank idles)."""
+    """Rounds in which all pairs of `size` ranks meet: `size - 1` if even, `size` if odd (one rank idles)."""
     return 0 if size < 2 else size - 1 + size % 2
 
 

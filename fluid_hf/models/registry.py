@@ -86,7 +86,7 @@ def _check_site(site: ExpertsSite) -> None:
     for attribute, value, meaning in wanted:
         if getattr(module, attribute, value) != value:
             raise UnsupportedModelError(f"{where} has {attribute}={not value}; only {meaning} can be patched.")
-    if type(module)._apply_gate is not transformers_moe._default_apply_gate:
+    if getattr(type(module), "_apply_gate", None) is not transformers_moe._default_apply_gate:
         raise UnsupportedModelError(f"{where} has its own _apply_gate; only act(gate) * up can be patched.")
     for name in ("gate_up_proj", "down_proj"):
         parameter = getattr(module, name, None)

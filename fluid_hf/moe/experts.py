@@ -1,4 +1,4 @@
-"""The experts' arithmetic on one piece of rows: forward, input gradient, weight gradients. No communication, no autograd.
+"""The experts' arithmetic on one piece of rows: forward, input and weight gradients. No communication, no autograd.
 
 Legend: R rows, K experts per token, S pairs, H hidden, I intermediate, E experts held here. A piece is a set of rows
 that is computed at once: the rank's own tokens, or the rows of one wave.

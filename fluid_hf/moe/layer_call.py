@@ -126,9 +126,7 @@ class LayerCall:
         serial = not context.overlap
         parts = route_parts(exchange.size, context.waves, serial)
         skip = None if serial else exchange.rank
-        hits = count_rows(
-            index_TK, context.num_local_experts, exchange.size, skip_rank=skip, parts=parts
-        )
+        hits = count_rows(index_TK, context.num_local_experts, exchange.size, skip_rank=skip, parts=parts)
         sent_counts = hits.counts_PC.to(torch.int32)
         received_counts = torch.empty_like(sent_counts)
         ones = [1] * exchange.size
@@ -310,9 +308,7 @@ class LayerCall:
         return kept[index] if kept else project_piece(piece, weights)
 
 
-def pack_pieces(
-    pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]]
-) -> list[torch.Tensor]:
+def pack_pieces(pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
     """Flatten what backward needs into tensors for `save_for_backward`."""
     flat: list[torch.Tensor] = []
     for index, piece in enumerate(pieces):
