@@ -43,7 +43,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if rank == 0 and step % 5 == 0:
-            print(f"step {step} loss {loss.item():.4f}, weight gradients in windows: {stats.share_inside:.0%}", flush=True)
+            print(f"step {step} loss {loss.item():.4f}, wgrad in windows {stats.share_inside:.0%}", flush=True)
     if rank == 0:
         print(f"last loss {loss.item():.4f}")
     if args.output:
