@@ -1,6 +1,6 @@
 """Train a patched model in a plain PyTorch loop: no Trainer, no DeepSpeed engine.
 
-    torchrun --nproc_per_node 2 examples/plain_loop.py --steps 20
+torchrun --nproc_per_node 2 examples/plain_loop.py --steps 20
 """
 
 import argparse

@@ -6,26 +6,50 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 start=$SECONDS
-if [[ -z ${VIRTUAL_ENV:-} ]]; then
-  [[ -d $root/.venv ]] || python3 -m venv "$root/.venv"
+
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} ]]; then
+  if [[ ! -f $root/.venv/bin/activate ]]; then
+    echo "making $root/.venv"
+    if ! python3 -m venv "$root/.venv"; then
+      rm -rf "$root/.venv"
+      echo "python3 has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2
+      exit 1
+    fi
+  fi
   # shellcheck disable=SC1091
   source "$root/.venv/bin/activate"
 fi
-# Pinned, because a range would download the newest CUDA build where no torch is installed yet.
-python -c "import torch" 2>/dev/null || python -m pip install -q torch==2.13.0
-python -c "import fluid_hf.integrations.deepspeed" 2>/dev/null || python -m pip install -q -e "$root"
-for argument in "$@"; do  # the library is needed for data sets of the Hub only
-  if [[ $argument == --data* ]]; then
-    python -c "import datasets" 2>/dev/null || python -m pip install -q "datasets>=4,<6"
-  fi
+
+# `has` asks for installed packages from another folder: here, the checkout itself would count as installed.
+has() { (cd / && python -c "from importlib.metadata import version; [version(name) for name in '$*'.split()]") 2>/dev/null; }
+install() { echo "installing: $*" && python -m pip install -q --disable-pip-version-check "$@"; }
+# Pinned to a version with wheels both for GPUs and for CPUs, and before the rest, whose wider range would take the newest.
+has torch || install torch==2.13.0
+has fluid-hf torch transformers accelerate deepspeed || install -e "$root"
+data=
+for argument in "$@"; do
+  case $argument in
+    -h | --help) exec python "$here/pretrain.py" --help ;;
+    --data=*) data=${argument#--data=} ;;
+    *) [[ ${previous:-} != --data ]] || data=$argument ;;
+  esac
+  previous=$argument
 done
-echo "installed after $((SECONDS - start)) s"
+[[ -z $data || -e $data ]] || has datasets || install "datasets>=4,<6" # for data sets of the Hub only
+echo "ready after $((SECONDS - start)) s"
 
 port=$(python -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+launch=(deepspeed --no_local_rank --master_port "$port" --log_level warning)
 if ((gpus >= 2)); then
-  exec deepspeed --num_gpus 2 --no_local_rank --master_port "$port" "$here/pretrain.py" "$@"
+  # The launcher takes the GPUs from this variable only where no option names them.
+  CUDA_VISIBLE_DEVICES=$(cut -d, -f1,2 <<<"${CUDA_VISIBLE_DEVICES:-0,1}")
+  export CUDA_VISIBLE_DEVICES
+else
+  cores=$(python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+  export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1))
+  launch+=(--num_accelerators 2)
 fi
-cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1)) TOKENIZERS_PARALLELISM=false
-exec deepspeed --num_accelerators 2 --no_local_rank --master_port "$port" "$here/pretrain.py" "$@"
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # the data loader forks after the tokenizer has run
+"${launch[@]}" "$here/pretrain.py" "$@"
+echo "finished after $((SECONDS - start)) s, installation included"

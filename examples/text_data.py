@@ -2,7 +2,7 @@
 
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
-PIECE_CHARS = 16_384  # a long file is cut into pieces of about this size, so that every file gives a held-out part
+PIECE_CHARS = 16_384  # a longer text is cut, so that progress shows and no text takes the whole byte limit
 HELD_OUT_SHARE = 0.03
 
 # Installed packages and tests are not the standard library; the last two folders hold tables, not code.
@@ -27,6 +27,9 @@ class TextBlocks:
 
     train: torch.Tensor
     held_out: torch.Tensor
+
+
+TokenizerAndBlocks = tuple[PreTrainedTokenizerBase, TextBlocks]
 
 
 class BlockDataset(Dataset[dict[str, torch.Tensor]]):
@@ -43,13 +46,13 @@ class BlockDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def read_texts(data: str | None, max_bytes: int) -> list[str]:
-    """Texts of up to `PIECE_CHARS` characters, in an order that depends on `data` alone, `max_bytes` together."""
+    """Texts of up to `PIECE_CHARS` characters, about `max_bytes` together, in an order that depends on `data` alone."""
     if data is None:
-        stdlib = Path(sysconfig.get_path("stdlib"))
-        source = _read_files(p for p in stdlib.rglob("*.py") if not SKIPPED_FOLDERS & set(p.parts[len(stdlib.parts) :]))
-    elif Path(data).exists():
-        path = Path(data)
-        source = _read_files([path] if path.is_file() else path.rglob("*"))
+        source = _read_folder(Path(sysconfig.get_path("stdlib")), "*.py", skip=SKIPPED_FOLDERS)
+    elif Path(data).is_file():
+        source = iter([Path(data).read_text(encoding="utf-8")])
+    elif Path(data).is_dir():
+        source = _read_folder(Path(data), "*")
     else:
         source = _read_hub_dataset(data)
     texts: list[str] = []
@@ -65,10 +68,12 @@ def read_texts(data: str | None, max_bytes: int) -> list[str]:
     return texts
 
 
-def _read_files(paths: Iterable[Path]) -> Iterator[str]:
-    files = sorted(p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.parts[-2:]))
+def _read_folder(folder: Path, pattern: str, skip: Collection[str] = ()) -> Iterator[str]:
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
     random.Random(0).shuffle(files)  # a byte limit must not mean "the files that start with a and b"
     for path in files:
+        if any(part in skip or part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         try:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -135,21 +140,20 @@ def prepare(data: str | None, model: str | None, folder: Path, *, seq_len: int, 
     texts = read_texts(data, max_bytes)
     print(f"text: {len(texts)} pieces, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(model) if model else train_tokenizer(texts)
-    num_held_out = max(1, int(len(texts) * HELD_OUT_SHARE))
-    held_out = make_blocks(texts[-num_held_out:], tokenizer, seq_len)
-    held_out = held_out[: len(held_out) // multiple * multiple][: 8 * multiple]
-    train = make_blocks(texts[:-num_held_out], tokenizer, seq_len)
-    if not len(train) or not len(held_out):
+    blocks = make_blocks(texts, tokenizer, seq_len)
+    num_held_out = min(max(1, int(len(blocks) * HELD_OUT_SHARE / multiple)), 8) * multiple
+    if len(blocks) < num_held_out + multiple:
         raise ValueError(
-            f"--data ({data}) is too short: {len(train)} training blocks and {len(held_out)} held-out blocks"
-            f" (a multiple of {multiple}) of --seq-len ({seq_len}); use more text or shorter sequences."
+            f"--data ({data}) has {len(blocks)} sequences of --seq-len ({seq_len}) but must have"
+            f" {num_held_out + multiple}; use more text, shorter sequences or a smaller --batch-size."
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder / "tokenizer")
-    torch.save({"train": train, "held_out": held_out}, folder / "blocks.pt")
+    parts = {"train": blocks[:-num_held_out].clone(), "held_out": blocks[-num_held_out:].clone()}
+    torch.save(parts, folder / "blocks.pt")  # cloned, since a view is saved with all that it views
 
 
-def load(folder: Path) -> tuple[PreTrainedTokenizerBase, TextBlocks]:
+def load(folder: Path) -> TokenizerAndBlocks:
     """What `prepare` wrote; every rank calls this."""
     blocks = TextBlocks(**torch.load(folder / "blocks.pt"))
     return AutoTokenizer.from_pretrained(folder / "tokenizer"), blocks

@@ -22,10 +22,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(name: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(name: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, bf16: bool) -> PreTrainedModel:
     """A tiny model if `name` is a family of `FAMILIES`, else the pretrained model `name`."""
     if name not in FAMILIES:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if bf16 else torch.float32)
     config = AutoConfig.for_model(
         name,
         **_SHARED,

@@ -79,7 +79,12 @@ class FluidConfig:
     @classmethod
     def from_json(cls, path: str | Path) -> FluidConfig:
         """Read the `"fluid"` block of a DeepSpeed JSON file (all defaults if it has none)."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")).get("fluid", {}))
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"DeepSpeed configuration ({path}) must be a JSON object; it is a {type(settings).__name__}."
+            )
+        return cls.from_dict(settings.get("fluid", {}))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready mapping; `from_dict(to_dict())` is equal to `self`."""

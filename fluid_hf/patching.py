@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -65,6 +66,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     for site in sites:
         _swap(site, state, wave_choice)
     model.fluid = state  # type: ignore[assignment]
+    if config.ep_size > 1:
+        model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
     bind_saving(model, state)
     backend.attach(model)
     return model
@@ -90,7 +93,18 @@ def unpatch_model(model: ModelT) -> ModelT:
         setattr(model.get_submodule(parent), attribute, original)
     state.control.close()
     del model.fluid
+    model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     return model
+
+
+class _RefuseDDP:
+    """Stands where DistributedDataParallel reads what to ignore: it would average different experts with each other."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise ConfigError(
+            "ep_size must be 1 under DistributedDataParallel, which would average the gradients of different experts; "
+            "use DeepSpeed, or a plain loop with model.fluid.reduce_gradients(model)."
+        )
 
 
 def get_state(model: Any) -> FluidState:

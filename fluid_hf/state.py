@@ -71,7 +71,7 @@ class FluidState:
         for name, layer in self.layers.items():
             stats = layer.context.stats
             rows += stats.rows
-            loads[name] = stats.load_E.tolist() if stats.load_E is not None else []
+            loads[name] = stats.load()
             stats.reset()
         gathered = self.control.gather(loads, "model.fluid.metrics()")
         sent, self.exchange.bytes_sent = self.exchange.bytes_sent, 0

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ LAUNCH_ENV = {
     "MASTER_ADDR": "127.0.0.1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+GRACE = 15.0  # seconds the other ranks get once one has raised: they may hang waiting for it
 
 
 @dataclasses.dataclass
@@ -68,23 +70,24 @@ class RankPool:
         """`function(rank, world_size, *args, **kwargs)` on every rank; the results in rank order.
 
         Raises:
-            RankError: a rank raised.
-            TimeoutError: a rank did not finish in time; the pool has been restarted.
+            RankError: a rank raised or died; ranks that then hung are `RankTimeoutError` failures.
+            TimeoutError: no rank raised and one did not finish in time.
+
+        The pool has been restarted if a rank died or hung.
         """
         path = sys.modules[function.__module__].__file__
         for connection in self._connections:
             connection.send((path, function.__qualname__, args, kwargs))
-        deadline = time.monotonic() + timeout
-        results: list[Any] = []
-        for rank, connection in enumerate(self._connections):
-            if not connection.poll(max(0.0, deadline - time.monotonic())):
-                self.restart()
-                raise TimeoutError(f"{function.__qualname__}: rank {rank} did not finish within {timeout} s")
-            results.append(connection.recv())
-        failures = {rank: result for rank, result in enumerate(results) if isinstance(result, Failure)}
+        results = self._collect(timeout)
+        failures = {rank: result for rank, result in sorted(results.items()) if isinstance(result, Failure)}
+        kinds = {failure.kind for failure in failures.values()}
+        if kinds & {"RankDiedError", "RankTimeoutError"}:
+            self.restart()
+        if kinds == {"RankTimeoutError"}:
+            raise TimeoutError(f"{function.__qualname__}: ranks {list(failures)} did not finish within {timeout} s")
         if failures:
             raise RankError(failures)
-        return results
+        return [results[rank] for rank in range(self.world_size)]
 
     def expect(
         self, error: str, function: Callable[..., Any], *args: Any, timeout: float = 30, **kwargs: Any
@@ -109,6 +112,30 @@ class RankPool:
             process.kill()
         for process in self._processes:
             process.join()
+
+    def _collect(self, timeout: float) -> dict[int, Any]:
+        """What each rank sent back; a `Failure` for one that died or did not answer in time."""
+        waiting = {connection: rank for rank, connection in enumerate(self._connections)}
+        deadline = time.monotonic() + timeout
+        results: dict[int, Any] = {}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(list(waiting), left):
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                results[rank] = self._receive(rank)
+                if isinstance(results[rank], Failure):
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        for rank in waiting.values():
+            results[rank] = Failure("RankTimeoutError", "did not finish", "did not finish")
+        return results
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            return self._connections[rank].recv()
+        except (EOFError, OSError):
+            self._processes[rank].join(5)
+            text = f"died with exit code {self._processes[rank].exitcode}"
+            return Failure("RankDiedError", text, text)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -143,7 +170,7 @@ def launch(
     timeout: float = 240,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script under `deepspeed` or `torchrun` on CPU ranks; kill the whole process group at the timeout."""
+    """Run a script under `deepspeed` or `torchrun` on CPU ranks; kill it and all its ranks at the timeout."""
     bin_dir = Path(sys.executable).parent
     if launcher == "deepspeed":
         options = ["--num_accelerators", str(nproc), "--no_local_rank", "--master_port", str(free_port())]
@@ -164,10 +191,18 @@ def launch(
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill_tree(process.pid)
         out, err = process.communicate()
         raise AssertionError(f"{script} did not end within {timeout} s\n{out[-3000:]}\n{err[-3000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _kill_tree(pid: int) -> None:
+    """Kill a process and all below it; torchrun puts each rank in a session of its own, out of a group's reach."""
+    launcher = psutil.Process(pid)
+    for process in [launcher, *launcher.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:

@@ -1,8 +1,7 @@
-"""The package as it installs, and the direction of its imports."""
+"""The package as it installs: its list of packages, the link to integrations/, and its public names."""
 
 from __future__ import annotations
 
-import ast
 import configparser
 import os
 import subprocess
@@ -15,121 +14,100 @@ import fluid_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A module may import from its own layer and from layers to the right of it.
-LAYERS = [
-    {"integrations", "bench", "cli"},
-    {"patching"},
-    {"checkpoint"},
-    {"state"},
-    {"backends", "control"},
-    {"models"},
-    {"moe", "attention"},
-    {"overlap", "comm"},
-    {"process_groups", "config", "errors"},
-]
-FREE = {"", "integrations", "bench", "cli"}  # may import engines; "" is fluid_hf/__init__.py
-KNOWS_TRANSFORMERS = FREE | {"patching", "checkpoint", "state", "models"}
+
+def packages_on_disk(root: Path) -> set[str]:
+    """Every folder with Python files; integrations/ is installed as fluid_hf.integrations."""
+    found = set()
+    for folder, package in (("fluid_hf", "fluid_hf"), ("integrations", "fluid_hf.integrations")):
+        for path in (root / folder).rglob("*.py"):
+            inside = path.parent.relative_to(root / folder).parts
+            if not path.is_relative_to(root / "fluid_hf" / "integrations"):  # the link; some versions follow it
+                found.add(".".join([package, *inside]))
+    return found
 
 
-def unit_of(path: Path) -> str:
-    """The part of the package a file belongs to: its folder, or its name at the top level."""
-    parts = path.with_suffix("").parts
-    return "" if parts == ("__init__",) else parts[0]
-
-
-def imported(source: str) -> list[str]:
-    """Modules imported when the module is loaded; not under TYPE_CHECKING or inside functions."""
-    names: list[str] = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names.append(node.module or "")
-    return names
-
-
-def layering_errors(unit: str, source: str) -> list[str]:
-    """What a module of `unit` imports and must not."""
-    errors = []
-    own = next((index for index, layer in enumerate(LAYERS) if unit in layer), 0)
-    for name in imported(source):
-        top, _, rest = name.partition(".")
-        target = rest.partition(".")[0]
-        if top in ("deepspeed", "accelerate") and unit not in FREE:
-            errors.append(f"{unit} imports {name}")
-        if top == "transformers" and unit not in KNOWS_TRANSFORMERS:
-            errors.append(f"{unit} imports {name}")
-        if top == "fluid_hf" and unit and target:
-            place = next(index for index, layer in enumerate(LAYERS) if target in layer)
-            across = {unit, target} == {"moe", "attention"}
-            if place < own or across:
-                errors.append(f"{unit} imports {name}")
-    return errors
-
-
-def sources() -> list[tuple[str, Path]]:
-    core = [(unit_of(path.relative_to(ROOT / "fluid_hf")), path) for path in (ROOT / "fluid_hf").rglob("*.py")]
-    return [(unit, path) for unit, path in core if unit != "integrations"] + [
-        ("integrations", path) for path in (ROOT / "integrations").rglob("*.py")
-    ]
-
-
-def test_direction_of_imports() -> None:
-    found = [error for unit, path in sources() for error in layering_errors(unit, path.read_text())]
-    assert not found
-    assert {unit for unit, _ in sources()} - {""} <= set().union(*LAYERS)
-
-
-def test_planted_imports_are_caught() -> None:
-    assert layering_errors("moe", "import deepspeed") == ["moe imports deepspeed"]
-    assert layering_errors("comm", "from fluid_hf.moe.rows import RowFormat")
-    assert layering_errors("moe", "from fluid_hf.attention import x")
-    assert layering_errors("overlap", "import transformers")
-    assert layering_errors("patching", "from fluid_hf.integrations.trainer import FluidCallback")
-    assert not layering_errors("moe", "def f():\n    import deepspeed\nfrom fluid_hf.comm import tournament")
-
-
-def test_size_of_functions_and_files() -> None:
-    for folder in ("fluid_hf", "integrations", "examples", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text()
-            assert text.count("\n") <= 400, path
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, ast.FunctionDef):
-                    assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+def listed_packages(root: Path) -> list[str]:
+    config = configparser.ConfigParser()
+    config.read(root / "setup.cfg", encoding="utf-8")
+    return config["options"]["packages"].split()
 
 
 def test_listed_packages_are_those_on_disk() -> None:
+    listed = listed_packages(ROOT)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == packages_on_disk(ROOT)
+
+
+def test_unlisted_package_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "setup.cfg").write_text("[options]\npackages =\n    fluid_hf\n    fluid_hf.integrations\n")
+    for name in ("fluid_hf/__init__.py", "integrations/__init__.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (tmp_path / "fluid_hf" / "integrations").symlink_to("../integrations")
+    assert set(listed_packages(tmp_path)) == packages_on_disk(tmp_path)
+    (tmp_path / "fluid_hf" / "new" / "deep").mkdir(parents=True)
+    (tmp_path / "fluid_hf" / "new" / "deep" / "module.py").touch()
+    assert packages_on_disk(tmp_path) - set(listed_packages(tmp_path)) == {"fluid_hf.new.deep"}
+
+
+def test_every_package_has_an_init_file() -> None:
+    # Without one, a mapped package is not found in an editable install.
+    for package in listed_packages(ROOT):
+        assert (ROOT.joinpath(*package.split(".")) / "__init__.py").is_file(), package
+
+
+def test_integrations_is_mapped_and_linked() -> None:
     config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    listed = set(config["options"]["packages"].split())
-    found = {"fluid_hf", "fluid_hf.integrations"}
-    for path in (ROOT / "fluid_hf").iterdir():
-        if path.is_dir() and path.name not in ("__pycache__", "integrations"):
-            assert (path / "__init__.py").is_file(), path
-            found.add(f"fluid_hf.{path.name}")
-    assert listed == found
-    assert os.readlink(ROOT / "fluid_hf" / "integrations") == "../integrations"
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert config["options"]["package_dir"].split("\n") == ["", "fluid_hf.integrations = integrations"]
+    link = ROOT / "fluid_hf" / "integrations"
+    assert link.is_symlink() and os.readlink(link) == "../integrations"
+    assert link.resolve() == ROOT / "integrations"
+
+
+def test_package_is_marked_as_typed() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert config["options.package_data"]["fluid_hf"] == "py.typed"
     assert (ROOT / "fluid_hf" / "py.typed").is_file()
 
 
-def test_import_from_another_folder(tmp_path: Path) -> None:
-    code = "import fluid_hf, fluid_hf.integrations.trainer as t; assert fluid_hf.FluidCallback is t.FluidCallback"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_source_folder_is_not_a_package() -> None:
-    done = subprocess.run([sys.executable, "-c", "import integrations"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "import `fluid_hf.integrations` instead" in done.stderr
+    done = python("import integrations", ROOT)
+    assert done.returncode == 1
+    assert "ImportError: 'integrations' is a source folder" in done.stderr
+    assert "import `fluid_hf.integrations` instead" in done.stderr
+
+
+@pytest.mark.parametrize("at_root", [False, True])
+def test_import_from_another_folder_and_from_the_root(tmp_path: Path, at_root: bool) -> None:
+    code = (
+        "import fluid_hf, fluid_hf.integrations.trainer as trainer\n"
+        "assert fluid_hf.FluidCallback is trainer.FluidCallback\n"
+        "print(trainer.__name__)"
+    )
+    done = python(code, ROOT if at_root else tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "fluid_hf.integrations.trainer"
 
 
 def test_importing_the_package_loads_no_engine(tmp_path: Path) -> None:
-    code = "import fluid_hf, sys; assert 'deepspeed' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    code = "import fluid_hf, sys; print('deepspeed' in sys.modules, 'fluid_hf.integrations' in sys.modules)"
+    done = python(code, tmp_path)
+    assert done.stdout.split() == ["False", "False"], done.stderr
 
 
 def test_public_names() -> None:
-    assert fluid_hf.__all__ == sorted(fluid_hf.__all__)
-    assert all(getattr(fluid_hf, name) is not None for name in fluid_hf.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    names = fluid_hf.__all__
+    assert all(isinstance(name, str) for name in names)
+    assert names == sorted(set(names))
+    for name in names:
+        assert getattr(fluid_hf, name).__module__.startswith("fluid_hf."), name
+    with pytest.raises(AttributeError, match="'fluid_hf' has no attribute 'nothing'"):
         _ = fluid_hf.nothing

@@ -59,14 +59,15 @@ class PeerExchange:
         sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
         recvs = [(peer, tensor) for peer, tensor in recvs if tensor.numel()]
         self.bytes_sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
-        ops = [dist.P2POp(dist.isend, tensor, self._global_ranks[peer], self.group) for peer, tensor in sends]
-        ops += [dist.P2POp(dist.irecv, tensor, self._global_ranks[peer], self.group) for peer, tensor in recvs]
-        if not ops:
-            works = []
-        elif self._batched:  # one NCCL group call: both directions and all peers of the wave progress together
+        works: list[dist.Work] = []
+        if self._batched and (sends or recvs):
+            # One NCCL group call: both directions and all peers of the wave progress together.
+            ops = [dist.P2POp(dist.isend, tensor, self._global_ranks[peer], self.group) for peer, tensor in sends]
+            ops += [dist.P2POp(dist.irecv, tensor, self._global_ranks[peer], self.group) for peer, tensor in recvs]
             works = dist.batch_isend_irecv(ops)
-        else:
-            works = [op.op(op.tensor, op.peer, group=op.group) for op in ops]
+        elif self.group is not None:
+            works = [self.group.send([tensor], peer, 0) for peer, tensor in sends]
+            works += [self.group.recv([tensor], peer, 0) for peer, tensor in recvs]
         return self._track(works, [tensor for _, tensor in (*sends, *recvs)])
 
     def all_to_all(

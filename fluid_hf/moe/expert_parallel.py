@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGrads, weight_gradient
+from fluid_hf.moe.experts import ExpertWeights, PieceGradients
 from fluid_hf.moe.layer_call import LayerCall, LayerContext, pack_pieces, unpack_pieces
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 
@@ -77,7 +77,7 @@ class _Experts(torch.autograd.Function):
         pieces, projections = unpack_pieces(ctx.saved_tensors, ctx.num_projections)
         piece_grads = call.backward_experts(pieces, projections, defer=scheduler.defers)
         if ctx.names:
-            work = _wgrad_work(call, ctx.names, pieces, piece_grads)
+            work = _wgrad_work(call, ctx.names, piece_grads)
             ctx.works.append(work)
             scheduler.add(work)
         call.post_last_return()
@@ -172,20 +172,12 @@ def _wgrad_tokens(
     return names, tokens
 
 
-def _wgrad_work(
-    call: LayerCall, names: dict[str, int | None], pieces: list[Piece], grads: list[PieceGrads]
-) -> WgradWork:
-    held = sum(_bytes(tensor) for grad in grads for tensor in (*grad.first, grad.hidden_SI, grad.output_SH))
-    held += sum(_bytes(piece.rows_RH) for piece in pieces)
-
+def _wgrad_work(call: LayerCall, names: dict[str, int | None], grads: PieceGradients) -> WgradWork:
     def compute(index: int | None) -> Callable[[], torch.Tensor]:
-        return lambda: weight_gradient(index, pieces, grads)
+        return lambda: grads.weight_gradient(index)
 
-    return WgradWork({name: compute(index) for name, index in names.items()}, held, lambda: call.returns_in_flight)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    work = {name: compute(index) for name, index in names.items()}
+    return WgradWork(work, grads.held_bytes, lambda: call.returns_in_flight)
 
 
 def _plain_weights(parameters: dict[str, torch.Tensor]) -> ExpertWeights:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fluid_hf.moe.activation import Activation, glu_backward, glu_forward
+from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
+from fluid_hf.moe.kernels import use_kernels
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 
-__all__ = ["ExpertWeights", "Piece", "PieceGrads", "backward_piece", "finish_piece", "project_piece", "weight_gradient"]
+__all__ = ["ExpertWeights", "Piece", "PieceGradients", "finish_piece", "project_piece"]
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,6 @@ class Piece:
         return self.weights_RK.reshape(-1).index_select(0, self.plan.pair_slot_S)
 
 
-@dataclass(frozen=True)
-class PieceGrads:
-    """What the weight gradients of a piece need.
-
-    Attributes:
-        first: gradients of the projections, in the layout of `ExpertWeights.first`.
-        hidden_SI: routing weight times activation, the input of the down projection.
-        output_SH: gradient of the down projection's output.
-    """
-
-    first: tuple[torch.Tensor, ...]
-    hidden_SI: torch.Tensor
-    output_SH: torch.Tensor
-
-
 def project_piece(piece: Piece, weights: ExpertWeights) -> tuple[torch.Tensor, ...]:
     """Gate and up pre-activations, in the layout of `weights.first`: [S, 2I], or two of [S, I]."""
     pairs_SH = expand_rows(piece.rows_RH, piece.plan)
@@ -75,46 +61,153 @@ def finish_piece(
 ) -> None:
     """From the pre-activations to each row's weighted sum of expert outputs, written to `out_RH`."""
     gate_SI, up_SI = _split(projections)
-    hidden_SI = glu_forward(gate_SI, up_SI, piece.pair_weights_S, act)
+    if use_kernels(gate_SI) and is_silu(act):
+        from fluid_hf.moe import row_kernels
+
+        hidden_SI = row_kernels.glu_forward(gate_SI, up_SI, piece.weights_RK, piece.plan.pair_slot_S)
+    else:
+        hidden_SI = glu_forward(gate_SI, up_SI, piece.pair_weights_S, act)
     output_SH = grouped_linear(hidden_SI, weights.down, piece.plan.offsets_E)
     reduce_pairs([output_SH], piece.plan, out_RH)
 
 
-def backward_piece(
-    piece: Piece,
-    projections: tuple[torch.Tensor, ...],
-    grad_RH: torch.Tensor,
-    weights: ExpertWeights,
-    act: Activation,
-    out: tuple[torch.Tensor, torch.Tensor],
-) -> PieceGrads:
-    """Input gradient of a piece.
+class PieceGradients:
+    """Input gradients piece by piece, and weight gradients over all pieces at once.
+
+    The weight gradients need all pairs sorted by expert, across pieces. With several pieces the activation kernel
+    writes its results a second time at the joint place, and rows are expanded straight to it.
 
     Args:
-        grad_RH: gradient of the rows' outputs.
-        out: where the gradients of the rows [R, H] and of the routing weights [R, K] are written.
+        pieces: all pieces of the layer, in the order in which `backward` will be called.
     """
-    plan = piece.plan
-    output_SH = expand_rows(grad_RH, plan)
-    grad_SI = grouped_dgrad(output_SH, weights.down, plan.offsets_E)
-    gate_SI, up_SI = _split(projections)
-    grad_gate, grad_up, hidden_SI, grad_weight_S = glu_backward(grad_SI, gate_SI, up_SI, piece.pair_weights_S, act)
-    first = (grad_gate, grad_up) if len(weights.first) == 2 else (torch.cat([grad_gate, grad_up], dim=-1),)
-    pairs = [grouped_dgrad(grad, weight, plan.offsets_E) for grad, weight in zip(first, weights.first, strict=True)]
-    reduce_pairs(pairs, plan, out[0])
-    flat = torch.zeros(out[1].numel(), dtype=out[1].dtype, device=out[1].device)
-    flat[plan.pair_slot_S] = grad_weight_S.to(flat.dtype)
-    out[1].copy_(flat.view(out[1].shape))
-    return PieceGrads(first, hidden_SI, output_SH)
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        self._grads: list[torch.Tensor] = []
+        self._first: list[tuple[torch.Tensor, ...]] = []
+        self._hidden: list[torch.Tensor] = []
+        self._inputs: torch.Tensor | None = None
+        self._joint: JointOrder | None = None
+
+    def backward(
+        self,
+        projections: tuple[torch.Tensor, ...],
+        grad_RH: torch.Tensor,
+        weights: ExpertWeights,
+        act: Activation,
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Input gradient of the next piece.
+
+        Args:
+            grad_RH: gradient of the rows' outputs, kept for the weight gradients.
+            out: where the gradients of the rows [R, H] and of the routing weights [R, K] are written.
+        """
+        piece = self._pieces[len(self._grads)]
+        grad_SI = grouped_dgrad(expand_rows(grad_RH, piece.plan), weights.down, piece.plan.offsets_E)
+        if use_kernels(grad_SI) and is_silu(act):
+            first = self._activation_kernel(piece, grad_SI, projections, out[1])
+        else:
+            first = self._activation(piece, grad_SI, projections, act, out[1])
+        del grad_SI
+        self._grads.append(grad_RH)
+        pairs = [grouped_dgrad(g, weight, piece.plan.offsets_E) for g, weight in zip(first, weights.first, strict=True)]
+        reduce_pairs(pairs, piece.plan, out[0])
+
+    def weight_gradient(self, index: int | None) -> torch.Tensor:
+        """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`."""
+        joint = self._joint
+        if joint is None:
+            offsets = [piece.plan.offsets_E for piece in self._pieces]
+            if index is None:
+                outputs = [expand_rows(g, piece.plan) for g, piece in zip(self._grads, self._pieces, strict=True)]
+                return grouped_wgrad(outputs, self._hidden, offsets)
+            inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
+            return grouped_wgrad([first[index] for first in self._first], inputs, offsets)
+        if index is None:
+            output = joint.expand(self._grads, self._pieces)
+            return grouped_wgrad([output], self._hidden[:1], [joint.offsets_E])
+        if self._inputs is None:  # shared by the gate and up projections
+            self._inputs = joint.expand([piece.rows_RH for piece in self._pieces], self._pieces)
+        return grouped_wgrad([self._first[0][index]], [self._inputs], [joint.offsets_E])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes kept for the weight gradients."""
+        tensors = [*self._grads, *self._hidden, *(t for first in self._first for t in first)]
+        return sum(t.numel() * t.element_size() for t in (*tensors, *(piece.rows_RH for piece in self._pieces)))
+
+    def _activation(
+        self,
+        piece: Piece,
+        grad_SI: torch.Tensor,
+        projections: tuple[torch.Tensor, ...],
+        act: Activation,
+        out_RK: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        gate_SI, up_SI = _split(projections)
+        grad_gate, grad_up, hidden, grad_weight_S = glu_backward(grad_SI, gate_SI, up_SI, piece.pair_weights_S, act)
+        first = (grad_gate, grad_up) if len(projections) == 2 else (torch.cat([grad_gate, grad_up], dim=-1),)
+        flat = torch.zeros(out_RK.numel(), dtype=out_RK.dtype, device=out_RK.device)
+        flat[piece.plan.pair_slot_S] = grad_weight_S.to(flat.dtype)
+        out_RK.copy_(flat.view(out_RK.shape))
+        self._first.append(first)
+        self._hidden.append(hidden)
+        return first
+
+    def _activation_kernel(
+        self, piece: Piece, grad_SI: torch.Tensor, projections: tuple[torch.Tensor, ...], out_RK: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        from fluid_hf.moe import row_kernels
+
+        first = tuple(torch.empty_like(projection) for projection in projections)
+        index = len(self._grads)
+        if len(self._pieces) == 1:
+            hidden, joint = torch.empty_like(grad_SI), None
+            self._hidden.append(hidden)
+            self._first.append(first)
+        else:
+            if self._joint is None:
+                self._joint = JointOrder([piece.plan for piece in self._pieces])
+                pairs = self._joint.num_pairs
+                self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
+                self._first.append(tuple(p.new_empty(pairs, p.shape[1]) for p in projections))
+            hidden, joint = self._hidden[0], (*_split(self._first[0]), self._joint.place_S[index])
+        slots = piece.plan.pair_slot_S
+        gate_up = _split(projections)
+        row_kernels.glu_backward(grad_SI, *gate_up, piece.weights_RK, slots, out_RK, _split(first), hidden, joint)
+        return first
 
 
-def weight_gradient(index: int | None, pieces: Sequence[Piece], grads: Sequence[PieceGrads]) -> torch.Tensor:
-    """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`, over all pieces at once."""
-    offsets = [piece.plan.offsets_E for piece in pieces]
-    if index is None:
-        return grouped_wgrad([g.output_SH for g in grads], [g.hidden_SI for g in grads], offsets)
-    inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in pieces]
-    return grouped_wgrad([g.first[index] for g in grads], inputs, offsets)
+class JointOrder:
+    """Places of each piece's pairs when all pieces are sorted by expert together, ties by piece.
+
+    Args:
+        plans: plan of each piece.
+    """
+
+    def __init__(self, plans: Sequence[PairPlan]) -> None:
+        ends_NE = torch.stack([plan.offsets_E for plan in plans])
+        starts_NE = torch.nn.functional.pad(ends_NE[:, :-1], (1, 0))
+        counts_NE = ends_NE - starts_NE
+        self.offsets_E = ends_NE.sum(0, dtype=torch.int32)
+        joint_starts_E = self.offsets_E - counts_NE.sum(0, dtype=torch.int32)
+        shift_NE = joint_starts_E + counts_NE.cumsum(0, dtype=torch.int32) - ends_NE
+        self.num_pairs = sum(plan.num_pairs for plan in plans)
+        self.place_S = []
+        for index, plan in enumerate(plans):
+            pair = torch.arange(plan.num_pairs, dtype=torch.int32, device=ends_NE.device)
+            expert = torch.searchsorted(ends_NE[index], pair, right=True, out_int32=True)
+            self.place_S.append(shift_NE[index].index_select(0, expert) + pair)
+
+    def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:
+        """Rows of every piece at the joint places of their pairs: [N, H]."""
+        from fluid_hf.moe import row_kernels
+
+        out = rows[0].new_empty(self.num_pairs, rows[0].shape[1])
+        for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
+            row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)
+        return out
 
 
 def _split(projections: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,8 +18,9 @@ import torch
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
 from fluid_hf.moe.activation import Activation
-from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGrads, backward_piece, finish_piece, project_piece
-from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_rows
+from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGradients, finish_piece, project_piece
+from fluid_hf.moe.kernels import use_kernels
+from fluid_hf.moe.permutation import PairPlan, gather_rows, make_pair_plan, reduce_rows
 from fluid_hf.moe.routing_plan import SourcePlan, count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
 from fluid_hf.moe.statistics import LayerStats
@@ -111,11 +112,7 @@ class LayerCall:
         plan = self._plan(index_TK)
         route = self.route
         assert route is not None
-        sent = self.format.new_rows(route.num_sent, self.device)
-        self.format.hidden_of(sent).copy_(hidden_TH.index_select(0, plan.row_token_R))
-        ids_RK = local_expert_ids(index_TK[plan.row_token_R], context.num_local_experts, plan.row_rank_R)
-        self.format.ids_of(sent).copy_(ids_RK)
-        self.format.weights_of(sent).copy_(weights_TK.index_select(0, plan.row_token_R))
+        sent = self._pack(hidden_TH, weights_TK, index_TK, plan)
         received = self.format.new_rows(route.num_received, self.device)
         self._rows = received
         self._post_out(sent, received, "dispatch")
@@ -131,17 +128,30 @@ class LayerCall:
         received_counts = torch.empty_like(sent_counts)
         ones = [1] * exchange.size
         exchange.all_to_all(received_counts, sent_counts, ones, ones).wait()
-        own = (index_TK // context.num_local_experts == exchange.rank).sum().to(torch.int32)
         # The one host synchronisation of the layer: buffer sizes must be known before receives can be posted.
-        flat = torch.cat([own.view(1), sent_counts[:, 0], received_counts.reshape(-1)]).tolist()
-        rows = tuple(flat[1 : 1 + exchange.size])
-        received = flat[1 + exchange.size :]
+        flat = torch.cat([sent_counts[:, 0], received_counts.reshape(-1)]).tolist()
+        rows, received = tuple(flat[: exchange.size]), flat[exchange.size :]
         width = 1 + parts
         counts = [received[start : start + width] for start in range(0, len(received), width)]
-        self.num_own_pairs = 0 if serial else flat[0]
+        self.num_own_pairs = 0 if serial else counts[exchange.rank][1]
         self.route = make_route(exchange, context.waves, serial, rows, counts)
         context.stats.add_dispatch(index_TK.shape[0], self.route.num_sent - (rows[exchange.rank] if serial else 0))
         return place_rows(hits, rows)
+
+    def _pack(
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, plan: SourcePlan
+    ) -> torch.Tensor:
+        form, local, rows = self.format, self.context.num_local_experts, sum(plan.rows)
+        if use_kernels(hidden_TH):
+            from fluid_hf.moe import wire_kernels
+
+            inputs = (hidden_TH, weights_TK.contiguous(), index_TK.contiguous())
+            return wire_kernels.pack_rows(*inputs, plan.row_token_R, plan.row_rank_R, rows, form, local)
+        sent = form.new_rows(rows, self.device)
+        form.hidden_of(sent).copy_(hidden_TH.index_select(0, plan.row_token_R))
+        form.ids_of(sent).copy_(local_expert_ids(index_TK[plan.row_token_R], local, plan.row_rank_R))
+        form.weights_of(sent).copy_(weights_TK.index_select(0, plan.row_token_R))
+        return sent
 
     def run_experts(
         self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
@@ -202,13 +212,13 @@ class LayerCall:
         if self.route is None or row_token_R is None:
             return
         self.context.exchange.drain()
-        sent = self._own.index_select(0, row_token_R)
+        sent = gather_rows(self._own, row_token_R)
         self._rows = self._new_hidden(self.route.num_received)
         self._post_out(sent, self._rows, "output grad")
 
     def backward_experts(
         self, pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]], defer: bool
-    ) -> list[PieceGrads]:
+    ) -> PieceGradients:
         """Input gradients of own tokens, then of every wave as it arrives, each sent back as soon as it is ready.
 
         With `defer` all waves are sent at once; otherwise the last one is left for `post_last_return`, so that the
@@ -216,7 +226,7 @@ class LayerCall:
         """
         context, route = self.context, self.route
         weights = self._weights()
-        grads: list[PieceGrads] = []
+        grads = PieceGradients(pieces)
         own = self._own
         assert own is not None
         self._own = None
@@ -224,7 +234,7 @@ class LayerCall:
             self._own = torch.empty_like(own)
             self._own_weights = own.new_empty(own.shape[0], self.format.top_k, dtype=self.format.weight_dtype)
             first = self._projections(pieces[0], projections, 0, weights)
-            grads.append(backward_piece(pieces[0], first, own, weights, context.act, (self._own, self._own_weights)))
+            grads.backward(first, own, weights, context.act, (self._own, self._own_weights))
             context.event("dgrad own")
         self._returns: list[Callable[[], ExchangeHandle]] = []
         arriving, self._handles = self._handles, []
@@ -238,9 +248,9 @@ class LayerCall:
             low, high = route.wave_bounds(wave)
             buffer = self.format.new_gradient_rows(high - low, self.device)
             out = (self.format.hidden_of(buffer), self.format.weight_gradients_of(buffer))
-            index = len(grads)
+            index = wave if route.serial else wave + 1
             first = self._projections(pieces[index], projections, index, weights)
-            grads.append(backward_piece(pieces[index], first, rows[low:high], weights, context.act, out))
+            grads.backward(first, rows[low:high], weights, context.act, out)
             context.event(f"dgrad {wave}")
             if self.needs_input_grad and (defer or wave < len(arriving) - 1):
                 self._post_return(wave, buffer)
@@ -268,6 +278,12 @@ class LayerCall:
             assert own is not None and own_weights is not None
             return own.to(self.out_dtype), own_weights
         grad_TH = reduce_rows(own, self.format.hidden_of(rows), token_row_TP, self.out_dtype)
+        if use_kernels(rows):
+            from fluid_hf.moe import wire_kernels
+
+            returned, local = self.format.weight_gradients_of(rows), self.context.num_local_experts
+            inputs = (own_weights, returned, token_row_TP, index_TK.contiguous(), local, self.context.exchange.rank)
+            return grad_TH, wire_kernels.gather_weight_grads(*inputs)
         row_TK = token_row_TP.gather(1, index_TK // self.context.num_local_experts)
         weight_rows = torch.nn.functional.pad(self.format.weight_gradients_of(rows), (0, 0, 0, 1))
         grad_TK = weight_rows.gather(0, row_TK)
@@ -295,8 +311,8 @@ class LayerCall:
 
     def _own_piece(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> Piece:
         local = self.context.num_local_experts
-        ids_TK = local_expert_ids(index_TK, local, self.context.exchange.rank)
-        return Piece(hidden_TH, weights_TK, make_pair_plan(ids_TK, local, self.num_own_pairs))
+        first = self.context.exchange.rank * local
+        return Piece(hidden_TH, weights_TK.contiguous(), make_pair_plan(index_TK, local, self.num_own_pairs, first))
 
     def _wave_piece(self, rows: torch.Tensor, num_pairs: int) -> Piece:
         plan = make_pair_plan(self.format.ids_of(rows), self.context.num_local_experts, num_pairs)

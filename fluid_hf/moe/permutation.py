@@ -1,7 +1,8 @@
 """Between rows and expert-sorted (row, expert) pairs, and back: the steps around the grouped GEMM.
 
-Legend: R rows, T tokens, K experts per token, S pairs, H hidden size, P ranks, E experts held here. Plain PyTorch;
-sums run in float32 (float64 for float64 input) in a fixed order, so results are equal from run to run.
+Legend: R rows, T tokens, K experts per token, S pairs, H hidden size, P ranks, E experts held here. Triton on
+CUDA, plain PyTorch elsewhere; sums run in float32 (float64 for float64 input) in a fixed order, so results are equal
+from run to run.
 
     rows      0: e1 e0      1: e1 -       2: e0 e1
     pairs     expert 0: (0, e0) (2, e0)   expert 1: (0, e1) (1, e1) (2, e1)
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PairPlan", "expand_rows", "make_pair_plan", "reduce_pairs", "reduce_rows", "sum_dtype"]
+from fluid_hf.moe.kernels import use_kernels
+
+__all__ = ["PairPlan", "expand_rows", "gather_rows", "make_pair_plan", "reduce_pairs", "reduce_rows", "sum_dtype"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class PairPlan:
     """Where each pair comes from.
 
     Attributes:
-        pair_row_S: row of each pair, int64, expert-sorted, ties by row then slot.
-        pair_slot_S: `row * K + slot` of each pair, int64.
-        row_pair_RK: pair of each (row, slot), int64; S where there is none.
+        pair_row_S: row of each pair, expert-sorted, ties by row then slot.
+        pair_slot_S: `row * K + slot` of each pair.
+        row_pair_RK: pair of each (row, slot); S where there is none.
         offsets_E: end of each expert's pairs, int32 (the `offs` of a grouped GEMM).
     """
 
@@ -45,17 +48,21 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int) -> PairPlan:
+def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int, first_expert: int = 0) -> PairPlan:
     """Sort the (row, expert) pairs by expert.
 
     Args:
-        ids_RK: local expert ids, any integer type, -1 for none.
+        ids_RK: expert ids, any integer type; those outside [first_expert, first_expert + E) have no pair.
         num_experts: E.
-        num_pairs: number of ids that are not -1, known on the host, so that nothing waits for the device.
+        num_pairs: number of ids inside, known on the host, so that nothing waits for the device.
     """
+    if use_kernels(ids_RK):
+        from fluid_hf.moe import sort_kernels
+
+        return PairPlan(*sort_kernels.pair_plan(ids_RK, first_expert, num_experts, num_pairs))
     rows, top_k = ids_RK.shape
-    key = ids_RK.reshape(-1).to(torch.int64)
-    key = torch.where(key < 0, num_experts, key)
+    key = ids_RK.reshape(-1).to(torch.int64) - first_expert
+    key = torch.where((key < 0) | (key >= num_experts), num_experts, key)
     order = torch.argsort(key, stable=True)[:num_pairs]
     row_pair = torch.full((rows * top_k,), num_pairs, dtype=torch.int64, device=ids_RK.device)
     row_pair[order] = torch.arange(num_pairs, device=ids_RK.device)
@@ -65,13 +72,26 @@ def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int) -> Pa
     return PairPlan(order // top_k, order, row_pair.view(rows, top_k), offsets)
 
 
+def gather_rows(rows_RH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`rows_RH[index]`."""
+    if use_kernels(rows_RH):
+        from fluid_hf.moe import row_kernels
+
+        return row_kernels.expand(rows_RH, index)
+    return rows_RH.index_select(0, index)
+
+
 def expand_rows(rows_RH: torch.Tensor, plan: PairPlan) -> torch.Tensor:
     """Copy each row to its pairs: [R, H] -> [S, H]."""
-    return rows_RH.index_select(0, plan.pair_row_S)
+    return gather_rows(rows_RH, plan.pair_row_S)
 
 
 def reduce_pairs(pairs: Sequence[torch.Tensor], plan: PairPlan, out_RH: torch.Tensor) -> None:
     """Write to each row the sum of its pairs, over all tensors [S, H] given; zero for rows without pairs."""
+    if use_kernels(out_RH):
+        from fluid_hf.moe import row_kernels
+
+        return row_kernels.reduce_pairs(list(pairs), plan.row_pair_RK, out_RH)
     total = torch.zeros(out_RH.shape, dtype=sum_dtype(out_RH.dtype), device=out_RH.device)
     for slot in range(plan.row_pair_RK.shape[1]):
         index_R = plan.row_pair_RK[:, slot]
@@ -87,6 +107,10 @@ def reduce_rows(
     own_TH: torch.Tensor | None, rows_RH: torch.Tensor, token_row_TP: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Sum the rows of each token, own part first, then by rank: [T, H] of type `dtype`."""
+    if use_kernels(rows_RH):
+        from fluid_hf.moe import row_kernels
+
+        return row_kernels.reduce_rows(own_TH, rows_RH, token_row_TP, dtype)
     num_rows = rows_RH.shape[0]
     shape = (token_row_TP.shape[0], rows_RH.shape[1])
     if own_TH is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fluid_hf.comm.tournament import part_bounds
+from fluid_hf.moe.kernels import use_kernels
 
 __all__ = ["HitMap", "SourcePlan", "count_rows", "local_expert_ids", "place_rows"]
 
@@ -22,11 +23,14 @@ class HitMap:
 
     Attributes:
         position_TP: position of the token's row among the rows for that destination, int64; -1 where there is none.
-        counts_PC: per destination: rows, then (row, expert) pairs of each part, int64 [P, 1 + parts].
+        counts_PC: per destination: rows, then (row, expert) pairs of each part [P, 1 + parts]; the skipped rank has no
+            rows, and all its pairs in the first part.
+        placed: from the kernels, the fields of `SourcePlan` with longer rows than there are; None otherwise.
     """
 
     position_TP: torch.Tensor
     counts_PC: torch.Tensor
+    placed: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,9 @@ class SourcePlan:
     """Rows to send.
 
     Attributes:
-        row_token_R: token of each row, int64.
-        row_rank_R: destination of each row, int64.
-        token_row_TP: row of each (token, destination), int64; R where there is none.
+        row_token_R: token of each row.
+        row_rank_R: destination of each row.
+        token_row_TP: row of each (token, destination); R where there is none.
         rows: number of rows per destination, on the host.
     """
 
@@ -62,6 +66,13 @@ def count_rows(
         skip_rank: destination without rows (the rank's own tokens stay where they are), or `None`.
         parts: number of parts each destination's rows are cut into.
     """
+    if use_kernels(top_k_index_TK):
+        from fluid_hf.moe import sort_kernels
+
+        counts, token_row, *placed = sort_kernels.source_plan(
+            top_k_index_TK.contiguous(), num_local_experts, ep_size, skip_rank, parts
+        )
+        return HitMap(token_row, counts, (placed[0], placed[1]))
     tokens = top_k_index_TK.shape[0]
     rank_TK = top_k_index_TK // num_local_experts
     hit_TP = torch.zeros(tokens, ep_size, dtype=torch.bool, device=top_k_index_TK.device)
@@ -74,9 +85,8 @@ def count_rows(
     for part in range(1, parts):
         part_TP += position_TP >= rows_P * part // parts
     slot_TK = rank_TK * parts + part_TP.gather(1, rank_TK)
-    valid_TK = hit_TP.gather(1, rank_TK)
     pairs = torch.zeros(ep_size * parts, dtype=torch.int64, device=hit_TP.device)
-    pairs.scatter_add_(0, slot_TK.reshape(-1), valid_TK.reshape(-1).to(torch.int64))
+    pairs.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK.reshape(-1)))
     return HitMap(position_TP, torch.cat([rows_P[:, None], pairs.view(ep_size, parts)], dim=1))
 
 
@@ -85,6 +95,8 @@ def place_rows(hits: HitMap, rows: tuple[int, ...]) -> SourcePlan:
     position_TP = hits.position_TP
     tokens, ranks = position_TP.shape
     total = sum(rows)
+    if hits.placed is not None:
+        return SourcePlan(hits.placed[0][:total], hits.placed[1][:total], position_TP, rows)
     starts_P = torch.tensor([sum(rows[:rank]) for rank in range(ranks)], device=position_TP.device)
     token_row_TP = torch.where(position_TP >= 0, position_TP + starts_P, total)
     row_token = torch.empty(total + 1, dtype=torch.int64, device=position_TP.device)

@@ -1,7 +1,7 @@
-"""Triton kernels for the steps around the grouped GEMM: pack, expand, activation, and fixed-order gather-sums.
+"""Triton kernels for the steps around the grouped GEMM: expand, activation, and fixed-order gather-sums.
 
-Legend: T tokens, R rows, K experts per token, S pairs, H hidden, I intermediate, P ranks. Memory-bound: each launch reads
-its input once and writes its output once; sums run in float32 in a fixed order, without atomics.
+Legend: T tokens, R rows, K experts per token, S pairs, H hidden, I intermediate, P ranks. Memory-bound: each launch
+reads its input once and writes its output once; sums run in float32 in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -10,60 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.rows import RowFormat
-
-__all__ = ["expand", "gather_weight_grads", "glu_backward", "glu_forward", "pack_rows", "reduce_pairs", "reduce_rows"]
+__all__ = ["block_size", "expand", "glu_backward", "glu_forward", "num_warps", "reduce_pairs", "reduce_rows"]
 
 
-def _block(size: int, largest: int = 2048) -> int:
+def block_size(size: int, largest: int = 2048) -> int:
     """The widest block that wastes at most an eighth of `size`, else the one that wastes least."""
     options = [block for block in (2048, 1024, 512, 256, 128) if block <= largest]
     waste = {block: (-size % block) / max(size, 1) for block in options}
     return next((block for block in options if waste[block] <= 0.125), min(options, key=lambda block: waste[block]))
 
 
-def _warps(block: int) -> int:
+def num_warps(block: int) -> int:
+    """Warps for a block of that width."""
     return 4 if block <= 1024 else 8
-
-
-def pack_rows(
-    hidden_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    index_TK: torch.Tensor,
-    row_token: torch.Tensor,
-    row_rank: torch.Tensor,
-    rows: int,
-    form: RowFormat,
-    num_local_experts: int,
-) -> torch.Tensor:
-    """The rows to send, as `RowFormat` lays them out: uint8 [R, stride]."""
-    buffer = form.new_rows(rows, hidden_TH.device)
-    if rows == 0:
-        return buffer
-    hidden, ids, weights = form.hidden_of(buffer), form.ids_of(buffer), form.weights_of(buffer)
-    block, top_k = _block(form.hidden), form.top_k
-    padded = triton.next_power_of_2(top_k)
-    _pack[(rows, triton.cdiv(form.hidden, block))](
-        hidden_TH,
-        hidden_TH.stride(0),
-        weights_TK,
-        index_TK,
-        row_token,
-        row_rank,
-        hidden,
-        ids,
-        weights,
-        hidden.stride(0),
-        ids.stride(0),
-        weights.stride(0),
-        form.hidden,
-        num_local_experts,
-        top_k,
-        PADDED=padded,
-        BLOCK=block,
-        num_warps=_warps(block),
-    )
-    return buffer
 
 
 def expand(
@@ -77,17 +36,19 @@ def expand(
     if out is None:
         out = torch.empty(pairs, hidden, dtype=rows_RH.dtype, device=rows_RH.device)
     if pairs:
-        block = _block(hidden)
-        _expand[(pairs, triton.cdiv(hidden, block))](
+        block = block_size(hidden)
+        _expand[(triton.cdiv(pairs, 4), triton.cdiv(hidden, block))](
             rows_RH,
             rows_RH.stride(0),
             pair_row_S,
             out,
             place_S if place_S is not None else pair_row_S,
+            pairs,
             hidden,
             PLACED=place_S is not None,
+            PAIRS=4,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=num_warps(block),
         )
     return out
 
@@ -99,7 +60,7 @@ def glu_forward(
     pairs, inner = gate_SI.shape
     out = torch.empty(pairs, inner, dtype=gate_SI.dtype, device=gate_SI.device)
     if pairs:
-        block = _block(inner, 1024)
+        block = block_size(inner, 1024)
         _glu_forward[(pairs, triton.cdiv(inner, block))](
             gate_SI,
             up_SI,
@@ -138,7 +99,7 @@ def glu_backward(
     pairs, inner = gate_SI.shape
     if not pairs:
         return
-    block = _block(inner, 1024)
+    block = block_size(inner, 1024)
     second = joint if joint is not None else (*grads, pair_slot_S)
     _glu_backward[(pairs,)](
         grad_SI,
@@ -170,7 +131,7 @@ def reduce_pairs(pairs: list[torch.Tensor], row_pair_RK: torch.Tensor, out_RH: t
     """Sum of each row's pairs, over one or two tensors [S, H], written to a view [R, H] of any row stride."""
     rows, hidden = out_RH.shape
     if rows:
-        block = _block(hidden)
+        block = block_size(hidden)
         _reduce_pairs[(rows, triton.cdiv(hidden, block))](
             pairs[0],
             pairs[-1],
@@ -182,7 +143,7 @@ def reduce_pairs(pairs: list[torch.Tensor], row_pair_RK: torch.Tensor, out_RH: t
             row_pair_RK.shape[1],
             TWO=len(pairs) == 2,
             BLOCK=block,
-            num_warps=_warps(block),
+            num_warps=num_warps(block),
         )
 
 
@@ -193,7 +154,7 @@ def reduce_rows(
     tokens, hidden = token_row_TP.shape[0], rows_RH.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=rows_RH.device)
     if tokens:
-        block = _block(hidden)
+        block = block_size(hidden)
         _reduce_rows[(tokens, triton.cdiv(hidden, block))](
             own_TH if own_TH is not None else rows_RH,
             rows_RH,
@@ -205,87 +166,34 @@ def reduce_rows(
             hidden,
             OWN=own_TH is not None,
             BLOCK=block,
-            num_warps=_warps(block),
-        )
-    return out
-
-
-def gather_weight_grads(
-    own_TK: torch.Tensor | None,
-    rows_RK: torch.Tensor,
-    token_row_TP: torch.Tensor,
-    index_TK: torch.Tensor,
-    num_local_experts: int,
-    own_rank: int,
-) -> torch.Tensor:
-    """Routing-weight gradients [T, K] float32: from the own part, or from the row that the expert's rank returned."""
-    tokens, top_k = index_TK.shape
-    out = torch.empty(tokens, top_k, dtype=torch.float32, device=index_TK.device)
-    if tokens:
-        _gather_weight_grads[(triton.cdiv(tokens * top_k, 256),)](
-            own_TK if own_TK is not None else out,
-            rows_RK,
-            rows_RK.stride(0),
-            token_row_TP,
-            token_row_TP.shape[1],
-            index_TK,
-            num_local_experts,
-            own_rank if own_TK is not None else -1,
-            out,
-            tokens * top_k,
-            top_k,
-            BLOCK=256,
+            num_warps=num_warps(block),
         )
     return out
 
 
 @triton.jit
-def _pack(
-    hidden_in,
-    hidden_in_stride,
-    weights_in,
-    index,
-    row_token,
-    row_rank,
-    hidden_out,
-    ids_out,
-    weights_out,
-    hidden_stride,
-    ids_stride,
-    weights_stride,
+def _expand(
+    rows,
+    row_stride,
+    pair_row,
+    out,
+    place,
+    pairs,
     hidden,
-    num_local,
-    top_k,
-    PADDED: tl.constexpr,
+    PLACED: tl.constexpr,
+    PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(row_token + row).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < hidden
-    value = tl.load(hidden_in + token * hidden_in_stride + at, mask=inside)
-    tl.store(hidden_out + row * hidden_stride + at, value, mask=inside)
-    if tl.program_id(1) == 0:
-        k = tl.arange(0, PADDED)
-        used = k < top_k
-        rank = tl.load(row_rank + row)
-        expert = tl.load(index + token * top_k + k, mask=used, other=-1).to(tl.int32)
-        here = (expert >= 0) & (expert // num_local == rank)
-        tl.store(ids_out + row * ids_stride + k, tl.where(here, expert % num_local, -1).to(tl.int16), mask=used)
-        weight = tl.load(weights_in + token * top_k + k, mask=used, other=0.0).to(tl.float32)
-        tl.store(weights_out + row * weights_stride + k, weight, mask=used)
-
-
-@triton.jit
-def _expand(rows, row_stride, pair_row, out, place, hidden, PLACED: tl.constexpr, BLOCK: tl.constexpr):
-    pair = tl.program_id(0).to(tl.int64)
-    row = tl.load(pair_row + pair).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)  # several pairs keep more loads in flight
+    known = pair < pairs
+    row = tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)
     to = pair
     if PLACED:
-        to = tl.load(place + pair).to(tl.int64)
+        to = tl.load(place + pair, mask=known, other=0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < hidden
-    tl.store(out + to * hidden + at, tl.load(rows + row * row_stride + at, mask=inside), mask=inside)
+    inside = known[:, None] & (at < hidden)[None, :]
+    value = tl.load(rows + row[:, None] * row_stride + at[None, :], mask=inside)
+    tl.store(out + to[:, None] * hidden + at[None, :], value, mask=inside)
 
 
 @triton.jit
@@ -294,9 +202,7 @@ def _pair_weight(weights, stride, top_k, slot):
 
 
 @triton.jit
-def _glu_forward(
-    gate, up, stride, weights, weights_stride, top_k, pair_slot, out, inner, BLOCK: tl.constexpr
-):
+def _glu_forward(gate, up, stride, weights, weights_stride, top_k, pair_slot, out, inner, BLOCK: tl.constexpr):
     pair = tl.program_id(0).to(tl.int64)
     weight = _pair_weight(weights, weights_stride, top_k, tl.load(pair_slot + pair))
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -390,18 +296,3 @@ def _reduce_rows(
         if row < num_rows:
             total += tl.load(rows + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * hidden + at, total.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _gather_weight_grads(
-    own, rows, row_stride, token_row, ranks, index, num_local, own_rank, out, slots, top_k, BLOCK: tl.constexpr
-):
-    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < slots
-    token = slot // top_k
-    owner = tl.load(index + slot, mask=inside, other=0).to(tl.int32) // num_local
-    is_own = owner == own_rank
-    row = tl.load(token_row + token.to(tl.int64) * ranks + owner, mask=inside & ~is_own, other=0).to(tl.int64)
-    sent = tl.load(rows + row * row_stride + slot % top_k, mask=inside & ~is_own, other=0.0)
-    kept = tl.load(own + slot, mask=inside & is_own, other=0.0)
-    tl.store(out + slot, tl.where(is_own, kept, sent), mask=inside)

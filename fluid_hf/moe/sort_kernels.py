@@ -12,8 +12,7 @@ import triton.language as tl
 
 __all__ = ["pair_plan", "source_plan"]
 
-BLOCK = 1024
-SCAN_TILE = 4096
+SCAN_TILE = 8192
 PLACE_TILE = 8192
 
 
@@ -28,7 +27,8 @@ def pair_plan(
     rows, top_k = ids_RK.shape
     slots = rows * top_k
     device = ids_RK.device
-    blocks = triton.cdiv(slots, BLOCK)
+    block = 256 if slots <= 1 << 17 else 1024  # many short blocks where there are few slots
+    blocks = triton.cdiv(slots, block)
     padded = triton.next_power_of_2(num_experts + 1)
     pairs = torch.empty(2, num_pairs, dtype=torch.int32, device=device)
     row_pair = torch.empty(rows, top_k, dtype=torch.int32, device=device)
@@ -37,11 +37,12 @@ def pair_plan(
     offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
     counts = torch.empty(blocks, padded, dtype=torch.int32, device=device)
     sort = (ids_RK, ids_RK.stride(0), slots, top_k, first_expert, num_experts)
-    _count_experts[(blocks,)](*sort, counts, BLOCK=BLOCK, PADDED=padded)
+    _count_experts[(blocks,)](*sort, counts, BLOCK=block, PADDED=padded)
     _scan_blocks[(1,)](counts, offsets, blocks, num_experts, TILE=max(1, SCAN_TILE // padded), PADDED=padded)
-    chunk = max(16, min(256, PLACE_TILE // padded))
+    keys = triton.next_power_of_2(num_experts)
+    chunk = max(16, min(block, PLACE_TILE // keys))
     _place_pairs[(blocks,)](
-        *sort, counts, pairs[0], pairs[1], row_pair, num_pairs, BLOCK=BLOCK, CHUNK=chunk, PADDED=padded
+        *sort, counts, pairs[0], pairs[1], row_pair, num_pairs, BLOCK=block, CHUNK=chunk, PADDED=padded, KEYS=keys
     )
     return pairs[0], pairs[1], row_pair, offsets
 
@@ -133,9 +134,10 @@ def _place_pairs(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     block = tl.program_id(0)
-    key = tl.arange(0, PADDED)
+    key = tl.arange(0, KEYS)
     running = tl.load(counts + block * PADDED + key)
     for start in range(0, BLOCK, CHUNK):
         slot = block * BLOCK + start + tl.arange(0, CHUNK)

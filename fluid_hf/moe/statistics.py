@@ -15,7 +15,6 @@ class LayerStats:
     Attributes:
         tokens: tokens of this rank.
         rows: rows sent to other ranks by dispatch.
-        load_E: (token, expert) pairs computed by each expert held here, on the layer's device; `None` before any.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,8 @@ class LayerStats:
         """Start anew."""
         self.tokens = 0
         self.rows = 0
-        self.load_E: torch.Tensor | None = None
+        self._offsets: list[torch.Tensor] = []
+        self._load_E: torch.Tensor | None = None
 
     def add_dispatch(self, tokens: int, rows: int) -> None:
         """Count one dispatch."""
@@ -33,7 +33,19 @@ class LayerStats:
         self.rows += rows
 
     def add_load(self, offsets: Sequence[torch.Tensor]) -> None:
-        """Count the pairs of each piece from its expert offsets, without waiting for the device."""
-        ends_E = torch.stack(list(offsets)).sum(0)
-        load_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-        self.load_E = load_E if self.load_E is None else self.load_E + load_E
+        """Count the pairs of each piece from its expert offsets; nothing is launched until there are many."""
+        self._offsets += offsets
+        if len(self._offsets) >= 256:
+            self._fold()
+
+    def load(self) -> list[int]:
+        """(token, expert) pairs computed by each expert held here; waits for the device."""
+        self._fold()
+        return [] if self._load_E is None else self._load_E.tolist()
+
+    def _fold(self) -> None:
+        if self._offsets:
+            ends_E = torch.stack(self._offsets).sum(0)
+            load_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+            self._load_E = load_E if self._load_E is None else self._load_E + load_E
+            self._offsets = []

@@ -26,4 +26,5 @@ def choose_waves(*, expected_tokens: int, top_k: int, num_experts: int, ep_size:
         return 1
     arriving = expected_tokens * top_k * (ep_size - 1) / num_experts  # pairs from other ranks per local expert
     fitting = int(arriving // MIN_PAIRS_PER_EXPERT)
-    return max(1, min(fitting, MAX_WAVES, max(num_rounds(ep_size), 2)))
+    # Never more waves than rounds: cutting one peer's rows costs more launches than it hides (measured at ep_size 2).
+    return max(1, min(fitting, MAX_WAVES, num_rounds(ep_size)))

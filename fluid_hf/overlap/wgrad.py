@@ -113,7 +113,8 @@ class WgradScheduler:
             WgradPendingError: backward left weight gradients uncomputed (it was interrupted, or asked for the
                 gradients of some inputs only).
         """
-        pending = sum(len(work.compute) + len(work.ready) for work in self._pending)
+        # Gradients that were computed but never asked for are no loss: backward did not want them.
+        pending = sum(len(work.compute) for work in self._pending)
         stats, self.stats = self.stats, WgradStats()
         self._pending.clear()
         self._held_bytes = 0

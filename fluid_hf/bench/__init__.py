@@ -1,0 +1,1 @@
+"""Benchmarks of one layer beside its peers, and the single-GPU link they run on."""

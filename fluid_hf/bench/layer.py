@@ -1,0 +1,216 @@
+"""One MoE layer's experts, timed in one process: serial, overlapped, the peers, and the limit of the hardware.
+
+The limit of a pass is the larger of the time of its GEMMs alone and of its deduplicated bytes alone on the link, both
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fluid_hf.bench.peers import Layer, autoep_layer, transformers_experts, transformers_layer
+from fluid_hf.bench.shapes import LayerShape
+from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer, WaveChoice
+from fluid_hf.overlap.wgrad import WgradScheduler
+
+__all__ = ["LayerBench", "Timing"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one variant: median and spread (90th less 10th percentile) of forward, and of both passes."""
+
+    forward: float
+    forward_spread: float
+    both: float
+    both_spread: float
+
+
+class LayerBench:
+    """Inputs and variants of one shape on one group size.
+
+    Args:
+        shape: sizes of the layer.
+        ep_size: ranks of the (mirror) world; torch.distributed's default group must have that size, if over 1.
+        tokens: tokens of this rank.
+        skew: exponent of Zipf-distributed expert popularity; 0 for balanced routing.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        ep_size: int,
+        tokens: int,
+        device: torch.device,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        skew: float = 0.0,
+    ) -> None:
+        self.shape, self.ep_size, self.tokens, self.device = shape, ep_size, tokens, device
+        generator = torch.Generator(device=device).manual_seed(0)
+        local = shape.experts // ep_size
+
+        def random(*size: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*size, device=device, generator=generator, dtype=torch.float32) * scale).to(dtype)
+
+        self.gate_up = torch.cat([random(1, 2 * shape.inner, shape.hidden, scale=0.02) for _ in range(local)])
+        self.down = torch.cat([random(1, shape.hidden, shape.inner, scale=0.02) for _ in range(local)])
+        self.hidden, self.grad = random(tokens, shape.hidden), random(tokens, shape.hidden)
+        noise = torch.rand(tokens, shape.experts, device=device, generator=generator).log().neg()
+        order = torch.randperm(shape.experts, device=device, generator=generator)
+        popularity = (order + 1.0) ** -skew
+        self.index = (noise / popularity).argsort(1)[:, : shape.top_k].contiguous()
+        self.weights = torch.rand(tokens, shape.top_k, device=device, generator=generator, dtype=torch.float32)
+        self.weights = (self.weights / self.weights.sum(1, keepdim=True)).to(dtype)
+
+    def ours(
+        self, *, overlap: bool, waves: int = 1, wgrad: str = "layer", recompute: bool = False
+    ) -> ExpertParallelLayer:
+        """The expert-parallel layer around the shared weights."""
+        group = dist.group.WORLD if self.ep_size > 1 else None
+        settings = ExpertParallelLayer(
+            self.shape.experts,
+            PeerExchange(group, 0, self.ep_size),
+            WgradScheduler(wgrad),
+            nn.functional.silu,
+            overlap=overlap,
+            recompute=recompute,
+            wave_choice=WaveChoice(waves),
+        )
+        return ExpertParallelExperts.from_parameters(nn.Parameter(self.gate_up), nn.Parameter(self.down), settings)
+
+    def row_per_expert(self) -> tuple[Layer, nn.Module]:
+        """The serial layer with one row per (token, expert), on the same kernels."""
+        layer, top_k = self.ours(overlap=False), self.shape.top_k
+
+        def call(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            rows = hidden[:, None].expand(-1, top_k, -1).reshape(-1, hidden.shape[1])
+            output = layer(rows, index.reshape(-1, 1), weights.reshape(-1, 1))
+            return output.view(-1, top_k, hidden.shape[1]).sum(1)
+
+        return call, layer
+
+    def variants(self, waves: list[int]) -> dict[str, Callable[[], tuple[Layer, nn.Module]]]:
+        """Builders of every variant by name."""
+
+        def build(**settings: Any) -> Callable[[], tuple[Layer, nn.Module]]:
+            def make() -> tuple[Layer, nn.Module]:
+                layer = self.ours(**settings)
+                return layer, layer
+
+            return make
+
+        if self.ep_size == 1:
+            plain = transformers_experts
+            return {
+                "fluid_hf": build(overlap=True),
+                "transformers": lambda: (lambda m: (m, m))(plain(self.shape, self.gate_up, self.down)),
+            }
+        found = {"row per expert": self.row_per_expert, "serial": build(overlap=False)}
+        for count in waves:
+            found[f"overlap {count}"] = build(overlap=True, waves=count)
+        found[f"overlap {waves[-1]} wgrad off"] = build(overlap=True, waves=waves[-1], wgrad="off")
+        found["AutoEP"] = lambda: autoep_layer(self.shape, self.gate_up, self.down)
+        found["AllToAllEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down)
+        return found
+
+    def time(self, layer: Layer, module: nn.Module, repeats: int) -> Timing:
+        """Median times of a variant."""
+
+        def forward() -> None:
+            with torch.no_grad():
+                layer(self.hidden, self.index, self.weights)
+
+        def both() -> None:
+            self.gradients(layer, module)
+
+        (f, fs), (b, bs) = measure(forward, repeats, self.device), measure(both, repeats, self.device)
+        return Timing(f, fs, b, bs)
+
+    def gradients(self, layer: Layer, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Output and gradients of one forward and backward pass; module gradients are cleared."""
+        hidden, weights = self.hidden.detach().requires_grad_(), self.weights.detach().requires_grad_()
+        output = layer(hidden, self.index, weights)
+        output.backward(self.grad)
+        assert hidden.grad is not None and weights.grad is not None
+        found = {"output": output.detach(), "hidden": hidden.grad, "weights": weights.grad}
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                found[name] = parameter.grad
+            parameter.grad = None
+        return found
+
+    def limits(self, repeats: int) -> dict[str, float]:
+        """Milliseconds of the GEMMs alone and of the deduplicated bytes alone, and the limits they make."""
+        pairs = self.tokens * self.shape.top_k
+        local = self.shape.experts // self.ep_size
+        per = pairs // local
+        offsets = torch.arange(1, local + 1, device=self.device, dtype=torch.int32) * per
+        x = torch.randn(per * local, self.shape.hidden, device=self.device).to(self.hidden.dtype)
+        h = torch.randn(per * local, self.shape.inner, device=self.device).to(self.hidden.dtype)
+        g = torch.randn(per * local, 2 * self.shape.inner, device=self.device).to(self.hidden.dtype)
+        mm: Any = torch.nn.functional.grouped_mm
+
+        def forward() -> None:
+            mm(x, self.gate_up.transpose(1, 2), offs=offsets)
+            mm(h, self.down.transpose(1, 2), offs=offsets)
+
+        def both() -> None:
+            forward()
+            mm(x, self.down, offs=offsets)
+            mm(g, self.gate_up, offs=offsets)
+            mm(g.t(), x, offs=offsets)
+            mm(x.t(), h, offs=offsets)
+
+        gemm, gemm_both = (measure(run, repeats, self.device)[0] for run in (forward, both))
+        link = self._link(repeats) if self.ep_size > 1 else 0.0
+        return {
+            "gemm": gemm,
+            "gemm_both": gemm_both,
+            "link": link,
+            "link_both": 2 * link,
+            "limit": max(gemm, link),
+            "limit_both": max(gemm_both, 2 * link),
+        }
+
+    def _link(self, repeats: int) -> float:
+        rows = int(self.shape.expected_rows(self.tokens, self.ep_size))
+        per = rows // (self.ep_size - 1)
+        exchange = PeerExchange(dist.group.WORLD, 0, self.ep_size)
+        sent = torch.randn(self.ep_size, per, self.shape.hidden, device=self.device).to(self.hidden.dtype)
+        received = torch.empty_like(sent)
+
+        def there_and_back() -> None:
+            for source, target in ((sent, received), (received, sent)):
+                peers = range(1, self.ep_size)
+                exchange.post([(p, source[p]) for p in peers], [(p, target[p]) for p in peers]).wait()
+
+        return measure(there_and_back, repeats, self.device)[0]
+
+
+def measure(run: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 4) -> tuple[float, float]:
+    """Median milliseconds and spread of a function; (0, 0) on the CPU, where it runs once."""
+    if device.type == "cpu":
+        run()
+        return 0.0, 0.0
+    for _ in range(warm_up):
+        run()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0], times[0]]
+    return statistics.median(times), deciles[-1] - deciles[0]

@@ -1,0 +1,20 @@
+"""Whether the Triton kernels serve a tensor; the plain PyTorch code beside them serves the rest."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+__all__ = ["use_kernels"]
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def use_kernels(tensor: torch.Tensor) -> bool:
+    """True on CUDA with Triton, except for float64, which the kernels would round."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()

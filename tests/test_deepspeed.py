@@ -1,0 +1,174 @@
+"""deepspeed.initialize and accelerate with an optimizer of the user's own, and models built under zero.Init."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import ROOT, RankPool, launch, rank_pool
+from families import batch, tiny_model
+
+import fluid_hf
+from fluid_hf import FluidConfig
+
+pool2 = rank_pool(2)
+
+Curve = list[tuple[float, float]]
+
+
+def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay, as the Trainer makes them."""
+    decayed = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def settings(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def train(engine: Any, rank: int) -> Curve:
+    curve = []
+    for step in range(4):
+        ids = batch(rank, 1, step=step)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        curve.append((float(total) / 2, float(engine.get_global_grad_norm() or 0.0)))
+    return curve
+
+
+def run_own_optimizer(rank: int, world: int, stage: int, patched: bool, way: str) -> Curve:
+    import deepspeed
+
+    if way == "zero.Init":
+        with deepspeed.zero.Init(config_dict_or_path=settings(stage)):
+            model = tiny_model("qwen2_moe")
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            for parameter, source in zip(model.parameters(), tiny_model("qwen2_moe").parameters(), strict=True):
+                if rank == 0:
+                    parameter.data.copy_(source.data)
+    else:
+        model = tiny_model("qwen2_moe")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    parameters = groups(model)
+    if way == "callable":
+        options: dict[str, Any] = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-2), "model_parameters": parameters}
+    else:
+        options = {"optimizer": torch.optim.AdamW(parameters, lr=1e-2)}
+    engine, optimizer, *_ = deepspeed.initialize(model=model, config=settings(stage), **options)
+    curve = train(engine, rank)
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {0.1, 0.0}, decays
+    engine.destroy()
+    return curve
+
+
+@pytest.fixture(scope="module")
+def expected(pool2: RankPool) -> Curve:
+    curve: Curve = pool2.run(run_own_optimizer, 1, False, "built")[0]
+    return curve
+
+
+def assert_near(found: Curve, expected: Curve) -> None:
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_own_optimizer(pool2: RankPool, expected: Curve, stage: int) -> None:
+    for curve in pool2.run(run_own_optimizer, stage, True, "built"):
+        assert_near(curve, expected)
+
+
+def test_optimizer_made_by_a_callable(pool2: RankPool, expected: Curve) -> None:
+    for curve in pool2.run(run_own_optimizer, 1, True, "callable"):
+        assert_near(curve, expected)
+
+
+def test_model_built_under_zero_init(pool2: RankPool, expected: Curve) -> None:
+    for curve in pool2.run(run_own_optimizer, 3, True, "zero.Init"):
+        assert_near(curve, expected)
+
+
+def run_accelerate(rank: int, world: int, patched: bool) -> list[float]:
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin(hf_ds_config={**settings(2), "gradient_accumulation_steps": 1})
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    assert accelerator.distributed_type == "DEEPSPEED"
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
+    data = torch.utils.data.DataLoader([{"input_ids": ids, "labels": ids} for ids in batch(0, 8)], batch_size=1)
+    model, optimizer, data = accelerator.prepare(model, optimizer, data)
+    losses = []
+    for item in data:
+        loss = model(**item).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    state = accelerator.get_state_dict(model)
+    names = set(tiny_model("mixtral").state_dict())
+    expected = names if rank == 0 or not patched else set()
+    assert set(state) == expected, set(state) ^ expected
+    return losses
+
+
+def test_accelerate_without_trainer(pool2: RankPool) -> None:
+    plain = pool2.run(run_accelerate, False)
+    pool2.restart()  # accelerate keeps process-wide state
+    patched = pool2.run(run_accelerate, True)
+    for ours, theirs in zip(patched, plain, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) >= 4
+
+
+def run_ddp(rank: int, world: int) -> None:
+    model = fluid_hf.patch_model(tiny_model("mixtral"), FluidConfig(ep_size=world))
+    try:
+        torch.nn.parallel.DistributedDataParallel(model)
+    finally:
+        fluid_hf.unpatch_model(model)
+        torch.nn.parallel.DistributedDataParallel(model)  # the unpatched model is free to
+
+
+def test_distributed_data_parallel_is_refused(pool2: RankPool) -> None:
+    assert "use DeepSpeed" in pool2.expect("ConfigError", run_ddp)[0]
+
+
+def test_plain_loop_example(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "plain_loop.py"
+    arguments = ("--steps", "11", "--output", str(tmp_path / "out"))
+    done = launch(script, *arguments, launcher="torchrun", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [float(line.split()[3].rstrip(",")) for line in done.stdout.splitlines() if line.startswith("step")]
+    assert losses[-1] < losses[0] / 2
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_layer_benchmark_checks_every_variant(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fluid_hf.cli", "bench", "layer", "--shapes", "tiny", "--ep", "1", "2", "4"]
+    command += ["--tokens", "48", "--waves", "1", "3", "--json", str(tmp_path / "bench.json")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [cell["ep_size"] for cell in report["cells"]] == [1, 2, 4]
+    for cell in report["cells"]:
+        assert {"AutoEP", "AllToAllEP"} <= set(cell["errors"]) or cell["ep_size"] == 1
+        for variant, error in cell["errors"].items():
+            assert isinstance(error, float) and error <= 1e-5, (variant, error)
