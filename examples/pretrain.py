@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         " a Hugging Face model or folder to train further")  # fmt: skip
     add("--deepspeed", default=str(HERE / "ds_config_zero1.json"), help="DeepSpeed configuration; its block `fluid` is"
         " fluid_hf's")  # fmt: skip
-    add("--steps", type=int, default=320, help="optimizer steps")
+    add("--steps", type=int, default=240, help="optimizer steps")
     add("--seq-len", type=int, default=256, help="tokens in a sequence")
     add("--batch-size", type=int, default=4, help="sequences per rank and step")
     add("--lr", type=float, help="peak learning rate; 3e-3 for a tiny model, 1e-5 for a pretrained one if not given")

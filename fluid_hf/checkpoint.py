@@ -81,6 +81,11 @@ def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     state: FluidState = model.fluid  # type: ignore[assignment]
     state.control.gather(None, "saving a patched model (state_dict)")
+    with state.gathering():
+        return _gather_all(model, state)
+
+
+def _gather_all(model: nn.Module, state: FluidState) -> dict[str, torch.Tensor]:
     rank = dist.get_rank() if dist.is_initialized() else 0
     full: dict[str, torch.Tensor] = {}
     inside = tuple(f"{name}." for name in state.layers) if state.groups.ep_size > 1 else ()

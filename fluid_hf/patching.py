@@ -86,7 +86,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     for name, original in state.originals.items():
         layer = state.layers[name]
         if state.groups.ep_size > 1:
-            gate_up, down = gather_experts(layer, state, to_all=True)
+            with state.gathering():
+                gate_up, down = gather_experts(layer, state, to_all=True)
             assert gate_up is not None and down is not None
             original.gate_up_proj.data, original.down_proj.data = gate_up, down
         parent, _, attribute = name.rpartition(".")

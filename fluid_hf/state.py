@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class FluidState:
         scheduler: weight gradient scheduler of all its layers.
         layers: expert-parallel layers by module name.
         originals: what `unpatch_model` puts back, by module name.
+        engine_bound: whether an engine drives the model.
+        gathering: context in which the engine lets its partitioned parameters be gathered.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class FluidState:
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}
         self.engine_bound = False
+        self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._last_stats = WgradStats()
 
     def finish_batch(self) -> WgradStats:

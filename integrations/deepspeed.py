@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class DeepSpeedBackend(TorchBackend):
 
     def create_groups(self, ep_size: int) -> ParallelGroups:
         if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+            _init_communication()
         world_size = dist.get_world_size()
         if ep_size == 1:
             return ParallelGroups(1, 0, None, None, world_size)
@@ -157,6 +157,23 @@ class DeepSpeedBackend(TorchBackend):
 
 # Models for which deepspeed.initialize is wrapped; the wrap goes when the last of them is unpatched.
 _PATCHED = WeakModels()
+
+
+def _init_communication() -> None:
+    """Let DeepSpeed adopt torch.distributed's default group.
+
+    On a CPU it would also compile an all-reduce of its own, which takes a minute and a C++ compiler and is not needed.
+    """
+    operators = deepspeed.ops.__compatible_ops__
+    known = operators.get("deepspeed_shm_comm")
+    operators["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+    finally:
+        if known is None:
+            del operators["deepspeed_shm_comm"]
+        else:
+            operators["deepspeed_shm_comm"] = known
 
 
 def split_expert_groups(param_groups: list[dict[str, Any]]) -> None:
@@ -221,6 +238,7 @@ def _prepare_optimizer(optimizer: Any, model: nn.Module, state: FluidState) -> A
 def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     """Make the engine save whole models and refuse checkpoints of another layout."""
     state.engine_bound = True
+    state.gathering = functools.partial(_quiet_optimizer, engine)
     layout = {"ep_size": state.groups.ep_size, "world_size": state.groups.world_size}
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
@@ -248,6 +266,19 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     if state.groups.ep_size > 1:
         engine._zero3_consolidated_16bit_state_dict = consolidated
         engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
+
+
+@contextlib.contextmanager
+def _quiet_optimizer(engine: Any) -> Iterator[None]:
+    """ZeRO-3 must finish what it fetched ahead before parameters are gathered, as for DeepSpeed's own saving."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "checkpoint_event_prologue"):
+        optimizer.checkpoint_event_prologue()
+    try:
+        yield
+    finally:
+        if hasattr(optimizer, "checkpoint_event_epilogue"):
+            optimizer.checkpoint_event_epilogue()
 
 
 @torch.no_grad()

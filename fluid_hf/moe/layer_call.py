@@ -98,6 +98,7 @@ class LayerCall:
         self._rows: torch.Tensor | None = None
         self._own: torch.Tensor | None = None
         self._own_weights: torch.Tensor | None = None
+        self._own_plan: PairPlan | None = None
         self.returns_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -128,6 +129,9 @@ class LayerCall:
         received_counts = torch.empty_like(sent_counts)
         ones = [1] * exchange.size
         exchange.all_to_all(received_counts, sent_counts, ones, ones).wait()
+        if not serial:  # sorted while the counts travel; there are at most that many pairs
+            first = exchange.rank * context.num_local_experts
+            self._own_plan = make_pair_plan(index_TK, context.num_local_experts, index_TK.numel(), first)
         # The one host synchronisation of the layer: buffer sizes must be known before receives can be posted.
         flat = torch.cat([sent_counts[:, 0], received_counts.reshape(-1)]).tolist()
         rows, received = tuple(flat[: exchange.size]), flat[exchange.size :]
@@ -310,9 +314,10 @@ class LayerCall:
         return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)
 
     def _own_piece(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> Piece:
-        local = self.context.num_local_experts
-        first = self.context.exchange.rank * local
-        return Piece(hidden_TH, weights_TK.contiguous(), make_pair_plan(index_TK, local, self.num_own_pairs, first))
+        plan, self._own_plan = self._own_plan, None
+        if plan is None:
+            plan = make_pair_plan(index_TK, self.context.num_local_experts, self.num_own_pairs)
+        return Piece(hidden_TH, weights_TK.contiguous(), plan.first_pairs(self.num_own_pairs))
 
     def _wave_piece(self, rows: torch.Tensor, num_pairs: int) -> Piece:
         plan = make_pair_plan(self.format.ids_of(rows), self.context.num_local_experts, num_pairs)

@@ -28,7 +28,7 @@ class PairPlan:
     Attributes:
         pair_row_S: row of each pair, expert-sorted, ties by row then slot.
         pair_slot_S: `row * K + slot` of each pair.
-        row_pair_RK: pair of each (row, slot); S where there is none.
+        row_pair_RK: pair of each (row, slot); S or more where there is none.
         offsets_E: end of each expert's pairs, int32 (the `offs` of a grouped GEMM).
     """
 
@@ -36,6 +36,10 @@ class PairPlan:
     pair_slot_S: torch.Tensor
     row_pair_RK: torch.Tensor
     offsets_E: torch.Tensor
+
+    def first_pairs(self, num_pairs: int) -> PairPlan:
+        """The plan without the places that were kept for more pairs than there are."""
+        return PairPlan(self.pair_row_S[:num_pairs], self.pair_slot_S[:num_pairs], self.row_pair_RK, self.offsets_E)
 
     @property
     def num_pairs(self) -> int:
@@ -54,7 +58,8 @@ def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int, first
     Args:
         ids_RK: expert ids, any integer type; those outside [first_expert, first_expert + E) have no pair.
         num_experts: E.
-        num_pairs: number of ids inside, known on the host, so that nothing waits for the device.
+        num_pairs: number of ids inside, known on the host, so that nothing waits for the device; or more, with what
+            lies beyond undefined (see `PairPlan.first_pairs`).
     """
     if use_kernels(ids_RK):
         from fluid_hf.moe import sort_kernels
