@@ -39,7 +39,7 @@ from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups
 from fluid_hf.state import FluidState
 
-__all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "split_expert_groups"]
+__all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "init_communication", "split_expert_groups"]
 
 LAYOUT_FILE = "fluid.json"
 
@@ -105,7 +105,7 @@ class DeepSpeedBackend(TorchBackend):
 
     def create_groups(self, ep_size: int) -> ParallelGroups:
         if not deepspeed.comm.is_initialized():
-            _init_communication()
+            init_communication()
         world_size = dist.get_world_size()
         if ep_size == 1:
             return ParallelGroups(1, 0, None, None, world_size)
@@ -159,7 +159,7 @@ class DeepSpeedBackend(TorchBackend):
 _PATCHED = WeakModels()
 
 
-def _init_communication() -> None:
+def init_communication() -> None:
     """Let DeepSpeed adopt torch.distributed's default group.
 
     On a CPU it would also compile an all-reduce of its own, which takes a minute and a C++ compiler and is not needed.

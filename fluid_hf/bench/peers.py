@@ -83,8 +83,10 @@ def autoep_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
+    from fluid_hf.integrations.deepspeed import init_communication
+
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist_backend="mirror", auto_mpi_discovery=False)
+        init_communication()
     size = dist.get_world_size()
     names = {"moe_module_name": "m", "model_family": "qwen3_moe", "router_name": "gate", "experts_name": "experts"}
     weights = {"expert_storage": "fused_3d", "expert_w1_name": "gate_up_proj", "expert_w2_name": "down_proj"}

@@ -2,6 +2,7 @@
 
 Legend: T tokens, R rows, K experts per token, S pairs, H hidden, I intermediate, P ranks. Memory-bound: each launch
 reads its input once and writes its output once; sums run in float32 in a fixed order, without atomics.
+Sizes and strides that a model fixes are compile-time constants, so that rows move in 16-byte accesses.
 """
 
 from __future__ import annotations
@@ -174,12 +175,12 @@ def reduce_rows(
 @triton.jit
 def _expand(
     rows,
-    row_stride,
+    row_stride: tl.constexpr,
     pair_row,
     out,
     place,
     pairs,
-    hidden,
+    hidden: tl.constexpr,
     PLACED: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -197,12 +198,23 @@ def _expand(
 
 
 @triton.jit
-def _pair_weight(weights, stride, top_k, slot):
+def _pair_weight(weights, stride: tl.constexpr, top_k: tl.constexpr, slot):
     return tl.load(weights + (slot // top_k).to(tl.int64) * stride + slot % top_k).to(tl.float32)
 
 
 @triton.jit
-def _glu_forward(gate, up, stride, weights, weights_stride, top_k, pair_slot, out, inner, BLOCK: tl.constexpr):
+def _glu_forward(
+    gate,
+    up,
+    stride: tl.constexpr,
+    weights,
+    weights_stride: tl.constexpr,
+    top_k: tl.constexpr,
+    pair_slot,
+    out,
+    inner: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     pair = tl.program_id(0).to(tl.int64)
     weight = _pair_weight(weights, weights_stride, top_k, tl.load(pair_slot + pair))
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -217,22 +229,22 @@ def _glu_backward(
     grad,
     gate,
     up,
-    stride,
+    stride: tl.constexpr,
     weights,
-    weights_stride,
-    top_k,
+    weights_stride: tl.constexpr,
+    top_k: tl.constexpr,
     pair_slot,
     grad_weights,
-    grad_weights_stride,
+    grad_weights_stride: tl.constexpr,
     grad_gate,
     grad_up,
-    grad_stride,
+    grad_stride: tl.constexpr,
     hidden,
     joint_gate,
     joint_up,
-    joint_stride,
+    joint_stride: tl.constexpr,
     joint_place,
-    inner,
+    inner: tl.constexpr,
     JOINT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -266,7 +278,16 @@ def _glu_backward(
 
 @triton.jit
 def _reduce_pairs(
-    pairs, more, row_pair, num_pairs, out, out_stride, hidden, top_k, TWO: tl.constexpr, BLOCK: tl.constexpr
+    pairs,
+    more,
+    row_pair,
+    num_pairs,
+    out,
+    out_stride: tl.constexpr,
+    hidden: tl.constexpr,
+    top_k: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -283,7 +304,16 @@ def _reduce_pairs(
 
 @triton.jit
 def _reduce_rows(
-    own, rows, row_stride, num_rows, token_row, ranks, out, hidden, OWN: tl.constexpr, BLOCK: tl.constexpr
+    own,
+    rows,
+    row_stride: tl.constexpr,
+    num_rows,
+    token_row,
+    ranks: tl.constexpr,
+    out,
+    hidden: tl.constexpr,
+    OWN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -87,7 +87,7 @@ def gather_weight_grads(
 @triton.jit
 def _pack(
     hidden_in,
-    hidden_in_stride,
+    hidden_in_stride: tl.constexpr,
     weights_in,
     index,
     row_token,
@@ -95,12 +95,12 @@ def _pack(
     hidden_out,
     ids_out,
     weights_out,
-    hidden_stride,
-    ids_stride,
-    weights_stride,
-    hidden,
-    num_local,
-    top_k,
+    hidden_stride: tl.constexpr,
+    ids_stride: tl.constexpr,
+    weights_stride: tl.constexpr,
+    hidden: tl.constexpr,
+    num_local: tl.constexpr,
+    top_k: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -123,7 +123,18 @@ def _pack(
 
 @triton.jit
 def _gather_weight_grads(
-    own, rows, row_stride, token_row, ranks, index, num_local, own_rank, out, slots, top_k, BLOCK: tl.constexpr
+    own,
+    rows,
+    row_stride: tl.constexpr,
+    token_row,
+    ranks: tl.constexpr,
+    index,
+    num_local: tl.constexpr,
+    own_rank,
+    out,
+    slots,
+    top_k: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots
