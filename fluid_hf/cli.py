@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.report import markdown_table
 from fluid_hf.bench.shapes import SHAPES
 from fluid_hf.overlap.planner import choose_waves
 
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fluid-hf", description="Expert-parallel Hugging Face models: benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", help="time one MoE layer beside DeepSpeed AutoEP and transformers")
-    bench.add_argument("what", choices=["layer"], help="layer: the routed experts of one layer")
+    bench.add_argument("what", choices=["layer", "table"], help="layer: time one layer; table: print --json as a table")
     bench.add_argument("--shapes", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(SHAPES), help="models by name")
     bench.add_argument("--ep", nargs="+", type=int, default=[2], help="expert parallel sizes; 1 for no communication")
     bench.add_argument("--tokens", type=int, default=8192, help="tokens per rank (default: 8192)")
@@ -32,8 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
     bench.add_argument("--skew", type=float, default=0.0, help="Zipf exponent of expert popularity (default: 0)")
     bench.add_argument("--repeats", type=int, default=20, help="timed runs of each variant (default: 20)")
     bench.add_argument("--variants", nargs="+", help="only variants whose name contains one of these")
-    bench.add_argument("--json", help="file for the results")
+    bench.add_argument("--json", help="file for the results, or with the results to print")
     options = parser.parse_args(arguments)
+    if options.what == "table":
+        if not options.json:
+            parser.error("table needs --json FILE")
+        print(markdown_table(json.loads(Path(options.json).read_text(encoding="utf-8"))))
+        return
     cells = [cell for ep_size in options.ep for cell in _bench(options, ep_size)]
     if options.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

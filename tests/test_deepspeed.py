@@ -175,3 +175,5 @@ def test_layer_benchmark_checks_every_variant(tmp_path: Path) -> None:
         assert {"AutoEP", "AllToAllEP"} <= set(cell["errors"]) or cell["ep_size"] == 1
         for variant, error in cell["errors"].items():
             assert isinstance(error, float) and error <= 1e-5, (variant, error)
+    table = subprocess.run([*command[:4], "table", *command[-2:]], check=True, capture_output=True, text=True)
+    assert [line.split(" |")[0] for line in table.stdout.splitlines()[2:]] == ["| tiny EP1", "| tiny EP2", "| tiny EP4"]

@@ -1,0 +1,45 @@
+"""Tables from the JSON that `fluid-hf bench` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["markdown_table"]
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """One line per shape and group size: milliseconds of forward / forward and backward of the main variants."""
+    heads = ["layer", "limit", "row per expert", "serial", "fluid_hf (waves)", "AutoEP", "transformers"]
+    heads += ["over AutoEP", "over limit"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for cell in report["cells"]:
+        variants, limits = cell["variants"], cell["limits"]
+        alone = cell["ep_size"] == 1
+        name = "fluid_hf" if alone else f"overlap {cell['planned_waves']}"
+        ours, autoep = variants.get(name), variants.get("AutoEP")
+        theirs = variants.get("transformers" if alone else "AllToAllEP")
+        faster = _ratio(autoep or theirs, ours) + (" (transformers)" if alone else "")
+        share = {"forward": limits["limit"], "both": limits["limit_both"]}
+        columns = [
+            f"{cell['shape']} EP{cell['ep_size']}",
+            f"{limits['limit']:.1f} / {limits['limit_both']:.1f}",
+            _times(variants.get("row per expert")),
+            _times(variants.get("serial")),
+            _times(ours) + ("" if alone else f" ({cell['planned_waves']})"),
+            _times(autoep),
+            _times(theirs),
+            faster,
+            _ratio(ours, share),
+        ]
+        lines.append("| " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def _times(variant: dict[str, float] | None) -> str:
+    return "-" if variant is None else f"{variant['forward']:.1f} / {variant['both']:.1f}"
+
+
+def _ratio(over: dict[str, float] | None, under: dict[str, float] | None) -> str:
+    if over is None or under is None or not under["forward"] or not under["both"]:
+        return "-"
+    return f"{over['forward'] / under['forward']:.2f}x / {over['both'] / under['both']:.2f}x"
