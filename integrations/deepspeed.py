@@ -203,7 +203,9 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(state, FluidState):
             return initialize(*args, **kwargs)
         config = bound.arguments.get("config") or bound.arguments.get("config_params")
-        _refuse_autoep(json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config)
+        settings = json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config
+        _refuse_autoep(settings)
+        _refuse_frozen_experts(settings, state)
         if bound.arguments.get("optimizer") is not None:
             bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
         result = initialize(*bound.args, **bound.kwargs)
@@ -324,6 +326,18 @@ def _refuse_autoep(config: Any) -> None:
         raise ConfigError(
             "expert_parallel.enabled (true) in the DeepSpeed JSON must be false for a patched model; remove the "
             '"expert_parallel" block and keep the "fluid" block.'
+        )
+
+
+def _refuse_frozen_experts(config: Any, state: FluidState) -> None:
+    """At stage 3 DeepSpeed would partition frozen experts over all ranks, as if every rank held the same ones."""
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    frozen = [name for name, layer in state.layers.items() if not isinstance(layer, DeepSpeedExperts)]
+    if stage == 3 and state.groups.ep_size > 1 and frozen:
+        raise ConfigError(
+            f"zero_optimization.stage (3) must be below 3 when experts are frozen ({frozen[0]}) and ep_size "
+            f"({state.groups.ep_size}) is over 1; use stage 2, or ep_size 1."
         )
 
 

@@ -106,6 +106,30 @@ def test_model_built_under_zero_init(pool2: RankPool, expected: Curve) -> None:
         assert_near(curve, expected)
 
 
+def run_frozen(rank: int, world: int, stage: int, patched: bool) -> Curve:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = tiny_model("mixtral")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." not in name)
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, config=settings(stage), optimizer=optimizer)
+    curve = train(engine, rank)
+    engine.destroy()
+    return curve
+
+
+def test_frozen_experts(pool2: RankPool) -> None:
+    expected = pool2.run(run_frozen, 1, False)[0]
+    for stage in (1, 2):
+        for curve in pool2.run(run_frozen, stage, True):
+            assert_near(curve, expected)
+    assert "use stage 2, or ep_size 1" in pool2.expect("ConfigError", run_frozen, 3, True)[0]
+
+
 def run_accelerate(rank: int, world: int, patched: bool) -> list[float]:
     import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
