@@ -37,8 +37,9 @@ class ControlGroup:
             dist.all_gather_object(values, value, group=self._group)
         except (RuntimeError, ValueError) as error:
             raise CollectiveError(
-                f"{what} must be called on all {len(values)} ranks; waited at most {self._timeout.total_seconds():.0f} s "
-                f"for the others. Call it on every rank, not inside `if rank == 0`. ({error})"
+                f"{what} must be called on all {len(values)} ranks; waited at most "
+                f"{self._timeout.total_seconds():.0f} s for the others. "
+                f"Call it on every rank, not inside `if rank == 0`. ({error})"
             ) from error
         return values
 
