@@ -17,6 +17,7 @@ from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
 from fluid_hf.models.registry import ExpertsSite, find_experts
+from fluid_hf.models.shared_experts import bind_shared_expert, unbind_shared_expert
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import resolve_ep_size
 from fluid_hf.state import FluidState
@@ -91,6 +92,8 @@ def unpatch_model(model: ModelT) -> ModelT:
             assert gate_up is not None and down is not None
             original.gate_up_proj.data, original.down_proj.data = gate_up, down
         parent, _, attribute = name.rpartition(".")
+        if parent in state.overlapped_blocks:
+            unbind_shared_expert(model.get_submodule(parent))
         setattr(model.get_submodule(parent), attribute, original)
     state.control.close()
     del model.fluid
@@ -200,5 +203,7 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.new_empty(0)
     setattr(site.parent, site.attribute, layer)
+    if state.groups.ep_size > 1 and site.attribute == "experts" and bind_shared_expert(site.parent):
+        state.overlapped_blocks.append(site.name.rpartition(".")[0])
     state.layers[site.name] = layer
     state.originals[site.name] = source

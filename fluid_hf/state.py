@@ -30,6 +30,7 @@ class FluidState:
         scheduler: weight gradient scheduler of all its layers.
         layers: expert-parallel layers by module name.
         originals: what `unpatch_model` puts back, by module name.
+        overlapped_blocks: names of the blocks whose shared expert runs in the communication window.
         engine_bound: whether an engine drives the model.
         gathering: context in which the engine lets its partitioned parameters be gathered.
     """
@@ -51,6 +52,7 @@ class FluidState:
         self.exchange = PeerExchange(groups.ep_group, groups.ep_rank, groups.ep_size)
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}
+        self.overlapped_blocks: list[str] = []
         self.engine_bound = False
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._last_stats = WgradStats()

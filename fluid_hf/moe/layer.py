@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -90,15 +92,21 @@ class ExpertParallelLayer(nn.Module):
         return (first[0] if len(first) == 1 else torch.cat(first, dim=1)), parameters["down"].detach()
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Weighted sum of each token's experts; a collective over the expert-parallel group."""
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        between: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sum of each token's experts; a collective over the expert-parallel group.
+
+        With `between`, also its result: a shared expert, computed while the rows travel.
+        """
         self.context.waves = self.wave_choice.get(
             self, hidden_states.shape[0], top_k_index.shape[1], hidden_states.device
         )
-        output = expert_parallel(hidden_states, top_k_index, top_k_weights, self.expert_parameters, self.context)
-        assert isinstance(output, torch.Tensor)
-        return output
+        parameters = self.expert_parameters
+        return expert_parallel(hidden_states, top_k_index, top_k_weights, parameters, self.context, between)
 
     def extra_repr(self) -> str:
         """Shown by `repr(model)`."""

@@ -1,0 +1,99 @@
+"""Shared experts inside the communication window: the forward of a block that calls one, with the calls reordered.
+
+A shared expert needs no exchange, so it can run while the routed rows travel: between the experts and the sum of their
+results (`fluid_hf.moe.expert_parallel`). HF's blocks call it before or after `self.experts`; the functions of
+`fluid_hf.models.block_forms` make the same calls with the shared expert handed to `self.experts` as `between`.
+
+A block qualifies by the text of its forward, not by its family: it must read exactly like the text beside the
+function, names of local variables and annotations aside. A block that reads otherwise, in another version of
+transformers or patched by somebody else, keeps its own forward: the same results, without this overlap.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["bind_shared_expert", "canonical_text", "find_form", "register_form", "unbind_shared_expert"]
+
+Forward = Callable[..., Any]
+_FORMS: dict[str, Forward] = {}
+
+
+def register_form(text: str) -> Callable[[Forward], Forward]:
+    """Decorator: the function replaces the forward of blocks whose source is `text`."""
+
+    def register(function: Forward) -> Forward:
+        canonical = canonical_text(text)
+        assert canonical is not None
+        _FORMS[canonical] = function
+        return function
+
+    return register
+
+
+def canonical_text(source: str) -> str | None:
+    """A function's source with local names numbered, without docstring and annotations; `None` if it is decorated."""
+    function = ast.parse(textwrap.dedent(source)).body[0]
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        return None
+    first = function.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        del function.body[0]
+    function.returns = None
+    arguments = [*function.args.args, *function.args.kwonlyargs]
+    stored = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    local = [argument.arg for argument in arguments if argument.arg != "self"]
+    names = {name: f"v{index}" for index, name in enumerate(dict.fromkeys([*local, *stored]))}
+    for argument in arguments:
+        argument.arg, argument.annotation = names.get(argument.arg, argument.arg), None
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name):
+            node.id = names.get(node.id, node.id)
+    return ast.unparse(function)
+
+
+def find_form(block: type[nn.Module]) -> Forward | None:
+    """The forward that runs the shared expert of such a block in the window; `None` if none is known."""
+    return _find_form(block)
+
+
+@functools.cache
+def _find_form(block: Any) -> Forward | None:
+    from fluid_hf.models import block_forms  # noqa: F401 - registers the forms
+
+    try:
+        text = canonical_text(inspect.getsource(block.forward))
+    except (OSError, TypeError, SyntaxError):  # no source, or not a function in a file of its own
+        return None
+    return None if text is None else _FORMS.get(text)
+
+
+def bind_shared_expert(block: nn.Module) -> bool:
+    """Let a block run its shared expert in the window; whether it does."""
+    form = find_form(type(block))
+    if form is None or "forward" in vars(block):
+        return False
+    block.forward = types.MethodType(form, block)  # type: ignore[method-assign]
+    return True
+
+
+def unbind_shared_expert(block: nn.Module) -> None:
+    """Give the block its class's own forward back."""
+    vars(block).pop("forward", None)
+
+
+def run_between(
+    block: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, shared: Callable[[], Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block's routed experts, with `shared` run in their window: both results."""
+    routed, other = block.experts(hidden_TH, index_TK, weights_TK, shared)
+    return routed, other
