@@ -17,7 +17,7 @@ MAX_FUNCTION, MAX_FILE = 60, 400
 
 # From top to bottom; a unit may import its own layer and the layers below. "" is fluid_hf/__init__.py.
 LAYERS: list[set[str]] = [
-    {"integrations", "bench", "cli"},
+    {"integrations", "bench", "cli", "commands"},
     {""},
     {"patching", "checkpoint", "state", "backends", "control"},
     {"models"},

@@ -1,0 +1,1 @@
+"""Subcommands of `fluid-hf`, one module each: `add_parser(subparsers)`, and `run(options)` with the exit status."""
