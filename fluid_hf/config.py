@@ -22,7 +22,8 @@ class FluidConfig:
     Args:
         ep_size: ranks that share one set of experts (expert parallel size). `None` takes the largest divisor of the
             world size that divides the number of experts.
-        sp_size: ranks that share one sequence (sequence parallel size). Only 1 is available.
+        sp_size: ranks that share one sequence (sequence parallel size). `None` takes that of the Trainer's
+            `ParallelismConfig`, or 1.
         overlap: exchange rows peer by peer and compute what has arrived while the rest is on the wire. `False` is the
             serial reference: one all-to-all each way.
         wgrad: `"layer"` computes expert weight gradients while the input gradients travel back; `"off"` computes them
@@ -35,23 +36,17 @@ class FluidConfig:
     """
 
     ep_size: int | None = None
-    sp_size: int = 1
+    sp_size: int | None = None
     overlap: bool = True
     wgrad: str = "layer"
     waves: int | None = None
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("ep_size", "waves"):
+        for name in ("ep_size", "sp_size", "waves"):
             value = getattr(self, name)
             if value is not None and not _is_positive_int(value):
                 raise ConfigError(f"{name} ({value!r}) must be a positive integer, or null to choose by itself.")
-        if not _is_positive_int(self.sp_size):
-            raise ConfigError(f"sp_size ({self.sp_size!r}) must be a positive integer.")
-        if self.sp_size != 1:
-            raise ConfigError(
-                f"sp_size ({self.sp_size}) must be 1: sequence parallelism is not available; set sp_size 1."
-            )
         for name in ("overlap", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} ({getattr(self, name)!r}) must be true or false.")

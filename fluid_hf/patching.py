@@ -16,10 +16,12 @@ from fluid_hf.checkpoint import bind_saving, gather_experts, unbind_saving
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
-from fluid_hf.models.registry import ExpertsSite, find_experts
+from fluid_hf.models.attention import find_attention
+from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
+from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.shared_experts import bind_shared_expert, unbind_shared_expert
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
-from fluid_hf.process_groups import resolve_ep_size
+from fluid_hf.process_groups import resolve_ep_size, resolve_sp_size, with_sequence_groups
 from fluid_hf.state import FluidState
 
 __all__ = ["get_state", "patch_model", "unpatch_model"]
@@ -28,10 +30,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
-    """Make the experts of a Hugging Face MoE model expert parallel, in place. Collective over all ranks.
+    """Make a Hugging Face MoE model expert parallel, and sequence parallel if asked, in place. Collective.
 
     The model keeps its class, its outputs and its checkpoint format; only `block.experts` of every MoE block is
-    replaced by a module that holds this rank's experts. Patching again with the same settings does nothing.
+    replaced by a module that holds this rank's experts. With `sp_size` over 1 the attention layers, of models without
+    experts too, exchange heads for sequence. Patching again with the same settings does nothing.
 
     Args:
         model: a transformers model whose experts follow `use_experts_implementation` (Mixtral, Qwen2-MoE, Qwen3-MoE
@@ -61,11 +64,16 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     if getattr(model, "fluid", None) is not None:
         control.close()
         return model
-    assert config.ep_size is not None
-    state = FluidState(config, requested, backend.create_groups(config.ep_size), backend, control)
+    assert config.ep_size is not None and config.sp_size is not None
+    groups = with_sequence_groups(backend.create_groups(config.ep_size), config.sp_size)
+    state = FluidState(config, requested, groups, backend, control)
     wave_choice = WaveChoice(config.waves)
     for site in sites:
         _swap(site, state, wave_choice)
+    if config.sp_size > 1:
+        attention = find_attention(model, config.sp_size)
+        state.sequence = SequenceParallel(model, attention, state.sequence_exchange)
+        state.sequence.attach()
     model.fluid = state  # type: ignore[assignment]
     if config.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
@@ -84,6 +92,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     state.finish_batch()
     state.backend.detach(model)
     unbind_saving(model)
+    if state.sequence is not None:
+        state.sequence.detach()
     for name, original in state.originals.items():
         layer = state.layers[name]
         if state.groups.ep_size > 1:
@@ -139,9 +149,12 @@ def _prepare(
                     "Call unpatch_model(model) first, or pass the same settings."
                 )
             return None, requested, state.config, state.backend, []
-        sites = find_experts(model)
-        counts = sorted({site.num_experts for site in sites})
         world = dist.get_world_size() if dist.is_initialized() else 1
+        sp_size = resolve_sp_size(requested.sp_size, world)
+        if sp_size > 1:
+            find_attention(model, sp_size)
+        sites = find_experts(model) if sp_size == 1 or has_experts(model) else []
+        counts = sorted({site.num_experts for site in sites})
         if requested.ep_size is not None and requested.ep_size > 1 and not dist.is_initialized():
             raise ConfigError(
                 f"ep_size ({requested.ep_size}) needs torch.distributed, which is not initialised; launch with "
@@ -149,7 +162,8 @@ def _prepare(
             )
         if len(counts) > 1:
             raise UnsupportedModelError(f"{type(model).__name__} has layers with different num_experts {counts}.")
-        resolved = dataclasses.replace(requested, ep_size=resolve_ep_size(requested.ep_size, world, counts[0]))
+        ep_size = resolve_ep_size(requested.ep_size, world, counts[0] if counts else 1)
+        resolved = dataclasses.replace(requested, ep_size=ep_size, sp_size=sp_size)
         backend = _choose_backend(resolved)
         backend.check(resolved)
         return None, requested, resolved, backend, sites
@@ -168,6 +182,8 @@ def _requested_config(config: FluidConfig | None) -> FluidConfig:
     if block is None:
         return config or FluidConfig()
     from_json = FluidConfig.from_dict(block)
+    if config is not None and from_json.sp_size is None:
+        from_json = dataclasses.replace(from_json, sp_size=config.sp_size)
     if config is not None and config != from_json:
         raise ConfigError(
             f'config ({config}) must equal the "fluid" block of the DeepSpeed JSON ({from_json}); give only one.'

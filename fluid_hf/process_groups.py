@@ -1,19 +1,30 @@
-"""Expert-parallel groups: pure rank arithmetic, and their creation in plain PyTorch.
+"""Expert-parallel and sequence-parallel groups: pure rank arithmetic, and their creation in plain PyTorch.
 
 Ranks that share one set of experts are neighbours: with world size 4 and ep_size 2 the expert-parallel groups are
 (0, 1) and (2, 3), the expert-data-parallel groups (ranks that hold the same experts) are (0, 2) and (1, 3). DeepSpeed's
-`deepspeed.utils.groups` uses the same layout.
+`deepspeed.utils.groups` uses the same layout. Ranks that share one sequence are neighbours too, as in DeepSpeed's
+`parallel_state_sp`; the two kinds of groups do not depend on each other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["ParallelGroups", "create_groups", "expert_data_parallel_ranks", "expert_parallel_ranks", "resolve_ep_size"]
+__all__ = [
+    "ParallelGroups",
+    "create_groups",
+    "expert_data_parallel_ranks",
+    "expert_parallel_ranks",
+    "resolve_ep_size",
+    "resolve_sp_size",
+    "sequence_parallel_ranks",
+    "with_sequence_groups",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,9 @@ class ParallelGroups:
     ep_group: dist.ProcessGroup | None
     expert_data_group: dist.ProcessGroup | None
     world_size: int
+    sp_size: int = 1
+    sp_rank: int = 0
+    sp_group: dist.ProcessGroup | None = None
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
@@ -35,6 +49,26 @@ def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
 def expert_data_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
     """Global ranks of each expert-data-parallel group: the ranks that hold the same experts."""
     return [list(range(index, world_size, ep_size)) for index in range(ep_size)]
+
+
+def sequence_parallel_ranks(world_size: int, sp_size: int) -> list[list[int]]:
+    """Global ranks of each sequence-parallel group: the ranks that share one sequence."""
+    return [list(range(start, start + sp_size)) for start in range(0, world_size, sp_size)]
+
+
+def resolve_sp_size(sp_size: int | None, world_size: int) -> int:
+    """The sequence parallel size to use, checked.
+
+    Raises:
+        ConfigError: `sp_size` does not divide the world size.
+    """
+    sp_size = sp_size or 1
+    if world_size % sp_size:
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ConfigError(
+            f"world size ({world_size}) must be divisible by sp_size ({sp_size}); use sp_size {_choices(fitting)}."
+        )
+    return sp_size
 
 
 def resolve_ep_size(ep_size: int | None, world_size: int, num_experts: int) -> int:
@@ -72,6 +106,14 @@ def create_groups(ep_size: int) -> ParallelGroups:
         ep_group, _ = dist.new_subgroups_by_enumeration(expert_parallel_ranks(world_size, ep_size))
         edp_group, _ = dist.new_subgroups_by_enumeration(expert_data_parallel_ranks(world_size, ep_size))
     return ParallelGroups(ep_size, rank % ep_size, ep_group, edp_group, world_size)
+
+
+def with_sequence_groups(groups: ParallelGroups, sp_size: int) -> ParallelGroups:
+    """The same groups and the sequence-parallel ones. Collective over the default group when `sp_size` > 1."""
+    if sp_size == 1:
+        return groups
+    group, _ = dist.new_subgroups_by_enumeration(sequence_parallel_ranks(groups.world_size, sp_size))
+    return dataclasses.replace(groups, sp_size=sp_size, sp_rank=dist.get_rank() % sp_size, sp_group=group)
 
 
 def _choices(values: list[int]) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
+from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
 from fluid_hf.process_groups import ParallelGroups
@@ -30,6 +32,8 @@ class FluidState:
         scheduler: weight gradient scheduler of all its layers.
         layers: expert-parallel layers by module name.
         originals: what `unpatch_model` puts back, by module name.
+        sequence: the attention layers' sequence parallelism; `None` with `sp_size` 1.
+        sequence_exchange: exchange of the sequence-parallel group.
         overlapped_blocks: names of the blocks whose shared expert runs in the communication window.
         engine_bound: whether an engine drives the model.
         gathering: context in which the engine lets its partitioned parameters be gathered.
@@ -50,6 +54,8 @@ class FluidState:
         self.control = control
         self.scheduler = WgradScheduler(config.wgrad)
         self.exchange = PeerExchange(groups.ep_group, groups.ep_rank, groups.ep_size)
+        self.sequence_exchange = PeerExchange(groups.sp_group, groups.sp_rank, groups.sp_size)
+        self.sequence: SequenceParallel | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}
         self.overlapped_blocks: list[str] = []
@@ -60,8 +66,31 @@ class FluidState:
     def finish_batch(self) -> WgradStats:
         """End a batch: `scheduler.finish_batch()`, and nothing may be left in flight."""
         self.exchange.drain()
+        self.sequence_exchange.drain()
         self._last_stats = self.scheduler.finish_batch()
         return self._last_stats
+
+    def shard_batch(
+        self, batch: Mapping[str, Any], *, pad_token_id: int = 0, pad_to_multiple: bool = True
+    ) -> dict[str, Any]:
+        """This rank's piece of a batch that all ranks of its sequence-parallel group hold whole.
+
+        Collective over the group. See `fluid_hf.attention.sequence.shard_batch`; with `sp_size` 1 the batch keeps its
+        length and only gets `position_ids` and `shift_labels`.
+        """
+        return shard_batch(batch, self.sequence_exchange, pad_token_id=pad_token_id, pad_to_multiple=pad_to_multiple)
+
+    def sequence_loss(
+        self,
+        logits: torch.Tensor,
+        shift_labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Mean cross-entropy over the labelled tokens of whole sequences, from this rank's piece.
+
+        Collective over the sequence-parallel group. See `fluid_hf.attention.sequence.sequence_parallel_loss`.
+        """
+        return sequence_parallel_loss(logits, shift_labels, self.sequence_exchange, num_items_in_batch)
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last call. Collective over all ranks (the busiest expert may be anywhere).

@@ -14,7 +14,7 @@ from transformers.integrations import moe as transformers_moe
 
 from fluid_hf.errors import UnsupportedModelError
 
-__all__ = ["ExpertsSite", "find_experts"]
+__all__ = ["ExpertsSite", "find_experts", "has_experts"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
     _check_model(model)
     sites = []
     for name, module in model.named_modules():
-        if hasattr(module, "_apply_gate") and hasattr(module, "has_gate"):
+        if _is_experts(module):
             parent_name, _, attribute = name.rpartition(".")
             site = ExpertsSite(name, model.get_submodule(parent_name), attribute, module)
             _check_site(site)
@@ -58,6 +58,15 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
             "model such as Mixtral, Qwen2-MoE or Qwen3-MoE."
         )
     return sites
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether any module follows transformers' experts interface."""
+    return any(_is_experts(module) for module in model.modules())
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
 
 
 def _check_model(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Sequence-parallel attention: each rank holds a piece of the sequence, and of the heads while attention runs."""

@@ -1,0 +1,124 @@
+"""Which attention heads go to which rank. Pure functions on integers.
+
+Query heads are split evenly and in order. A rank gets the key/value heads its query heads use: with at least as many
+key/value heads as ranks these are split too, with fewer they are replicated (grouped-query attention).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fluid_hf.errors import ConfigError
+
+__all__ = ["HeadChunk", "HeadLayout", "plan_heads"]
+
+
+@dataclass(frozen=True)
+class HeadChunk:
+    """Heads that travel together: the same positions within every rank's share.
+
+    Attributes:
+        q: first and last-plus-one of a rank's own query heads.
+        kv: first and last-plus-one of a rank's own key/value heads that travel with them.
+        used: those that the query heads use; a chunk may use key/value heads that came with an earlier one.
+    """
+
+    q: tuple[int, int]
+    kv: tuple[int, int]
+    used: tuple[int, int]
+
+    @property
+    def num_q(self) -> int:
+        """Query heads of the chunk on one rank."""
+        return self.q[1] - self.q[0]
+
+    @property
+    def num_kv(self) -> int:
+        """Key/value heads that travel with the chunk to one rank."""
+        return self.kv[1] - self.kv[0]
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Heads of one attention layer over the ranks of a sequence-parallel group.
+
+    Attributes:
+        num_heads, num_kv_heads: heads of the layer.
+        sp_size: ranks.
+        kv_heads: for each rank, the key/value heads it gets, in order.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    sp_size: int
+    kv_heads: tuple[tuple[int, ...], ...]
+
+    @property
+    def local_q(self) -> int:
+        """Query heads per rank."""
+        return self.num_heads // self.sp_size
+
+    @property
+    def local_kv(self) -> int:
+        """Key/value heads per rank, replicas included."""
+        return len(self.kv_heads[0])
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head on a rank."""
+        return self.local_q // self.local_kv
+
+    @property
+    def replicated(self) -> bool:
+        """Whether a key/value head goes to more than one place."""
+        return self.sp_size * self.local_kv != self.num_kv_heads
+
+    def kv_index(self) -> list[int]:
+        """The key/value heads in the order in which they travel: by rank."""
+        return [head for heads in self.kv_heads for head in heads]
+
+    def chunks(self, wanted: int) -> tuple[HeadChunk, ...]:
+        """Cut every rank's heads into at most `wanted` equal chunks.
+
+        With several key/value heads per rank each chunk has its own; with one, it travels with the first chunk.
+        """
+        heads = self.local_kv if self.local_kv > 1 else self.local_q
+        count = max(n for n in range(1, max(1, wanted) + 1) if heads % n == 0)
+        size = self.local_q // count
+        chunks = []
+        for index in range(count):
+            if self.local_kv > 1:
+                kv = (index * self.local_kv // count, (index + 1) * self.local_kv // count)
+                used = kv
+            else:
+                kv, used = ((0, 1) if index == 0 else (1, 1)), (0, 1)
+            chunks.append(HeadChunk((index * size, (index + 1) * size), kv, used))
+        return tuple(chunks)
+
+
+def plan_heads(num_heads: int, num_kv_heads: int, sp_size: int) -> HeadLayout:
+    """The layout for a layer.
+
+    Raises:
+        ConfigError: `num_heads` is not divisible by `sp_size`; names the sizes that fit.
+    """
+    if num_heads % sp_size:
+        fitting = [n for n in range(2, num_heads + 1) if num_heads % n == 0]
+        raise ConfigError(
+            f"num_attention_heads ({num_heads}) must be divisible by sp_size ({sp_size}); "
+            f"use sp_size {' or '.join(map(str, fitting))}."
+        )
+    local_q, group = num_heads // sp_size, num_heads // num_kv_heads
+    per_q = [tuple(head // group for head in range(r * local_q, (r + 1) * local_q)) for r in range(sp_size)]
+    distinct = [tuple(sorted(set(heads))) for heads in per_q]
+    count = len(distinct[0])
+    even = all(
+        len(heads) == count and local_q % count == 0 and per_q[r] == _repeat(heads, local_q // count)
+        for r, heads in enumerate(distinct)
+    )
+    # Where a rank's query heads do not share key/value heads evenly, each query head gets a replica of its own.
+    return HeadLayout(num_heads, num_kv_heads, sp_size, tuple(distinct if even else per_q))
+
+
+def _repeat(heads: tuple[int, ...], times: int) -> tuple[int, ...]:
+    return tuple(head for head in heads for _ in range(times))

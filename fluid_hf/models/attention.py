@@ -1,0 +1,111 @@
+"""Finds the attention layers of a Hugging Face model and checks that they can run sequence parallel.
+
+A layer qualifies by its interface, not by its family: projections q_proj, k_proj, v_proj and o_proj, and transformers'
+attention interface (`ALL_ATTENTION_FUNCTIONS`) for the core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fluid_hf.attention.heads import HeadLayout, plan_heads
+from fluid_hf.errors import ConfigError, UnsupportedModelError
+
+__all__ = ["AttentionSite", "find_attention"]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+KINDS = ("full_attention", "sliding_attention")
+# Rotary embeddings that do not depend on the longest position of the batch, which a rank's piece would not show.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention layer.
+
+    Attributes:
+        name: module name.
+        module: the layer.
+        layout: heads over the ranks.
+        kind: which of the model's masks it uses.
+    """
+
+    name: str
+    module: nn.Module
+    layout: HeadLayout
+    kind: str
+
+
+def find_attention(model: nn.Module, sp_size: int) -> list[AttentionSite]:
+    """All attention layers of a model, checked for `sp_size` ranks.
+
+    Raises:
+        UnsupportedModelError: the model mixes tokens along the sequence in a way that cannot be split; names it.
+        ConfigError: the number of heads is not divisible by `sp_size`.
+    """
+    config: Any = _text_config(model)
+    sites = []
+    for name, module in model.named_modules():
+        if all(isinstance(getattr(module, projection, None), nn.Module) for projection in PROJECTIONS):
+            sites.append(_site(name, module, sp_size))
+    layers = getattr(config, "num_hidden_layers", None)
+    if not sites or len(sites) != layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {len(sites)} attention layers with {', '.join(PROJECTIONS)} in "
+            f"num_hidden_layers ({layers}); sequence parallelism needs one in each layer: set sp_size 1."
+        )
+    return sites
+
+
+def _text_config(model: Any) -> Any:
+    name = type(model).__name__
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+        raise UnsupportedModelError(f"{name} is no decoder-only language model; set sp_size 1.")
+    if not getattr(type(model), "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{name} does not use transformers' attention interface; set sp_size 1.")
+    implementation = config._attn_implementation
+    if implementation not in IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f"attn_implementation ({implementation!r}) must be one of {', '.join(IMPLEMENTATIONS)} with sequence "
+            "parallelism; load the model with one of these."
+        )
+    core = ALL_ATTENTION_FUNCTIONS.get(implementation)
+    if implementation != "eager" and not getattr(core, "__module__", "").startswith("transformers."):
+        raise ConfigError(
+            f"attention function {implementation!r} ({getattr(core, '__module__', core)}) must be transformers' own: "
+            "something has replaced it, such as DeepSpeed's Ulysses; call patch_model before that."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {values.get("rope_type", "default") for values in (rope, *rope.values()) if isinstance(values, dict)}
+    if not kinds <= set(ROPE_TYPES):
+        raise UnsupportedModelError(
+            f"{name} has rope_type {', '.join(sorted(kinds - set(ROPE_TYPES)))}, which depends on the length of the "
+            f"batch; sequence parallelism supports {', '.join(ROPE_TYPES)}: set sp_size 1."
+        )
+    return config
+
+
+def _site(name: str, module: Any, sp_size: int) -> AttentionSite:
+    where = f"{type(module).__name__} ({name})"
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(module, "head_dim") or not getattr(module, "is_causal", False):
+        raise UnsupportedModelError(f"{where} must have config, head_dim and is_causal (true); set sp_size 1.")
+    index = getattr(module, "layer_idx", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and index is not None:
+        kind = types[index]
+    else:
+        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    if kind not in KINDS:
+        raise UnsupportedModelError(
+            f"{where} has layer type {kind!r}; sequence parallelism supports {', '.join(KINDS)}."
+        )
+    heads = config.num_attention_heads
+    layout = plan_heads(heads, getattr(config, "num_key_value_heads", None) or heads, sp_size)
+    return AttentionSite(name, module, layout, kind)

@@ -1,0 +1,259 @@
+"""Makes the attention layers of a Hugging Face model sequence parallel, and undoes it.
+
+The model's own forward keeps running on this rank's piece of the sequence. What crosses pieces is prepared once per
+forward pass, before the first layer: positions of the whole sequences and the masks of the core attention, made by
+transformers' own mask functions. It reaches the layers as a keyword argument, so activation checkpointing computes with
+what the first run had.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from fluid_hf.attention.heads import HeadLayout
+from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
+from fluid_hf.attention.ulysses import ulysses_attention
+from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
+from fluid_hf.models.attention import AttentionSite
+
+__all__ = ["SequenceParallel"]
+
+INTERFACE = "fluid_sequence_parallel"
+KEYWORD = "fluid_sequence"
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class _Whole:
+    """Stands for sequences that each rank holds whole (evaluation, generation)."""
+
+
+WHOLE = _Whole()
+
+
+class _InterfaceConfig:
+    """A layer's view of its config in which the attention implementation is ours; all else is the config's."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["original"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_attn_implementation":
+            return INTERFACE
+        if name == "original" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.original, name, value)
+
+
+class _CoreLayer:
+    """The layer as the core attention sees it: its own config, and as many heads as there are here."""
+
+    def __init__(self, module: nn.Module, config: Any, group: int | None) -> None:
+        self._module, self.config = module, config
+        if group is not None:
+            self.num_key_value_groups = group
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class LayerAttention:
+    """What one layer's attention needs; hangs on the layer while it is sequence parallel.
+
+    Args:
+        site: the layer.
+        exchange: exchange of the sequence-parallel group.
+    """
+
+    def __init__(self, site: AttentionSite, exchange: PeerExchange) -> None:
+        self.layout: HeadLayout = site.layout
+        self.kind = site.kind
+        self.exchange = exchange
+        self.config: Any = site.module.config
+        # Fixed now: whatever later replaces the function for the whole process (DeepSpeed's Ulysses) stays outside.
+        module: Any = inspect.getmodule(type(site.module))
+        self._functions = dict(ALL_ATTENTION_FUNCTIONS) | {"eager": getattr(module, "eager_attention_forward", None)}
+
+    def core(self) -> Any:
+        """The model's own attention function, as its config names it now."""
+        name = self.config._attn_implementation
+        function = self._functions.get(name)
+        if function is None:
+            raise UnsupportedModelError(f"attn_implementation ({name!r}) was unknown when the model was patched.")
+        return function
+
+    def run(
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention interface: queries, keys and values [B, N, L, D] of this rank's tokens to [B, L, N, D]."""
+        sequence = kwargs.pop(KEYWORD, None)
+        if sequence is None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} was called without what the model's forward prepares; call the whole model, "
+                "one whose layers pass keyword arguments on to their attention."
+            )
+        if not isinstance(sequence, ShardedSequence):
+            output: tuple[torch.Tensor, torch.Tensor | None]
+            output = self.core()(_CoreLayer(module, self.config, None), q, k, v, mask, **kwargs)
+            return output
+
+        def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return self.call_core(module, sequence, q, k, v, kwargs)
+
+        return ulysses_attention(q, k, v, core, self.layout, self.exchange), None
+
+    def call_core(
+        self,
+        module: nn.Module,
+        sequence: ShardedSequence,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The core on some heads of the whole sequence: [B, n, T, D] to [B, T, n, D]."""
+        layer = _CoreLayer(module, self.config, q.shape[1] // k.shape[1])
+        kwargs = {**kwargs, "position_ids": sequence.position_ids}
+        output: torch.Tensor = self.core()(layer, q, k, v, sequence.masks[self.kind], **kwargs)[0]
+        return output
+
+
+def _interface(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module.fluid_attention.run(module, *args, **kwargs)
+
+
+class SequenceParallel:
+    """Sequence parallelism of one model; `attach` turns it on, `detach` off.
+
+    Args:
+        model: the model.
+        sites: its attention layers.
+        exchange: exchange of the sequence-parallel group, of size 2 or more.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], exchange: PeerExchange) -> None:
+        self.exchange = exchange
+        self._model: Any = model
+        self._sites = list(sites)
+        self._kinds = sorted({site.kind for site in sites})
+        self._hooks: list[Any] = []
+
+    def attach(self) -> None:
+        """Change the layers and hook the model."""
+        AttentionInterface.register(INTERFACE, _interface)
+        for site in self._sites:
+            module: Any = site.module
+            module.fluid_attention = LayerAttention(site, self.exchange)
+            module.config = _InterfaceConfig(module.config)
+        body = self._model.base_model
+        self._hooks.append(body.register_forward_pre_hook(self._prepare, with_kwargs=True))
+        if body is not self._model:
+            self._hooks.append(self._model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Put everything back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for site in self._sites:
+            module: Any = site.module
+            module.config = module.config.original
+            del module.fluid_attention
+
+    def _check_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _named(model, args, kwargs)
+        sharded = given.get("sequence_sharded", model.training)
+        if sharded and given.get("labels") is not None and given.get("shift_labels") is None:
+            raise ConfigError(
+                "labels of a piece of a sequence must come as shift_labels: the label of its last token is on the next "
+                "rank; use model.fluid.shard_batch and model.fluid.sequence_loss."
+            )
+
+    def _prepare(
+        self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Before the model's body runs: gather what the layers must know about the whole sequences."""
+        given = _named(body, args, kwargs)
+        sharded = given.pop("sequence_sharded", None)
+        if not (body.training if sharded is None else sharded):
+            return (), {**given, KEYWORD: WHOLE}
+        self.exchange.drain()
+        _check_inputs(given, self.exchange.size)
+        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        positions, mask = given["position_ids"], given.get("attention_mask")
+        self._check_shapes(tokens, positions, mask)
+        positions = gather_sequence(positions, self.exchange)
+        mask = gather_sequence(mask, self.exchange) if mask is not None else None
+        sequence = ShardedSequence(positions, self._masks(tokens, positions, mask))
+        given["use_cache"] = False
+        # transformers takes a 4-D mask as it is, and ours are used instead: no mask is made for the piece alone.
+        given["attention_mask"] = tokens.new_empty((1, 1, 1, 1), dtype=torch.bool)
+        return (), {**given, KEYWORD: sequence}
+
+    def _check_shapes(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any) -> None:
+        own = [*tokens.shape[:2], positions.shape[0], 0 if mask is None else mask.shape[0]]
+        values = [torch.empty(4, dtype=torch.int64, device=tokens.device) for _ in range(self.exchange.size)]
+        dist.all_gather(values, torch.tensor(own, device=tokens.device), group=self.exchange.group)
+        shapes = torch.stack(values).tolist()  # host synchronisation, once per forward pass
+        for rank, shape in enumerate(shapes):
+            if shape != shapes[0]:
+                raise RankMismatchError(
+                    f"pieces of a sequence must have equal shapes on all ranks of its group: rank 0 of the group has "
+                    f"[sequences, tokens] {shapes[0][:2]}, rank {rank} has {shape[:2]} (position_ids and "
+                    f"attention_mask for {shapes[0][2:]} and {shape[2:]} sequences); use model.fluid.shard_batch."
+                )
+
+    @torch.no_grad()
+    def _masks(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
+        if torch.is_autocast_enabled(tokens.device.type):
+            dtype = torch.get_autocast_dtype(tokens.device.type)
+        # Only the sizes, type and device are read: one element stands for all.
+        embeds = torch.empty((), dtype=dtype, device=tokens.device).expand(tokens.shape[0], positions.shape[1], 1)
+        common: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        config = self._model.config
+        return {kind: MASKS[kind](config=config, past_key_values=None, **common) for kind in self._kinds}
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _check_inputs(given: dict[str, Any], sp_size: int) -> None:
+    """Everything a piece must or must not come with; equal on all ranks of a group by construction."""
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if positions is None:
+        raise ConfigError(
+            f"position_ids must be given when sequences are cut over sp_size ({sp_size}) ranks, so that each piece "
+            "keeps its place; use model.fluid.shard_batch, or model.eval() for whole sequences."
+        )
+    if positions.dim() != 2:
+        raise ConfigError(f"position_ids must have 2 dimensions [sequences, tokens], not {positions.dim()}.")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise ConfigError(
+            "attention_mask must be 2-D [sequences, tokens] of this rank's piece with sequence parallelism; masks of "
+            "another shape cannot be cut: describe packed samples by position_ids."
+        )
+    if given.get("past_key_values") is not None:
+        raise ConfigError("past_key_values cannot be used with sequences cut over ranks; generate in model.eval().")
+    if given.get("output_attentions"):
+        raise ConfigError("output_attentions (true) must be false with sequences cut over ranks.")
+    packed = [name for name in PACKING_KEYWORDS if given.get(name) is not None]
+    if packed:
+        raise ConfigError(
+            f"{', '.join(packed)} cannot be cut over ranks; describe packed samples by position_ids that start again "
+            "at 0 (DataCollatorWithFlattening(return_position_ids=True, return_flash_attn_kwargs=False))."
+        )
