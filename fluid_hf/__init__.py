@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fluid_hf.checkpoint import save_pretrained
+from fluid_hf.checkpoint.saving import save_pretrained
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import (
     AlreadyPatchedError,

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fluid_hf.backends import Backend, TorchBackend
-from fluid_hf.checkpoint import bind_saving, gather_experts, unbind_saving
+from fluid_hf.checkpoint.gather import gather_experts
+from fluid_hf.checkpoint.saving import bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError

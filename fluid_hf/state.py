@@ -36,6 +36,8 @@ class FluidState:
         sequence_exchange: exchange of the sequence-parallel group.
         overlapped_blocks: names of the blocks whose shared expert runs in the communication window.
         engine_bound: whether an engine drives the model.
+        staging_folder: where whole models are kept for the moment between gathering and saving them; `None` is the
+            system's folder for temporary files.
         gathering: context in which the engine lets its partitioned parameters be gathered.
     """
 
@@ -60,6 +62,7 @@ class FluidState:
         self.originals: dict[str, nn.Module] = {}
         self.overlapped_blocks: list[str] = []
         self.engine_bound = False
+        self.staging_folder: str | None = None
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._last_stats = WgradStats()
 

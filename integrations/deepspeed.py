@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
-from fluid_hf.checkpoint import full_state_dict
+from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import CheckpointError, ConfigError
 from fluid_hf.moe.layer import ExpertParallelLayer
@@ -259,10 +259,9 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
             _check_layout(Path(load_dir), tag, layout)
         return load(load_dir, tag, *args, **kwargs)
 
-    def consolidated(exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor]:
+    def consolidated(exclude_frozen_parameters: bool = False) -> Mapping[str, torch.Tensor]:
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        full = full_state_dict(model)
-        return {name: w for name, w in full.items() if not (exclude_frozen_parameters and name in frozen)}
+        return stage_weights(model, state, frozen if exclude_frozen_parameters else ())
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
     if state.groups.ep_size > 1:

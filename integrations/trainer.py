@@ -35,6 +35,7 @@ class FluidCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
             patch_model(model, self.config)
+        get_state(model).staging_folder = args.output_dir
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:

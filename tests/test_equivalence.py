@@ -11,7 +11,7 @@ from families import FAMILIES, batch, relative_error, tiny_model
 
 import fluid_hf
 from fluid_hf import FluidConfig
-from fluid_hf.checkpoint import gather_experts
+from fluid_hf.checkpoint.gather import gather_experts
 
 pool2 = rank_pool(2)
 pool4 = rank_pool(4)

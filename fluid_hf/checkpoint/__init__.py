@@ -1,0 +1,1 @@
+"""Plain Hugging Face model files: written as a stream and put in place atomically, read by shares."""

@@ -1,0 +1,109 @@
+"""All weights of a patched model under transformers' names, one after the other; experts gathered from their ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fluid_hf.checkpoint.files import TensorSpec
+from fluid_hf.moe.layer import ExpertParallelLayer
+from fluid_hf.state import FluidState
+
+__all__ = ["gather_experts", "iterate_weights", "weight_specs"]
+
+WEIGHT_NAMES = ("gate_up_proj", "down_proj")
+
+
+def split_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:
+    """Layers of which this rank holds a share only, by their name in `model` (which may wrap the patched model)."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertParallelLayer)}
+    return {name: layer for name, layer in layers.items() if layer.ep_size > 1}
+
+
+def weight_specs(model: nn.Module) -> dict[str, TensorSpec]:
+    """Whole shapes and dtypes by transformers' names, in the model's order; tied weights once, under one name."""
+    layers = split_layers(model)
+    found: dict[str, TensorSpec] = {}
+    for name in dense_names(model, layers):
+        found[name] = TensorSpec.of(_lookup(model, name))
+    for layer_name, layer in layers.items():
+        for name, tensor in zip(WEIGHT_NAMES, _held_specs(layer), strict=True):
+            found[f"{layer_name}.{name}"] = TensorSpec((layer.num_experts, *tensor.shape[1:]), tensor.dtype)
+    position = {id(module): index for index, module in enumerate(model.modules())}
+
+    def place(name: str) -> int:
+        return position[id(model.get_submodule(name.rpartition(".")[0]))]
+
+    return {name: found[name] for name in sorted(found, key=place)}
+
+
+def dense_names(model: nn.Module, layers: dict[str, ExpertParallelLayer]) -> list[str]:
+    """Names of the weights that every rank holds whole. Of tied ones that which transformers reads."""
+    inside = tuple(f"{name}." for name in layers)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    groups: dict[int, list[str]] = {}
+    for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():
+        if not (inside and name.startswith(inside)):
+            groups.setdefault(id(tensor), []).append(name)
+    return [next((name for name in names if name not in tied), names[0]) for names in groups.values()]
+
+
+def _held_specs(layer: ExpertParallelLayer) -> tuple[TensorSpec, TensorSpec]:
+    """Shapes of this rank's share in transformers' layout, without touching (or gathering) the data."""
+    specs = {name: TensorSpec.of(weight) for name, weight in layer.expert_parameters().items()}
+    first = [spec for name, spec in specs.items() if name != "down"]
+    shape = (first[0].shape[0], sum(spec.shape[1] for spec in first), *first[0].shape[2:])
+    return TensorSpec(shape, first[0].dtype), specs["down"]
+
+
+def _lookup(model: nn.Module, name: str) -> torch.Tensor:
+    parent, _, attribute = name.rpartition(".")
+    tensor = getattr(model.get_submodule(parent), attribute)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def iterate_weights(model: nn.Module, state: FluidState, names: list[str]) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Each named weight, whole and on the CPU of rank 0; `None` on the others. Collective: consume it on all ranks.
+
+    At most one weight is gathered at a time; what was yielded may be kept, it is a copy.
+    """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    layers = split_layers(model)
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        if parent in layers:
+            yield name, _gather_weight(layers[parent], state, WEIGHT_NAMES.index(attribute), to_all=False)
+            continue
+        tensor = _lookup(model, name)
+        with state.backend.full([tensor]):
+            whole = tensor.detach().to("cpu", copy=True) if is_main else None
+        yield name, whole
+
+
+def gather_experts(
+    layer: ExpertParallelLayer, state: FluidState, *, to_all: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """All experts of a layer in transformers' fused layout: on every rank, or on the CPU of global rank 0 only."""
+    gate_up, down = (_gather_weight(layer, state, index, to_all=to_all) for index in (0, 1))
+    return gate_up, down
+
+
+@torch.no_grad()
+def _gather_weight(layer: ExpertParallelLayer, state: FluidState, index: int, *, to_all: bool) -> torch.Tensor | None:
+    group, size, rank = state.groups.ep_group, state.groups.ep_size, dist.get_rank()
+    takes_part = to_all or 0 in dist.get_process_group_ranks(group)
+    with state.backend.full(layer.parameters()):
+        if not takes_part:
+            return None
+        share = layer.fused_weights()[index].contiguous()
+        whole = share.new_empty((share.shape[0] * size, *share.shape[1:])) if to_all or rank == 0 else None
+        parts = None if whole is None else list(whole.chunk(size))
+        if to_all:
+            dist.all_gather(parts, share, group=group)
+        else:
+            dist.gather(share, parts, dst=0, group=group)
+    return whole if to_all or whole is None else whole.cpu()

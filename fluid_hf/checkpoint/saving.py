@@ -1,0 +1,316 @@
+"""Plain Hugging Face checkpoints from a patched model, written as a stream: no rank ever holds more than a layer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from transformers.utils import logging
+
+from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish
+from fluid_hf.checkpoint.gather import iterate_weights, weight_specs
+from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
+from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
+from fluid_hf.state import FluidState
+
+__all__ = ["StagedWeights", "bind_saving", "save_pretrained", "stage_weights", "unbind_saving"]
+
+
+def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Write a complete plain Hugging Face checkpoint. Collective over all ranks; rank 0 writes.
+
+    Weights are gathered one at a time and written as they come, into a folder beside `directory` that then takes its
+    place. A reader, or a restart after a crash at any moment, finds the old model or the new one, whole.
+
+    Args:
+        model: a patched model.
+        directory: where to write; other files in it stay.
+        **kwargs: those of transformers' `save_pretrained`: `max_shard_size`, `variant`, `save_original_format`.
+
+    Raises:
+        CheckpointError: on every rank, when the directory cannot be written; the model there stays as it was.
+        CollectiveError: not every rank called it in time.
+        ConfigError: `push_to_hub` is asked for.
+        NotPatchedError: the model is not patched.
+    """
+    state = getattr(model, "fluid", None)
+    if not isinstance(state, FluidState):
+        raise NotPatchedError(f"{type(model).__name__} is not patched; use its own save_pretrained.")
+    _refuse_push(kwargs)
+    state.control.gather(None, "saving a patched model")
+    specs = weight_specs(model)
+    writer = _Attempt(_is_main())
+    writer.run(lambda: _ModelWriter(model, Path(directory), specs, kwargs))
+    with state.gathering():
+        for name, tensor in iterate_weights(model, state, list(specs)):
+            writer.run(lambda name=name, tensor=tensor: writer.result.add(name, tensor))  # type: ignore[misc]
+    writer.run(lambda: writer.result.finish())
+    writer.agree(state, directory)
+
+
+def write_checkpoint(
+    model: Any, directory: str | os.PathLike[str], weights: Mapping[str, torch.Tensor], **kwargs: Any
+) -> None:
+    """Write weights that this rank has, or has staged, in the same way. Not collective.
+
+    Raises:
+        CheckpointError: the directory cannot be written.
+    """
+    _refuse_push(kwargs)
+    if isinstance(weights, StagedWeights):
+        specs = weights.specs
+    else:
+        specs = {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
+    attempt = _Attempt(True)
+    attempt.run(lambda: _ModelWriter(model, Path(directory), specs, kwargs))
+    for name in specs:
+        attempt.run(lambda name=name: attempt.result.add(name, weights[name].detach().cpu()))  # type: ignore[misc]
+    attempt.run(lambda: attempt.result.finish())
+    attempt.agree(None, directory)
+
+
+class _Attempt:
+    """Runs steps on the writing rank until one fails; the other ranks, and the rest of the steps, do nothing.
+
+    The ranks that gather must not be left waiting, so an error is kept until all of them have done so.
+    """
+
+    def __init__(self, active: bool) -> None:
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._active = active
+
+    def run(self, step: Any) -> None:
+        """Run a step; what it returns first is the `result`."""
+        if not self._active or self.error is not None:
+            return
+        try:
+            value = step()
+            self.result = value if self.result is None else self.result
+        except Exception as error:
+            self.error = error
+            if self.result is not None:
+                self.result.abandon()
+
+    def agree(self, state: FluidState | None, directory: str | os.PathLike[str]) -> None:
+        """Raise on every rank if the writing rank failed."""
+        error = self.error
+        if error is not None:
+            error = CheckpointError(
+                f"directory ({directory}) cannot be written: {error}; the model in it is as it was."
+            )
+            error.__cause__ = self.error
+        if state is not None:
+            state.control.agree(error, None, "fluid_hf.save_pretrained")
+        elif error is not None:
+            raise error
+
+
+class _ModelWriter:
+    """Takes the weights in the order of `specs`, converts them layer by layer and writes each at its place."""
+
+    def __init__(self, model: Any, target: Path, specs: Mapping[str, TensorSpec], options: dict[str, Any]) -> None:
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(f"{target} is a file")
+        self._model, self._target = model, target
+        self._plan = SavePlan.make(model, specs, options)
+        self._unit_of = {name: unit for unit in self._plan.units for name in unit}
+        self._held: dict[str, torch.Tensor] = {}
+        self._total = sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values())
+        self._aside = new_folder(target)
+        self._files: dict[str, SafetensorsFile] = {}
+        self._file_of = {name: file for file, tensors in self._plan.files.items() for name in tensors}
+        try:
+            self._write_configs()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a weight; a layer is written when it is complete."""
+        unit = self._unit_of.get(name)
+        if unit is None:  # transformers does not save it
+            return
+        self._held[name] = tensor
+        if any(other not in self._held for other in unit):
+            return
+        ready = {other: self._held.pop(other) for other in unit}
+        for target, value in to_checkpoint_layout(self._model, ready, self._plan.original_format):
+            file = self._file_of[target]
+            if file not in self._files:
+                self._files[file] = SafetensorsFile(self._aside / file, self._plan.files[file])
+            self._files[file].write(target, value)
+            if self._files[file].complete:
+                self._files[file].close()
+
+    def finish(self) -> None:
+        """Put the checkpoint in place."""
+        try:
+            assert all(file.complete for file in self._files.values()) and len(self._files) == len(self._plan.files)
+            if len(self._plan.files) > 1:
+                text = json.dumps(self._plan.index(self._total), indent=2, sort_keys=True) + "\n"
+                (self._aside / self._plan.index_name).write_text(text, encoding="utf-8")
+            publish(self._aside, self._target, self._plan.weights_name, self._plan.index_name)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Remove what is not in place."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+
+    def _write_configs(self) -> None:
+        """config.json, generation_config.json and remote code, as transformers writes them beside weights."""
+        placeholder = {"placeholder": torch.zeros(1)}
+        with quiet_progress():
+            save = type(self._model).save_pretrained
+            save(self._model, self._aside, state_dict=placeholder, save_original_format=False)
+        for path in self._aside.glob("*.safetensors"):
+            path.unlink()
+
+
+class StagedWeights(Mapping[str, torch.Tensor]):
+    """A whole model's weights in a temporary file, read when asked for: what stands for a state dict on rank 0.
+
+    Engines and trainers ask for the weights on all ranks first and write them on one later; kept in memory, a big
+    model would not fit. Pickled or deep-copied, it becomes a plain dict.
+
+    Args:
+        path: a complete file; its name is removed at once, its data when the mapping goes.
+        specs: shapes and dtypes by name.
+    """
+
+    def __init__(self, path: Path, specs: dict[str, TensorSpec]) -> None:
+        self.specs = specs
+        self._reader = safe_open(path, framework="pt")
+        path.unlink()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.specs:
+            raise KeyError(name)
+        tensor: torch.Tensor = self._reader.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (list(self.items()),)
+
+
+def stage_weights(
+    model: nn.Module, state: FluidState, exclude: Collection[str] = ()
+) -> StagedWeights | dict[str, torch.Tensor]:
+    """Weights under transformers' names: on rank 0, from a file; empty elsewhere. Collective over all ranks.
+
+    The file is in `model.fluid.staging_folder`, or in the system's folder for temporary files.
+
+    Args:
+        model: the patched model, or one that wraps it.
+        state: the patched model's.
+        exclude: names to leave out.
+
+    Raises:
+        CheckpointError: on every rank, when the file cannot be written.
+        CollectiveError: not every rank called it in time.
+    """
+    state.control.gather(None, "saving a patched model (state_dict)")
+    specs = {name: spec for name, spec in weight_specs(model).items() if name not in exclude}
+    folder = Path(state.staging_folder or tempfile.gettempdir())
+    attempt = _Attempt(_is_main())
+    attempt.run(lambda: _StageWriter(folder, specs, owns_folder=state.staging_folder is not None))
+    with state.gathering():
+        for name, tensor in iterate_weights(model, state, list(specs)):
+            attempt.run(lambda name=name, tensor=tensor: attempt.result.file.write(name, tensor))  # type: ignore[misc]
+    attempt.run(lambda: attempt.result.file.close())
+    attempt.agree(state, folder)
+    return StagedWeights(attempt.result.path, specs) if _is_main() else {}
+
+
+class _StageWriter:
+    """The temporary file of one call; in a folder of the training run, files that killed runs left are removed."""
+
+    def __init__(self, folder: Path, specs: dict[str, TensorSpec], *, owns_folder: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".fluid_hf.*.staged") if owns_folder else ():
+            path.unlink(missing_ok=True)
+        self.path = folder / f".fluid_hf.{uuid.uuid4().hex[:8]}.staged"
+        self.file = SafetensorsFile(self.path, specs)
+
+    def abandon(self) -> None:
+        """Remove the file."""
+        self.path.unlink(missing_ok=True)
+
+
+def bind_saving(model: nn.Module, state: FluidState) -> None:
+    """Let the model's own `save_pretrained`, and its `state_dict` under an engine, give complete checkpoints."""
+    if state.groups.ep_size == 1:
+        return
+
+    def save(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters only, which every rank holds whole
+            if kwargs.get("state_dict") is None and "is_main_process" not in kwargs:
+                kwargs["is_main_process"] = _is_main()
+            model_class: Any = type(model)
+            model_class.save_pretrained(model, directory, *args, **kwargs)
+            return
+        weights = kwargs.pop("state_dict", None)
+        is_main = kwargs.pop("is_main_process", None)
+        if weights is None:
+            save_pretrained(model, directory, **kwargs)
+        elif is_main is None or is_main:
+            write_checkpoint(model, directory, weights, **kwargs)
+
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        # accelerate asks without arguments, on all ranks, to save; DeepSpeed and nesting modules pass arguments and
+        # want the parameters as they are.
+        if args or kwargs or not state.engine_bound:
+            return nn.Module.state_dict(model, *args, **kwargs)
+        return stage_weights(model, state)
+
+    model.save_pretrained = save  # type: ignore[assignment]
+    model.state_dict = state_dict  # type: ignore[assignment]
+
+
+def unbind_saving(model: nn.Module) -> None:
+    """Give the model its class's own methods back."""
+    for name in ("save_pretrained", "state_dict"):
+        model.__dict__.pop(name, None)
+
+
+@contextlib.contextmanager
+def quiet_progress(quiet: bool = True) -> Iterator[None]:
+    """Without transformers' progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet and shown:
+            logging.enable_progress_bar()
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _refuse_push(options: dict[str, Any]) -> None:
+    if options.pop("push_to_hub", False):
+        raise ConfigError(
+            "push_to_hub (True) must be False for a patched model; save first, then upload the folder with "
+            "huggingface_hub.upload_folder, or set push_to_hub in TrainingArguments."
+        )

@@ -1,0 +1,65 @@
+"""Kills a writer at random moments of saving over an older model, and loads what is left. Started by test_saving.py.
+
+usage: crash_writer.py FOLDER KILLS SHARD_SIZES; prints a JSON report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from families import tiny_model
+from transformers import AutoModelForCausalLM
+
+import fluid_hf
+
+
+def fill(model: torch.nn.Module, value: float) -> None:
+    """Make every weight equal: a model that mixes two saves is seen at once."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def write_forever(model: torch.nn.Module, folder: Path, sizes: list[str]) -> None:
+    generation = 2
+    while True:
+        fill(model, float(generation))
+        fluid_hf.save_pretrained(model, folder, max_shard_size=sizes[generation % len(sizes)])
+        (folder.parent / "saved").write_text(str(generation))
+        generation += 1
+
+
+def main(folder: Path, kills: int, sizes: list[str]) -> None:
+    torch.set_num_threads(1)
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), fluid_hf.FluidConfig(ep_size=1))
+    fill(model, 1.0)
+    fluid_hf.save_pretrained(model, folder, max_shard_size=sizes[0])
+    start = time.perf_counter()
+    fluid_hf.save_pretrained(model, folder, max_shard_size=sizes[0])
+    duration = time.perf_counter() - start
+    chance, found = random.Random(0), []
+    for _ in range(kills):
+        (folder.parent / "saved").write_text("0")
+        child = os.fork()
+        if child == 0:
+            write_forever(model, folder, sizes)
+        time.sleep(chance.uniform(0, 4 * duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        values = {float(value) for parameter in loaded.parameters() for value in parameter.unique()}
+        left = [path.name for path in folder.parent.glob(f".{folder.name}.*")]
+        found.append({"values": sorted(values), "saved": (folder.parent / "saved").read_text(), "aside": len(left)})
+    fluid_hf.save_pretrained(model, folder, max_shard_size=sizes[-1])
+    print(json.dumps({"found": found, "left": [path.name for path in folder.parent.glob(f".{folder.name}.*")]}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

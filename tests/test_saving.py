@@ -1,0 +1,191 @@
+"""Saving: the same bytes as transformers, weights one at a time, and a whole model in the folder at every moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import LAUNCH_ENV, ROOT, RankPool, rank_pool
+from families import FAMILIES, batch, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import fluid_hf
+from fluid_hf import FluidConfig
+from fluid_hf.checkpoint import saving
+from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec
+
+pool2 = rank_pool(2)
+pool4 = rank_pool(4)
+
+
+def same_weights(folder: Path, model: torch.nn.Module) -> bool:
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    expected = model.state_dict()
+    return loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def run_save(rank: int, world: int, family: str, folder: str, dtype: torch.dtype, **overrides: Any) -> None:
+    model = fluid_hf.patch_model(tiny_model(family, **overrides).to(dtype), FluidConfig(ep_size=2))
+    model.save_pretrained(folder)
+    fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_bytes_as_transformers(pool2: RankPool, tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    tiny_model(family).to(dtype).save_pretrained(tmp_path / "theirs")
+    pool2.run(run_save, family, str(tmp_path / "ours"), dtype)
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "ours").iterdir())
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+def test_tied_weights_are_saved_once(pool2: RankPool, tmp_path: Path) -> None:
+    tiny_model("qwen3_moe", tie_word_embeddings=True).save_pretrained(tmp_path / "theirs")
+    pool2.run(run_save, "qwen3_moe", str(tmp_path / "ours"), torch.float32, tie_word_embeddings=True)
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def run_save_options(rank: int, world: int, folder: str, **options: Any) -> None:
+    model = fluid_hf.patch_model(tiny_model("mixtral"), FluidConfig(ep_size=world))
+    fluid_hf.save_pretrained(model, folder, **options)
+    fluid_hf.unpatch_model(model)
+
+
+def test_shards_over_an_older_save(pool4: RankPool, tmp_path: Path) -> None:
+    """From one file to shards, to as many shards, to fewer, to one: one model each time, other files untouched."""
+    folder = tmp_path / "out"
+    for size in ("10GB", "20KB", "20KB", "60KB", "10GB"):
+        pool4.run(run_save_options, str(folder), max_shard_size=size)
+        (folder / "tokenizer.json").touch()
+        assert same_weights(folder, tiny_model("mixtral"))
+        files = sorted(path.name for path in folder.glob("*.safetensors*"))
+        if size == "10GB":
+            assert files == ["model.safetensors"]
+            continue
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert sorted({*index["weight_map"].values(), "model.safetensors.index.json"}) == files
+        assert index["metadata"]["total_size"] == sum(
+            tensor.numel() * 4
+            for name in set(files) - {"model.safetensors.index.json"}
+            for tensor in load_file(folder / name).values()
+        )
+        limit = {"20KB": 20_000, "60KB": 60_000}[size]
+        assert all((folder / name).stat().st_size < limit + 2_000 for name in files)
+        assert all("-of-" in name and len(name) == 32 for name in files if "index" not in name), files
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_variant_and_runtime_layout(pool2: RankPool, tmp_path: Path) -> None:
+    pool2.run(run_save_options, str(tmp_path), variant="fp16")
+    pool2.run(run_save_options, str(tmp_path), save_original_format=False)
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {"model.fp16.safetensors", "model.safetensors"}
+    assert set(load_file(tmp_path / "model.safetensors")) == set(tiny_model("mixtral").state_dict())
+    assert same_weights(tmp_path, tiny_model("mixtral"))
+
+
+def test_push_to_hub_is_refused(pool2: RankPool, tmp_path: Path) -> None:
+    message = pool2.expect("ConfigError", run_save_options, str(tmp_path / "out"), push_to_hub=True)[0]
+    assert "push_to_hub (True)" in message and not (tmp_path / "out").exists()
+
+
+def run_disk_full(rank: int, world: int, folder: str) -> None:
+    """The disk is full after a few weights; the other ranks must not wait for rank 0, and the old model must stay."""
+    write, written = SafetensorsFile.write, 0
+
+    def fail(self: SafetensorsFile, name: str, tensor: torch.Tensor) -> None:
+        nonlocal written
+        written += 1
+        if written > 5:
+            raise OSError(28, "No space left on device")
+        write(self, name, tensor)
+
+    SafetensorsFile.write = fail  # type: ignore[method-assign]
+    model = fluid_hf.patch_model(tiny_model("mixtral", seed=1), FluidConfig(ep_size=world))
+    try:
+        fluid_hf.save_pretrained(model, folder)
+    finally:
+        SafetensorsFile.write = write  # type: ignore[method-assign]
+        fluid_hf.unpatch_model(model)
+
+
+def test_full_disk_leaves_the_old_model(pool2: RankPool, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    pool2.run(run_save_options, str(folder))
+    assert "No space left" in pool2.expect("CheckpointError", run_disk_full, str(folder))[0]
+    assert same_weights(folder, tiny_model("mixtral"))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("sizes", [("20KB",), ("10GB", "20KB", "60KB")], ids=["same shards", "other shards"])
+def test_killed_writer_leaves_a_whole_model(tmp_path: Path, sizes: tuple[str, ...]) -> None:
+    """SIGKILL at 20 random moments of saving: the folder always loads, with the weights of one save."""
+    command = [sys.executable, str(ROOT / "tests" / "crash_writer.py"), str(tmp_path / "out"), "20", *sizes]
+    env = {**os.environ, **LAUNCH_ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    for case in report["found"]:
+        assert len(case["values"]) == 1, case
+        # What was reported as saved is there, or the save after it.
+        assert case["saved"] == "0" or case["values"][0] - float(case["saved"]) in (0.0, 1.0), case
+    assert sum(case["aside"] for case in report["found"]) > 0, "no writer was killed while it wrote"
+    assert report["left"] == []
+
+
+def run_staged(rank: int, world: int, folder: str) -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=world))
+    model.fluid.staging_folder = folder
+    (Path(folder) / ".fluid_hf.dead.staged").touch()
+    torch.distributed.barrier()
+    weights = saving.stage_weights(model, model.fluid)
+    expected = tiny_model("qwen2_moe").state_dict() if rank == 0 else {}
+    assert set(weights) == set(expected) and len(weights) == len(expected)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert type(pickle.loads(pickle.dumps(weights))) is dict
+    assert list(Path(folder).iterdir()) == [], "the file goes with the last reference, also in a crash"
+    fluid_hf.unpatch_model(model)
+
+
+def test_staged_weights(pool2: RankPool, tmp_path: Path) -> None:
+    pool2.run(run_staged, str(tmp_path))
+
+
+def test_safetensors_file(tmp_path: Path) -> None:
+    """Written in any order, the same file as safetensors writes at once."""
+    tensors = {
+        "z": torch.randn(3, 5).to(torch.bfloat16),
+        "a": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "flag": torch.tensor([True, False, True]),
+        "count": torch.arange(3),
+        "transposed": torch.randn(4, 6).T,
+    }
+    file = SafetensorsFile(tmp_path / "ours", {name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
+    for name in reversed(tensors):
+        assert not file.complete
+        file.write(name, tensors[name])
+    file.close()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    with pytest.raises(ValueError, match="planned was"):
+        file.write("a", torch.zeros(2))
+
+
+def test_logits_after_a_round_trip(pool4: RankPool, tmp_path: Path) -> None:
+    pool4.run(run_save, "mixtral", str(tmp_path / "out"), torch.float32)
+    loaded, model = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny_model("mixtral").eval()
+    assert torch.equal(loaded(input_ids=batch(0, 2)).logits, model(input_ids=batch(0, 2)).logits)
