@@ -8,8 +8,10 @@ __all__ = [
     "CollectiveError",
     "ConfigError",
     "FluidError",
+    "MissingPackageError",
     "NotPatchedError",
     "RankMismatchError",
+    "TraceError",
     "UnsupportedModelError",
     "WgradPendingError",
 ]
@@ -49,3 +51,11 @@ class CheckpointError(FluidError, RuntimeError):
 
 class WgradPendingError(FluidError, RuntimeError):
     """Weight gradients were left uncomputed at the end of a batch."""
+
+
+class TraceError(FluidError, ValueError):
+    """A file given as a profile is not a trace of torch.profiler, or holds no step of a patched model."""
+
+
+class MissingPackageError(FluidError, ImportError):
+    """What was asked for needs an optional package that is not installed; the message has the command."""

@@ -17,13 +17,13 @@ MAX_FUNCTION, MAX_FILE = 60, 400
 
 # From top to bottom; a unit may import its own layer and the layers below. "" is fluid_hf/__init__.py.
 LAYERS: list[set[str]] = [
-    {"integrations", "bench", "cli", "commands"},
+    {"integrations", "bench", "cli", "commands", "profiling"},
     {""},
     {"patching", "checkpoint", "state", "backends", "control"},
     {"models"},
     {"moe", "attention"},
     {"overlap", "comm"},
-    {"process_groups", "config", "errors"},
+    {"process_groups", "config", "errors", "ranges"},
 ]
 LEVEL = {unit: level for level, layer in enumerate(LAYERS) for unit in layer}
 OUTSIDE_CORE = LAYERS[0]

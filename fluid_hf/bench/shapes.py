@@ -29,5 +29,6 @@ SHAPES = {
     "qwen2-57b-a14b": LayerShape(3584, 2560, 64, 8),
     "qwen3-30b-a3b": LayerShape(2048, 768, 128, 8),
     "qwen3-235b-a22b": LayerShape(4096, 1536, 128, 8),
+    "small": LayerShape(1024, 512, 16, 4),
     "tiny": LayerShape(64, 32, 16, 4),
 }

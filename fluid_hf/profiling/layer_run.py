@@ -1,0 +1,111 @@
+"""Runs one layer's forward and backward pass under the profiler: on CPU ranks, GPU ranks, or one GPU's mirror link."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.shapes import SHAPES
+from fluid_hf.moe.layer import ExpertParallelExperts
+from fluid_hf.overlap.wgrad import WgradScheduler
+from fluid_hf.profiling.session import StepTrace
+
+__all__ = ["LayerRun"]
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """What is run.
+
+    Attributes:
+        shape: name of the layer's sizes in `fluid_hf.bench.shapes.SHAPES`.
+        ep_size: ranks.
+        tokens: tokens per rank.
+        waves: of the overlapped variant; `None` for the planner's choice.
+        folder: where the traces go.
+        overlaps: variants to trace: `False` is the serial reference, weight gradients included.
+    """
+
+    shape: str
+    ep_size: int
+    tokens: int
+    waves: int | None
+    folder: Path
+    overlaps: tuple[bool, ...] = (False, True)
+
+    @property
+    def link(self) -> str:
+        """What the rows travel on."""
+        gpus = torch.cuda.device_count()
+        return "gloo" if not gpus else "nccl" if gpus >= self.ep_size else "mirror link"
+
+    def trace_path(self, overlap: bool) -> Path:
+        """Trace of a variant."""
+        return self.folder / f"trace_{'overlapped' if overlap else 'serial'}.json"
+
+    def run(self) -> dict[bool, Path]:
+        """Trace every variant on rank 0; the traces by variant."""
+        if self.link == "mirror link":
+            init_mirror(self.ep_size)
+            self._trace(torch.device("cuda"))
+            dist.destroy_process_group()
+        else:
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", 0))
+                port = sock.getsockname()[1]
+            torch.multiprocessing.spawn(_rank, (self, port), self.ep_size)  # type: ignore[no-untyped-call]
+        return {overlap: self.trace_path(overlap) for overlap in self.overlaps}
+
+    def _trace(self, device: torch.device) -> None:
+        shape = SHAPES[self.shape]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.manual_seed(dist.get_rank())
+        hidden = torch.randn(self.tokens, shape.hidden, device=device, dtype=dtype, requires_grad=True)
+        scores = torch.rand(self.tokens, shape.experts, device=device)
+        weights, index = scores.topk(shape.top_k)
+        weights = (weights / weights.sum(1, keepdim=True)).to(dtype).requires_grad_()
+        grad = torch.randn_like(hidden)
+        for overlap in self.overlaps:
+            layer = ExpertParallelExperts(
+                shape.experts,
+                shape.hidden,
+                shape.inner,
+                group=dist.group.WORLD,
+                scheduler=WgradScheduler("layer" if overlap else "off"),
+                overlap=overlap,
+                waves=self.waves if overlap else None,
+                device=device,
+                dtype=dtype,
+            )
+            trace = StepTrace(self.trace_path(overlap))
+            for step in range(WARM_UP + 1):
+                if step == WARM_UP:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    dist.barrier()
+                    if dist.get_rank() == 0:
+                        trace.start()
+                layer(hidden, index, weights).backward(grad)
+            if dist.get_rank() == 0:
+                trace.stop()
+            dist.barrier()
+
+
+def _rank(rank: int, run: LayerRun, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = torch.device("cuda", rank) if run.link == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // run.ep_size))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=run.ep_size)
+    run._trace(device)
+    dist.destroy_process_group()

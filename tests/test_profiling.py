@@ -1,0 +1,164 @@
+"""Traces become numbers and pictures: arithmetic of intervals, a GPU's trace made by hand, a real one of CPU ranks."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluid_hf import MissingPackageError, TraceError, cli
+from fluid_hf.profiling.intervals import clip, intersect, length, subtract, union
+from fluid_hf.profiling.picture import draw_expert_load
+from fluid_hf.profiling.session import write_report
+from fluid_hf.profiling.timeline import exposed, layer_names, layer_passes, summarize
+from fluid_hf.profiling.trace import read_trace
+from fluid_hf.ranges import span
+
+INTERVALS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=6)
+
+
+def points(intervals: list[tuple[float, float]]) -> set[int]:
+    return {point for start, end in intervals for point in range(int(start), int(end))}
+
+
+@given(INTERVALS, INTERVALS)
+def test_interval_arithmetic_is_that_of_sets(first: list[Any], second: list[Any]) -> None:
+    a, b = points(first), points(second)
+    assert points(union(first)) == a and length(first) == len(a)
+    assert points(intersect(first, second)) == a & b
+    assert points(subtract(first, second)) == a - b
+    assert points(clip(first, 3, 9)) == a & set(range(3, 9))
+
+
+def test_no_range_is_made_while_nothing_is_traced() -> None:
+    assert span("post", 1, 2) is span("wait", 3)
+    with torch.profiler.profile() as profiler:
+        with span("post", 1, 2):
+            pass
+    assert "fluid::post 1 2" in [event.name for event in profiler.events()]
+
+
+def gpu_trace(path: Path) -> Path:
+    """One layer on a GPU. Microseconds: two messages of 30 each way; the second of each is half exposed.
+
+    forward   compute  plan 0-10, own 10-40, wave 0 55-75     link  dispatch 10-40, 40-55 exposed; combine 75-85 exposed
+    backward  compute  dgrad own 110-130, wgrad 130-150       link  output grad 100-130; input grad 130-160
+    """
+    events: list[dict[str, Any]] = []
+
+    def add(cat: str, name: str, ts: float, dur: float, tid: int = 1, **args: Any) -> None:
+        events.append({"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args})
+
+    def work(name: str, launched: float, start: float, end: float, cat: str = "kernel", tid: int = 1) -> None:
+        correlation = len(events) + 1000
+        add("cuda_runtime", "cudaLaunchKernel", launched, 0.1, tid, correlation=correlation)
+        add(cat, name, start, end - start, 7, correlation=correlation)
+
+    for phase, start, end, tid in (
+        ("forward dispatch", 0, 5, 1),
+        ("forward experts", 5, 12, 1),
+        ("forward combine", 12, 14, 1),
+        ("backward combine", 90, 92, 2),
+        ("backward experts", 92, 96, 2),
+        ("wgrad down", 96, 97, 2),
+        ("backward dispatch", 97, 99, 2),
+    ):
+        add("user_annotation", f"fluid::net.0::{phase}", start, end - start, tid)
+        add("gpu_user_annotation", f"fluid::net.0::{phase}", start + 50, end - start, 7)
+    for name, start, end, tid in (
+        ("post aa 1 4000", 2, 4, 1),
+        ("event wait dispatch 0", 7, 7, 1),
+        ("post aa 2 5000", 9, 10, 1),
+        ("event post combine 0", 10.5, 10.5, 1),
+        ("post aa 3 6000", 90.5, 91, 2),
+        ("event dgrad own", 93, 93, 2),
+        ("post aa 4 7000", 94, 95, 2),
+    ):
+        add("user_annotation", f"fluid::{name}", start, end - start, tid)
+    work("sort", 1, 0, 10)
+    work("ncclDevKernel_SendRecv", 3, 10, 55)
+    work("gemm", 6, 10, 40)
+    work("gemm", 8, 55, 75)
+    work("Memcpy DtoH (Device -> Pinned)", 9.5, 75, 85, "gpu_memcpy")
+    work("Memcpy PtoP (Device -> Device)", 90.7, 100, 130, "gpu_memcpy", tid=2)
+    work("gemm", 92.5, 110, 130, tid=2)
+    work("ncclDevKernel_SendRecv", 94.5, 130, 160, tid=2)
+    work("gemm", 96.5, 130, 150, tid=2)
+    work("sum", 98, 160, 165, tid=2)
+    work("ncclDevKernel_AllReduce", 150, 170, 180, tid=2)
+    path.write_text(json.dumps({"traceEvents": events}))
+    return path
+
+
+def test_gpu_trace(tmp_path: Path) -> None:
+    trace = read_trace(gpu_trace(tmp_path / "t.json"))
+    assert trace.on_gpu and layer_names(trace) == ["net.0"]
+    assert exposed(trace) == [(40, 55), (75, 85), (100, 110), (150, 160)]
+    forward, backward = layer_passes(trace)
+    assert [(w.label, w.start, w.end) for w in forward.compute] == [
+        ("plan, pack, sum", 0, 10),
+        ("own tokens", 10, 40),
+        ("wave 0", 55, 75),
+    ]
+    assert [(w.label, w.start, w.end) for w in forward.communication] == [("dispatch 0", 10, 55), ("combine 0", 75, 85)]
+    assert forward.exposed == [(40, 55), (75, 85)]
+    assert [w.label for w in backward.compute] == ["own tokens", "wgrad down", "plan, pack, sum"]
+    assert [w.label for w in backward.communication] == ["output grad 0", "input grad 0"]
+    summary = summarize(trace)
+    assert summary["overlap_ratio"] == pytest.approx(1 - 45 / 115, abs=1e-4)
+    assert summary["exposed_ms_per_layer"] == pytest.approx(0.045)
+    assert summary["bytes_sent"] == 22000
+    assert summary["wgrad_in_windows"] == 1.0
+    assert summary["other_communication_ms"] == pytest.approx(0.01)
+    assert summary["layers"]["net.0"]["forward"]["ms"] == pytest.approx(0.085)
+
+
+def test_pictures_from_a_trace_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = gpu_trace(tmp_path / "before.json")
+    trace = tmp_path / "after.json.gz"
+    trace.write_bytes(gzip.compress(before.read_bytes()))
+    arguments = ["profile", "--from", str(trace), "--out", str(tmp_path / "one" / "picture")]
+    assert cli.main([*arguments, "--before", str(before), "--title", "net", "--json", "-"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["before"] == summary["after"] == json.loads((tmp_path / "one/picture.json").read_text())["after"]
+    assert (tmp_path / "one/picture.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "one/picture.svg").read_text()
+    for text in ("before: forward", "after: backward", "dispatch 0", "communication, exposed", "prefers-color-scheme"):
+        assert text in svg, text
+    assert "#dc2626" in svg
+    assert cli.main([*arguments, "--layer", "net.9"]) == 1
+    assert "TraceError: layer (net.9) must be one of those in the trace: net.0" in capsys.readouterr().err
+
+
+def test_files_that_are_no_traces(tmp_path: Path) -> None:
+    for text in ("nothing", "{}", "[]", '{"traceEvents": 3}'):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(TraceError, match="must be a Chrome trace"):
+            read_trace(tmp_path / "t.json")
+    with pytest.raises(TraceError, match="No such file"):
+        read_trace(tmp_path / "missing.json")
+    (tmp_path / "t.json").write_text('{"traceEvents": []}')
+    with pytest.raises(TraceError, match="must hold ranges that start with 'fluid::', has none"):
+        read_trace(tmp_path / "t.json")
+
+
+def test_numbers_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    _, files = write_report(gpu_trace(tmp_path / "t.json"), tmp_path / "report")
+    assert [file.name for file in files] == ["report.json"]
+    with pytest.raises(MissingPackageError, match="pip install"):
+        draw_expert_load([1], [[1.0, 1.0]], tmp_path / "load")
