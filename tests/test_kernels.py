@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fluid_hf.moe.activation import glu_backward, glu_forward
-from fluid_hf.moe.permutation import make_pair_plan, reduce_pairs, reduce_rows
+from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_pairs, reduce_rows
 from fluid_hf.moe.routing_plan import count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
 
@@ -35,14 +36,14 @@ def test_pair_plan(rows: int, top_k: int, experts: int, ranks: int) -> None:
     index = routing(rows, top_k, experts)
     for first, count in ((0, experts), (experts // 2, experts // 4)):
         ids = torch.where((index >= first) & (index < first + count), index - first, -1)
-        expected = make_pair_plan(ids, count, int((ids >= 0).sum()))
+        expected = make_pair_plan(ids.cpu(), count, int((ids >= 0).sum()))
         wide = torch.full((rows, top_k + 3), 7, dtype=torch.int16, device=DEVICE)
         wide[:, 1 : 1 + top_k] = ids
         for source, start in ((index, first), (wide[:, 1 : 1 + top_k], 0)):
             found = sort_kernels.pair_plan(source, start, count, expected.num_pairs)
             fields = (expected.pair_row_S, expected.pair_slot_S, expected.row_pair_RK, expected.offsets_E)
             for ours, theirs in zip(found, fields, strict=True):
-                assert torch.equal(ours.long(), theirs.long())
+                assert torch.equal(ours.cpu().long(), theirs.long())
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -50,23 +51,45 @@ def test_pair_plan(rows: int, top_k: int, experts: int, ranks: int) -> None:
 def test_source_plan_and_pack(tokens: int, top_k: int, experts: int, ranks: int, parts: int) -> None:
     index, local = routing(tokens, top_k, experts), -(-experts // ranks)
     for skip in (None, ranks - 1):
-        hits = count_rows(index, local, ranks, skip_rank=skip, parts=parts)
-        rows = tuple(hits.counts_PC[:, 0].tolist())
+        hits = count_rows(index.cpu(), local, ranks, skip_rank=skip, parts=parts)
+        rows = tuple(hits.counts_2PC[0, :, 0].tolist())
         expected = place_rows(hits, rows)
-        counts, token_row, row_token, row_rank = sort_kernels.source_plan(index, local, ranks, skip, parts)
-        assert torch.equal(counts.long(), hits.counts_PC)
-        assert torch.equal(token_row.long(), expected.token_row_TP)
-        total = sum(rows)
-        assert torch.equal(row_token[:total].long(), expected.row_token_R)
-        assert torch.equal(row_rank[:total].long(), expected.row_rank_R)
+        counts, token_row, own = sort_kernels.source_plan(index, local, ranks, skip, parts)
+        assert torch.equal(counts[0].cpu(), hits.counts_2PC[0])
+        total, most = sum(rows), sort_kernels.most_rows(tokens, top_k, ranks)
+        assert torch.equal(torch.where(token_row == most, total, token_row).cpu().long(), expected.token_row_TP)
+        if own is None:
+            assert skip is None
+        else:
+            own_pairs = make_pair_plan(index.cpu(), local, int((index // local == skip).sum()), skip * local)
+            count = own_pairs.num_pairs
+            assert torch.equal(own[0][:count].cpu().long(), own_pairs.pair_row_S)
+            assert torch.equal(own[1][:count].cpu().long(), own_pairs.pair_slot_S)
+            found = torch.where(own[2] == tokens * top_k, count, own[2])
+            assert torch.equal(found.cpu().long(), own_pairs.row_pair_RK)
+            assert torch.equal(own[3].cpu(), own_pairs.offsets_E)
         form = RowFormat(40, top_k, torch.bfloat16)
         hidden = torch.randn(tokens, 40, device=DEVICE).bfloat16()
         weights = torch.rand(tokens, top_k, device=DEVICE)
-        packed = wire_kernels.pack_rows(hidden, weights, index, row_token, row_rank, total, form, local)
-        assert torch.equal(form.hidden_of(packed), hidden[expected.row_token_R])
-        assert torch.equal(form.weights_of(packed), weights[expected.row_token_R])
-        ids = local_expert_ids(index[expected.row_token_R], local, expected.row_rank_R)
-        assert torch.equal(form.ids_of(packed), ids)
+        packed = wire_kernels.pack_rows(hidden, weights, index, token_row, most, form, local)[:total]
+        assert expected.row_token_R is not None and expected.row_rank_R is not None
+        row_token, row_rank = expected.row_token_R.to(DEVICE), expected.row_rank_R.to(DEVICE)
+        assert torch.equal(form.hidden_of(packed), hidden[row_token])
+        assert torch.equal(form.weights_of(packed), weights[row_token])
+        assert torch.equal(form.ids_of(packed), local_expert_ids(index[row_token], local, row_rank))
+        assert torch.equal(wire_kernels.spread_rows(hidden, token_row, total), hidden[row_token])
+
+
+@pytest.mark.parametrize("sizes", [[5], [0, 7], [300, 0, 41, 2000]])
+def test_joint_places(sizes: list[int]) -> None:
+    """Pairs of all pieces sorted by expert, ties by piece, as a stable sort of the concatenation gives them."""
+    generator = torch.Generator().manual_seed(len(sizes))
+    experts = [torch.randint(0, 5, (size,), generator=generator).sort().values for size in sizes]
+    offsets = torch.stack([torch.bincount(expert, minlength=5).cumsum(0) for expert in experts])
+    place, ends = sort_kernels.joint_places(offsets.to(DEVICE, torch.int32), sum(sizes))
+    order = torch.cat(experts).argsort(stable=True)
+    assert torch.equal(place.cpu().long(), torch.empty_like(order).scatter_(0, order, torch.arange(sum(sizes))))
+    assert ends.tolist() == offsets.sum(0).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -76,7 +99,8 @@ def test_rows_and_activation(dtype: torch.dtype, hidden: int, inner: int) -> Non
     rows, top_k, experts = 23, 3, 8
     index = routing(rows, top_k, experts)
     ids = torch.where(index < 4, index, -1)
-    plan = make_pair_plan(ids, 4, int((ids >= 0).sum()))
+    on_cpu = make_pair_plan(ids.cpu(), 4, int((ids >= 0).sum()))  # references are computed on the CPU
+    plan = PairPlan(*(field.to(DEVICE) for field in dataclasses.astuple(on_cpu)))
     pairs = plan.num_pairs
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
@@ -96,31 +120,34 @@ def test_rows_and_activation(dtype: torch.dtype, hidden: int, inner: int) -> Non
     gate, up = fused[:, :inner], fused[:, inner:]
     weights = torch.rand(rows, top_k + 2, device=DEVICE)[:, :top_k]
     pair_weights = weights.reshape(-1)[plan.pair_slot_S]
-    near(row_kernels.glu_forward(gate, up, weights, plan.pair_slot_S.int()), glu_forward(gate, up, pair_weights, silu))
+    separate = (gate.contiguous(), up.contiguous())
+    for projections in ((fused,), separate):
+        forward = row_kernels.glu_forward(projections, weights, plan.pair_slot_S.int())
+        near(forward, glu_forward(gate, up, pair_weights, silu))
     grad = torch.randn(pairs, inner, device=DEVICE).to(dtype)
     expected = glu_backward(grad, gate, up, pair_weights, silu)
-    grads = torch.empty_like(fused)
-    halves = grads[:, :inner], grads[:, inner:]
-    weight_grads = torch.zeros(rows, top_k, device=DEVICE)
-    activation = torch.empty_like(grad)
-    joint = (torch.empty_like(grad), torch.empty_like(grad), place)
-    args = (grad, gate, up, weights, plan.pair_slot_S.int(), weight_grads, halves, activation)
-    row_kernels.glu_backward(*args, joint)
-    near(halves[0], expected[0])
-    near(halves[1], expected[1])
-    near(activation[place.long()], expected[2])
-    near(weight_grads.flatten()[plan.pair_slot_S], expected[3].float())
-    assert torch.equal(joint[0][place.long()], halves[0]) and torch.equal(joint[1][place.long()], halves[1])
-    row_kernels.glu_backward(*args)
-    near(activation, expected[2])
+    for projections in ((fused,), separate):
+        grads = tuple(torch.empty_like(projection) for projection in projections)
+        weight_grads = torch.zeros(rows, top_k, device=DEVICE)
+        activation = torch.empty_like(grad)
+        joint = (tuple(torch.empty_like(projection) for projection in projections), place)
+        args = (grad, projections, weights, plan.pair_slot_S.int(), weight_grads, grads, activation)
+        row_kernels.glu_backward(*args, joint)
+        near(torch.cat(grads, 1), torch.cat(expected[:2], 1))
+        near(activation[place.long()], expected[2])
+        near(weight_grads.flatten()[plan.pair_slot_S], expected[3].float())
+        for second, first in zip(joint[0], grads, strict=True):
+            assert torch.equal(second[place.long()], first)
+        row_kernels.glu_backward(*args)
+        near(activation, expected[2])
 
     more = torch.randn_like(expanded)
     for tensors in ([expanded], [expanded, more]):
         ours = torch.full((rows, hidden + 8), float("nan"), device=DEVICE, dtype=dtype)[:, :hidden]
-        theirs = torch.empty(rows, hidden, device=DEVICE, dtype=dtype)
+        theirs = torch.empty(rows, hidden, dtype=dtype)
         row_kernels.reduce_pairs(tensors, plan.row_pair_RK.int(), ours)
-        reduce_pairs(tensors, plan, theirs)
-        near(ours, theirs)
+        reduce_pairs([tensor.cpu() for tensor in tensors], on_cpu, theirs)
+        near(ours.cpu(), theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,17 +155,17 @@ def test_sums_per_token(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     tokens, top_k, experts, ranks, hidden = 29, 3, 12, 4, 72
     index = routing(tokens, top_k, experts)
-    hits = count_rows(index, 3, ranks, skip_rank=1, parts=1)
-    plan = place_rows(hits, tuple(hits.counts_PC[:, 0].tolist()))
+    hits = count_rows(index.cpu(), 3, ranks, skip_rank=1, parts=1)
+    plan = place_rows(hits, tuple(hits.counts_2PC[0, :, 0].tolist()))
     rows = torch.randn(sum(plan.rows), hidden + 8, device=DEVICE).to(dtype)[:, :hidden]
     own = torch.randn(tokens, hidden, device=DEVICE).to(dtype)
     for part in (own, None):
-        ours = row_kernels.reduce_rows(part, rows, plan.token_row_TP.int(), dtype)
-        theirs = reduce_rows(part, rows, plan.token_row_TP, dtype)
+        ours = row_kernels.reduce_rows(part, rows, plan.token_row_TP.int().to(DEVICE), dtype).cpu()
+        theirs = reduce_rows(part.cpu() if part is not None else None, rows.cpu(), plan.token_row_TP, dtype)
         assert torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
     own_grads = torch.rand(tokens, top_k, device=DEVICE)
     row_grads = torch.rand(sum(plan.rows), top_k + 2, device=DEVICE)[:, :top_k]
-    found = wire_kernels.gather_weight_grads(own_grads, row_grads, plan.token_row_TP.int(), index, 3, 1)
+    found = wire_kernels.gather_weight_grads(own_grads, row_grads, plan.token_row_TP.int().to(DEVICE), index, 3, 1)
     for token in range(tokens):
         for k in range(top_k):
             owner = int(index[token, k]) // 3

@@ -20,13 +20,13 @@ INDEX = torch.tensor([[0, 1], [2, 5], [4, 5], [3, 0]])
 
 def plan_of(index: torch.Tensor, local: int, size: int, skip_rank: int | None = None) -> SourcePlan:
     hits = count_rows(index, local, size, skip_rank=skip_rank, parts=1)
-    return place_rows(hits, tuple(hits.counts_PC[:, 0].tolist()))
+    return place_rows(hits, tuple(hits.counts_2PC[0, :, 0].tolist()))
 
 
 def test_two_experts_on_one_rank_are_one_row() -> None:
     hits = count_rows(INDEX, 2, 3, skip_rank=None, parts=1)
     # Rows, pairs. Rank 0: tokens 0 (2 pairs) and 3 (1); rank 1: tokens 1 (1) and 3 (1); rank 2: tokens 1 (1) and 2 (2).
-    assert hits.counts_PC.tolist() == [[2, 3], [2, 2], [2, 3]]
+    assert hits.counts_2PC[0].tolist() == [[2, 3], [2, 2], [2, 3]]
     plan = place_rows(hits, (2, 2, 2))
     assert plan.rows == (2, 2, 2)
     assert plan.row_token_R.tolist() == [0, 3, 1, 3, 1, 2]
@@ -37,9 +37,9 @@ def test_two_experts_on_one_rank_are_one_row() -> None:
 
 def test_skipped_rank_has_no_rows() -> None:
     # Rank 1 has no rows; its 2 pairs, which stay here, are counted in the first part.
-    assert count_rows(INDEX, 2, 3, skip_rank=1, parts=2).counts_PC.tolist() == [[2, 2, 1], [0, 2, 0], [2, 1, 2]]
+    assert count_rows(INDEX, 2, 3, skip_rank=1, parts=2).counts_2PC[0].tolist() == [[2, 2, 1], [0, 2, 0], [2, 1, 2]]
     hits = count_rows(INDEX, 2, 3, skip_rank=1, parts=1)
-    assert hits.counts_PC.tolist() == [[2, 3], [0, 2], [2, 3]]
+    assert hits.counts_2PC[0].tolist() == [[2, 3], [0, 2], [2, 3]]
     plan = place_rows(hits, (2, 0, 2))
     assert plan.row_token_R.tolist() == [0, 3, 1, 2]
     assert plan.row_rank_R.tolist() == [0, 0, 2, 2]
@@ -48,10 +48,10 @@ def test_skipped_rank_has_no_rows() -> None:
 
 def test_pairs_of_each_part() -> None:
     # 2 rows in 2 parts: the first row, the second row. Rank 0: token 0 (2 pairs), token 3 (1); and so on.
-    assert count_rows(INDEX, 2, 3, skip_rank=None, parts=2).counts_PC.tolist() == [[2, 2, 1], [2, 1, 1], [2, 1, 2]]
+    assert count_rows(INDEX, 2, 3, skip_rank=None, parts=2).counts_2PC[0].tolist() == [[2, 2, 1], [2, 1, 1], [2, 1, 2]]
     # 2 rows in 3 parts: 2/3 and 4/3 round down to 0 and 1, so part 0 is empty.
     expected = [[2, 0, 2, 1], [2, 0, 1, 1], [2, 0, 1, 2]]
-    assert count_rows(INDEX, 2, 3, skip_rank=None, parts=3).counts_PC.tolist() == expected
+    assert count_rows(INDEX, 2, 3, skip_rank=None, parts=3).counts_2PC[0].tolist() == expected
 
 
 def test_bounds_of_parts() -> None:
@@ -81,7 +81,7 @@ def test_all_tokens_to_one_rank() -> None:
 @pytest.mark.parametrize("skip_rank", [None, 0, 2])
 def test_no_tokens(skip_rank: int | None) -> None:
     hits = count_rows(torch.zeros(0, 2, dtype=torch.int64), 2, 3, skip_rank=skip_rank, parts=2)
-    assert hits.counts_PC.tolist() == [[0, 0, 0]] * 3
+    assert hits.counts_2PC[0].tolist() == [[0, 0, 0]] * 3
     plan = place_rows(hits, (0, 0, 0))
     assert plan.row_token_R.tolist() == [] and plan.row_rank_R.tolist() == []
     assert plan.token_row_TP.shape == (0, 3)
@@ -91,7 +91,7 @@ def test_no_tokens(skip_rank: int | None) -> None:
 def test_single_rank() -> None:
     index = torch.tensor([[0, 1], [2, 3], [3, 0]])
     hits = count_rows(index, 4, 1, skip_rank=None, parts=1)
-    assert hits.counts_PC.tolist() == [[3, 6]]
+    assert hits.counts_2PC[0].tolist() == [[3, 6]]
     assert place_rows(hits, (3,)).token_row_TP.tolist() == [[0], [1], [2]]
     alone = plan_of(index, 4, 1, skip_rank=0)
     assert alone.rows == (0,) and alone.row_token_R.tolist() == []
@@ -108,7 +108,7 @@ def random_routing(tokens: int, experts: int, top_k: int) -> torch.Tensor:
 def test_counts_against_plain_loops(experts: int, top_k: int, size: int, parts: int) -> None:
     tokens, local = 23, experts // size
     index = random_routing(tokens, experts, top_k)
-    counts = count_rows(index, local, size, skip_rank=None, parts=parts).counts_PC.tolist()
+    counts = count_rows(index, local, size, skip_rank=None, parts=parts).counts_2PC[0].tolist()
     plan = plan_of(index, local, size)
     for rank in range(size):
         pairs_of = [(token, sum(int(e) // local == rank for e in index[token])) for token in range(tokens)]
@@ -124,7 +124,7 @@ def test_counts_against_plain_loops(experts: int, top_k: int, size: int, parts: 
 def test_number_of_rows_follows_the_formula(experts: int, top_k: int, size: int) -> None:
     tokens, local = 4000, experts // size
     index = random_routing(tokens, experts, top_k)
-    rows = [row[0] for row in count_rows(index, local, size, skip_rank=None, parts=1).counts_PC.tolist()]
+    rows = [row[0] for row in count_rows(index, local, size, skip_rank=None, parts=1).counts_2PC[0].tolist()]
     # A token misses a rank when its K experts are all among the other E - n: C(E - n, K) of C(E, K) choices.
     hit = 1 - math.comb(experts - local, top_k) / math.comb(experts, top_k)
     # Tokens are independent, so the rows for one rank are binomial; 5 standard deviations.
@@ -137,5 +137,5 @@ def test_number_of_rows_follows_the_formula(experts: int, top_k: int, size: int)
 
 def test_number_of_rows_is_exact_when_every_rank_is_hit() -> None:
     # 6 of 8 experts cannot fit into one rank's 4: C(4, 6) = 0, so every token has a row for both ranks.
-    counts = count_rows(random_routing(50, 8, 6), 4, 2, skip_rank=None, parts=1).counts_PC
+    counts = count_rows(random_routing(50, 8, 6), 4, 2, skip_rank=None, parts=1).counts_2PC[0]
     assert counts[:, 0].tolist() == [50, 50] and int(counts[:, 1].sum()) == 300

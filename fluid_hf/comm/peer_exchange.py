@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from fluid_hf.comm.host_reader import HostReader
+
 __all__ = ["ExchangeHandle", "PeerExchange", "PeerTensor"]
 
 PeerTensor = tuple[int, torch.Tensor]
@@ -43,6 +45,7 @@ class PeerExchange:
 
     Attributes:
         bytes_sent: bytes handed to the process group for other ranks since construction.
+        host_reader: reads counts that arrived on the device.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
@@ -50,6 +53,7 @@ class PeerExchange:
         self.rank = rank
         self.size = size
         self.bytes_sent = 0
+        self.host_reader = HostReader()
         self._in_flight: set[ExchangeHandle] = set()
         self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self._batched = group is not None and dist.get_backend(group) == "nccl"

@@ -5,6 +5,7 @@ The circle method (Kirkman, 1847), used for peer-to-peer exchange by FluidMoE. P
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 __all__ = ["Message", "Wave", "num_rounds", "part_bounds", "plan_waves", "round_peer"]
@@ -40,6 +41,7 @@ class Message:
 Wave = tuple[Message, ...]
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_waves(rank: int, size: int, waves: int) -> tuple[tuple[Wave, ...], int]:
     """Group the tournament's rounds into waves, the same number on every rank.
 

@@ -15,6 +15,7 @@ Tensors between the nodes are empty: they only carry the order. The rows travel 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -95,13 +96,12 @@ class _Combine(torch.autograd.Function):
         call: LayerCall,
     ) -> torch.Tensor:
         ctx.call = call
-        ctx.save_for_backward(row_token)
+        ctx.save_for_backward(row_token, token_row)
         return call.combine(token_row)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
-        (row_token,) = ctx.saved_tensors
-        ctx.call.post_output_grad(grads[0], row_token)
+        ctx.call.post_output_grad(grads[0], *ctx.saved_tensors)
         return grads[0].new_empty(0), None, None, None
 
 
@@ -132,7 +132,7 @@ def expert_parallel(
     parameters = read_parameters()
     dtype = _compute_dtype(hidden_TH, parameters["down"])
     call = LayerCall(context, lambda: _plain_weights(read_parameters()), hidden_TH, top_k_weights_TK, dtype)
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    with _without_autocast(hidden_TH.device.type):
         dispatched, row_token, token_row = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
         works: list[WgradWork] = []
         names, tokens = _wgrad_tokens(parameters, works, context)
@@ -147,9 +147,14 @@ def expert_parallel(
             *tokens,
         )
     shared = between() if between is not None else None
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    with _without_autocast(hidden_TH.device.type):
         output: torch.Tensor = _Combine.apply(computed, row_token, token_row, call)  # type: ignore[no-untyped-call]
     return output if shared is None else (output, shared)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """No context where there is nothing to switch off: entering one costs the host as much as a launch."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def _wgrad_tokens(

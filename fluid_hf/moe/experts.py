@@ -33,6 +33,8 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """The same weights in another type (a copy, unless they have it already)."""
+        if self.down.dtype == dtype:
+            return self
         return ExpertWeights(tuple(weight.to(dtype) for weight in self.first), self.down.to(dtype))
 
 
@@ -60,12 +62,12 @@ def finish_piece(
     piece: Piece, projections: tuple[torch.Tensor, ...], weights: ExpertWeights, act: Activation, out_RH: torch.Tensor
 ) -> None:
     """From the pre-activations to each row's weighted sum of expert outputs, written to `out_RH`."""
-    gate_SI, up_SI = _split(projections)
-    if use_kernels(gate_SI) and is_silu(act):
+    if use_kernels(projections[0]) and is_silu(act):
         from fluid_hf.moe import row_kernels
 
-        hidden_SI = row_kernels.glu_forward(gate_SI, up_SI, piece.weights_RK, piece.plan.pair_slot_S)
+        hidden_SI = row_kernels.glu_forward(projections, piece.weights_RK, piece.plan.pair_slot_S)
     else:
+        gate_SI, up_SI = _split(projections)
         hidden_SI = glu_forward(gate_SI, up_SI, piece.pair_weights_S, act)
     output_SH = grouped_linear(hidden_SI, weights.down, piece.plan.offsets_E)
     reduce_pairs([output_SH], piece.plan, out_RH)
@@ -88,6 +90,7 @@ class PieceGradients:
         self._hidden: list[torch.Tensor] = []
         self._inputs: torch.Tensor | None = None
         self._joint: JointOrder | None = None
+        self._grad_pairs: torch.Tensor | None = None
 
     def backward(
         self,
@@ -104,13 +107,17 @@ class PieceGradients:
             out: where the gradients of the rows [R, H] and of the routing weights [R, K] are written.
         """
         piece = self._pieces[len(self._grads)]
-        grad_SI = grouped_dgrad(expand_rows(grad_RH, piece.plan), weights.down, piece.plan.offsets_E)
+        pairs_SH = expand_rows(grad_RH, piece.plan)
+        grad_SI = grouped_dgrad(pairs_SH, weights.down, piece.plan.offsets_E)
         if use_kernels(grad_SI) and is_silu(act):
             first = self._activation_kernel(piece, grad_SI, projections, out[1])
         else:
             first = self._activation(piece, grad_SI, projections, act, out[1])
         del grad_SI
         self._grads.append(grad_RH)
+        if len(self._pieces) == 1:  # as they are for the weight gradient too
+            self._grad_pairs = pairs_SH
+        del pairs_SH
         pairs = [grouped_dgrad(g, weight, piece.plan.offsets_E) for g, weight in zip(first, weights.first, strict=True)]
         reduce_pairs(pairs, piece.plan, out[0])
 
@@ -120,7 +127,12 @@ class PieceGradients:
         if joint is None:
             offsets = [piece.plan.offsets_E for piece in self._pieces]
             if index is None:
-                outputs = [expand_rows(g, piece.plan) for g, piece in zip(self._grads, self._pieces, strict=True)]
+                kept, self._grad_pairs = self._grad_pairs, None
+                outputs = (
+                    [expand_rows(g, piece.plan) for g, piece in zip(self._grads, self._pieces, strict=True)]
+                    if kept is None
+                    else [kept]
+                )
                 return grouped_wgrad(outputs, self._hidden, offsets)
             inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
             return grouped_wgrad([first[index] for first in self._first], inputs, offsets)
@@ -172,10 +184,9 @@ class PieceGradients:
                 pairs = self._joint.num_pairs
                 self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
                 self._first.append(tuple(p.new_empty(pairs, p.shape[1]) for p in projections))
-            hidden, joint = self._hidden[0], (*_split(self._first[0]), self._joint.place_S[index])
+            hidden, joint = self._hidden[0], (self._first[0], self._joint.place_S[index])
         slots = piece.plan.pair_slot_S
-        gate_up = _split(projections)
-        row_kernels.glu_backward(grad_SI, *gate_up, piece.weights_RK, slots, out_RK, _split(first), hidden, joint)
+        row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, first, hidden, joint)
         return first
 
 
@@ -187,18 +198,14 @@ class JointOrder:
     """
 
     def __init__(self, plans: Sequence[PairPlan]) -> None:
-        ends_NE = torch.stack([plan.offsets_E for plan in plans])
-        starts_NE = torch.nn.functional.pad(ends_NE[:, :-1], (1, 0))
-        counts_NE = ends_NE - starts_NE
-        self.offsets_E = ends_NE.sum(0, dtype=torch.int32)
-        joint_starts_E = self.offsets_E - counts_NE.sum(0, dtype=torch.int32)
-        shift_NE = joint_starts_E + counts_NE.cumsum(0, dtype=torch.int32) - ends_NE
-        self.num_pairs = sum(plan.num_pairs for plan in plans)
-        self.place_S = []
-        for index, plan in enumerate(plans):
-            pair = torch.arange(plan.num_pairs, dtype=torch.int32, device=ends_NE.device)
-            expert = torch.searchsorted(ends_NE[index], pair, right=True, out_int32=True)
-            self.place_S.append(shift_NE[index].index_select(0, expert) + pair)
+        from fluid_hf.moe import sort_kernels
+
+        sizes = [plan.num_pairs for plan in plans]
+        self.num_pairs = sum(sizes)
+        place_S, self.offsets_E = sort_kernels.joint_places(
+            torch.stack([plan.offsets_E for plan in plans]), self.num_pairs
+        )
+        self.place_S = place_S.split(sizes)
 
     def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:
         """Rows of every piece at the joint places of their pairs: [N, H]."""

@@ -20,8 +20,8 @@ from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGradients, finish_piece, project_piece
 from fluid_hf.moe.kernels import use_kernels
-from fluid_hf.moe.permutation import PairPlan, gather_rows, make_pair_plan, reduce_rows
-from fluid_hf.moe.routing_plan import SourcePlan, count_rows, local_expert_ids, place_rows
+from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_rows, spread_rows
+from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
 from fluid_hf.moe.statistics import LayerStats
 from fluid_hf.overlap.wgrad import WgradScheduler
@@ -110,47 +110,60 @@ class LayerCall:
             self.num_own_pairs = index_TK.numel()
             return None
         context.exchange.drain()
-        plan = self._plan(index_TK)
+        hits, handle = self._count(index_TK)
+        # Packed while the counts travel, into a buffer for the most rows there can be.
+        packed = self._pack_most(hidden_TH, weights_TK, index_TK, hits) if hits.from_kernels else None
+        counts = context.exchange.host_reader.start(hits.counts_2PC, handle)()
+        plan = self._plan(hits, counts, index_TK.shape[0])
         route = self.route
         assert route is not None
-        sent = self._pack(hidden_TH, weights_TK, index_TK, plan)
+        sent = self._pack(hidden_TH, weights_TK, index_TK, plan) if packed is None else packed[: route.num_sent]
         received = self.format.new_rows(route.num_received, self.device)
         self._rows = received
         self._post_out(sent, received, "dispatch")
         return plan
 
-    def _plan(self, index_TK: torch.Tensor) -> SourcePlan:
+    def _count(self, index_TK: torch.Tensor) -> tuple[HitMap, ExchangeHandle]:
+        """Count the rows and send every peer its counts."""
         context, exchange = self.context, self.context.exchange
         serial = not context.overlap
         parts = route_parts(exchange.size, context.waves, serial)
         skip = None if serial else exchange.rank
         hits = count_rows(index_TK, context.num_local_experts, exchange.size, skip_rank=skip, parts=parts)
-        sent_counts = hits.counts_PC.to(torch.int32)
-        received_counts = torch.empty_like(sent_counts)
         ones = [1] * exchange.size
-        exchange.all_to_all(received_counts, sent_counts, ones, ones).wait()
-        if not serial:  # sorted while the counts travel; there are at most that many pairs
+        handle = exchange.all_to_all(hits.counts_2PC[1], hits.counts_2PC[0], ones, ones)
+        if hits.own_pairs is not None:
+            self._own_plan = hits.own_pairs
+        elif not serial:  # sorted while the counts travel; there are at most that many pairs
             first = exchange.rank * context.num_local_experts
             self._own_plan = make_pair_plan(index_TK, context.num_local_experts, index_TK.numel(), first)
-        # The one host synchronisation of the layer: buffer sizes must be known before receives can be posted.
-        flat = torch.cat([sent_counts[:, 0], received_counts.reshape(-1)]).tolist()
-        rows, received = tuple(flat[: exchange.size]), flat[exchange.size :]
-        width = 1 + parts
-        counts = [received[start : start + width] for start in range(0, len(received), width)]
-        self.num_own_pairs = 0 if serial else counts[exchange.rank][1]
-        self.route = make_route(exchange, context.waves, serial, rows, counts)
-        context.stats.add_dispatch(index_TK.shape[0], self.route.num_sent - (rows[exchange.rank] if serial else 0))
+        return hits, handle
+
+    def _plan(self, hits: HitMap, counts_2PC: list[list[list[int]]], tokens: int) -> SourcePlan:
+        context, exchange = self.context, self.context.exchange
+        serial = not context.overlap
+        rows, received = tuple(counts[0] for counts in counts_2PC[0]), counts_2PC[1]
+        received[exchange.rank] = counts_2PC[0][exchange.rank]  # need not have travelled
+        self.num_own_pairs = 0 if serial else received[exchange.rank][1]
+        self.route = make_route(exchange, context.waves, serial, rows, received)
+        context.stats.add_dispatch(tokens, self.route.num_sent - (rows[exchange.rank] if serial else 0))
         return place_rows(hits, rows)
+
+    def _pack_most(
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, hits: HitMap
+    ) -> torch.Tensor:
+        from fluid_hf.moe import sort_kernels, wire_kernels
+
+        exchange = self.context.exchange
+        most = sort_kernels.most_rows(index_TK.shape[0], index_TK.shape[1], exchange.size)
+        inputs = (hidden_TH, weights_TK.contiguous(), index_TK.contiguous(), hits.position_TP)
+        return wire_kernels.pack_rows(*inputs, most, self.format, self.context.num_local_experts)
 
     def _pack(
         self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, plan: SourcePlan
     ) -> torch.Tensor:
         form, local, rows = self.format, self.context.num_local_experts, sum(plan.rows)
-        if use_kernels(hidden_TH):
-            from fluid_hf.moe import wire_kernels
-
-            inputs = (hidden_TH, weights_TK.contiguous(), index_TK.contiguous())
-            return wire_kernels.pack_rows(*inputs, plan.row_token_R, plan.row_rank_R, rows, form, local)
+        assert plan.row_token_R is not None and plan.row_rank_R is not None
         sent = form.new_rows(rows, self.device)
         form.hidden_of(sent).copy_(hidden_TH.index_select(0, plan.row_token_R))
         form.ids_of(sent).copy_(local_expert_ids(index_TK[plan.row_token_R], local, plan.row_rank_R))
@@ -210,13 +223,15 @@ class LayerCall:
         return reduce_rows(own, rows, token_row_TP, self.out_dtype)
 
     # -- backward -------------------------------------------------------------------------------------------------
-    def post_output_grad(self, grad_TH: torch.Tensor, row_token_R: torch.Tensor | None) -> None:
+    def post_output_grad(
+        self, grad_TH: torch.Tensor, row_token_R: torch.Tensor | None, token_row_TP: torch.Tensor | None
+    ) -> None:
         """Send each row's output gradient to the rank that computed it."""
         self._own = grad_TH.to(self.dtype).contiguous()
-        if self.route is None or row_token_R is None:
+        if self.route is None or token_row_TP is None:
             return
         self.context.exchange.drain()
-        sent = gather_rows(self._own, row_token_R)
+        sent = spread_rows(self._own, row_token_R, token_row_TP, self.route.num_sent)
         self._rows = self._new_hidden(self.route.num_received)
         self._post_out(sent, self._rows, "output grad")
 

@@ -18,7 +18,16 @@ import torch
 
 from fluid_hf.moe.kernels import use_kernels
 
-__all__ = ["PairPlan", "expand_rows", "gather_rows", "make_pair_plan", "reduce_pairs", "reduce_rows", "sum_dtype"]
+__all__ = [
+    "PairPlan",
+    "expand_rows",
+    "gather_rows",
+    "make_pair_plan",
+    "reduce_pairs",
+    "reduce_rows",
+    "spread_rows",
+    "sum_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class PairPlan:
 
     def first_pairs(self, num_pairs: int) -> PairPlan:
         """The plan without the places that were kept for more pairs than there are."""
+        if num_pairs == self.num_pairs:
+            return self
         return PairPlan(self.pair_row_S[:num_pairs], self.pair_slot_S[:num_pairs], self.row_pair_RK, self.offsets_E)
 
     @property
@@ -89,6 +100,22 @@ def gather_rows(rows_RH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def expand_rows(rows_RH: torch.Tensor, plan: PairPlan) -> torch.Tensor:
     """Copy each row to its pairs: [R, H] -> [S, H]."""
     return gather_rows(rows_RH, plan.pair_row_S)
+
+
+def spread_rows(
+    source_TH: torch.Tensor, row_token_R: torch.Tensor | None, token_row_TP: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """Each token's row at all its destinations: [R, H].
+
+    Args:
+        row_token_R: token of each row; the kernels do without.
+        token_row_TP: row of each (token, destination); R or more where there is none.
+    """
+    if row_token_R is None:
+        from fluid_hf.moe import wire_kernels
+
+        return wire_kernels.spread_rows(source_TH, token_row_TP, rows)
+    return source_TH.index_select(0, row_token_R)
 
 
 def reduce_pairs(pairs: Sequence[torch.Tensor], plan: PairPlan, out_RH: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from fluid_hf.comm.tournament import part_bounds
 from fluid_hf.moe.kernels import use_kernels
+from fluid_hf.moe.permutation import PairPlan
 
 __all__ = ["HitMap", "SourcePlan", "count_rows", "local_expert_ids", "place_rows"]
 
@@ -23,14 +24,19 @@ class HitMap:
 
     Attributes:
         position_TP: position of the token's row among the rows for that destination, int64; -1 where there is none.
-        counts_PC: per destination: rows, then (row, expert) pairs of each part [P, 1 + parts]; the skipped rank has no
-            rows, and all its pairs in the first part.
-        placed: from the kernels, the fields of `SourcePlan` with longer rows than there are; None otherwise.
+            From the kernels: `SourcePlan.token_row_TP`.
+        counts_2PC: two tables, int32. The first has per destination: rows, then (row, expert) pairs of each part
+            [P, 1 + parts]; the skipped rank has no rows, and all its pairs in the first part. The second is not
+            initialised: the other ranks' counts go there.
+        own_pairs: from the kernels, the pair plan of the skipped rank's pairs, as `make_pair_plan` returns it with
+            T * K places; `None` otherwise.
+        from_kernels: whether the kernels made it.
     """
 
     position_TP: torch.Tensor
-    counts_PC: torch.Tensor
-    placed: tuple[torch.Tensor, torch.Tensor] | None = None
+    counts_2PC: torch.Tensor
+    own_pairs: PairPlan | None = None
+    from_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,14 @@ class SourcePlan:
     """Rows to send.
 
     Attributes:
-        row_token_R: token of each row.
-        row_rank_R: destination of each row.
-        token_row_TP: row of each (token, destination); R where there is none.
+        row_token_R: token of each row; `None` from the kernels, which need `token_row_TP` only.
+        row_rank_R: destination of each row; `None` from the kernels.
+        token_row_TP: row of each (token, destination); R or more where there is none.
         rows: number of rows per destination, on the host.
     """
 
-    row_token_R: torch.Tensor
-    row_rank_R: torch.Tensor
+    row_token_R: torch.Tensor | None
+    row_rank_R: torch.Tensor | None
     token_row_TP: torch.Tensor
     rows: tuple[int, ...]
 
@@ -69,10 +75,9 @@ def count_rows(
     if use_kernels(top_k_index_TK):
         from fluid_hf.moe import sort_kernels
 
-        counts, token_row, *placed = sort_kernels.source_plan(
-            top_k_index_TK.contiguous(), num_local_experts, ep_size, skip_rank, parts
-        )
-        return HitMap(token_row, counts, (placed[0], placed[1]))
+        index = top_k_index_TK.contiguous()
+        counts, token_row, own = sort_kernels.source_plan(index, num_local_experts, ep_size, skip_rank, parts)
+        return HitMap(token_row, counts, PairPlan(*own) if own is not None else None, True)
     tokens = top_k_index_TK.shape[0]
     rank_TK = top_k_index_TK // num_local_experts
     hit_TP = torch.zeros(tokens, ep_size, dtype=torch.bool, device=top_k_index_TK.device)
@@ -87,7 +92,8 @@ def count_rows(
     slot_TK = rank_TK * parts + part_TP.gather(1, rank_TK)
     pairs = torch.zeros(ep_size * parts, dtype=torch.int64, device=hit_TP.device)
     pairs.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK.reshape(-1)))
-    return HitMap(position_TP, torch.cat([rows_P[:, None], pairs.view(ep_size, parts)], dim=1))
+    counts_PC = torch.cat([rows_P[:, None], pairs.view(ep_size, parts)], dim=1).to(torch.int32)
+    return HitMap(position_TP, torch.stack([counts_PC, torch.empty_like(counts_PC)]))
 
 
 def place_rows(hits: HitMap, rows: tuple[int, ...]) -> SourcePlan:
@@ -95,8 +101,8 @@ def place_rows(hits: HitMap, rows: tuple[int, ...]) -> SourcePlan:
     position_TP = hits.position_TP
     tokens, ranks = position_TP.shape
     total = sum(rows)
-    if hits.placed is not None:
-        return SourcePlan(hits.placed[0][:total], hits.placed[1][:total], position_TP, rows)
+    if hits.from_kernels:
+        return SourcePlan(None, None, position_TP, rows)
     starts_P = torch.tensor([sum(rows[:rank]) for rank in range(ranks)], device=position_TP.device)
     token_row_TP = torch.where(position_TP >= 0, position_TP + starts_P, total)
     row_token = torch.empty(total + 1, dtype=torch.int64, device=position_TP.device)

@@ -2,28 +2,34 @@
 
 Legend: T tokens, R rows, K experts per token, S pairs, H hidden, I intermediate, P ranks. Memory-bound: each launch
 reads its input once and writes its output once; sums run in float32 in a fixed order, without atomics.
-Sizes and strides that a model fixes are compile-time constants, so that rows move in 16-byte accesses.
+Sizes and strides that a model fixes are compile-time constants, and every thread moves at least 8 neighbouring
+elements, so that rows move in 16-byte accesses.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["block_size", "expand", "glu_backward", "glu_forward", "num_warps", "reduce_pairs", "reduce_rows"]
+from fluid_hf.moe.launch import Kernel, blocks_of
+
+__all__ = ["expand", "glu_backward", "glu_forward", "reduce_pairs", "reduce_rows", "tile"]
 
 
-def block_size(size: int, largest: int = 2048) -> int:
-    """The widest block that wastes at most an eighth of `size`, else the one that wastes least."""
-    options = [block for block in (2048, 1024, 512, 256, 128) if block <= largest]
-    waste = {block: (-size % block) / max(size, 1) for block in options}
-    return next((block for block in options if waste[block] <= 0.125), min(options, key=lambda block: waste[block]))
+@functools.cache
+def tile(width: int, elements: int, widest: int = 2048) -> tuple[int, int, int]:
+    """Columns and rows of a tile of about `elements` elements, and its warps at 8 elements a thread or more.
 
-
-def num_warps(block: int) -> int:
-    """Warps for a block of that width."""
-    return 4 if block <= 1024 else 8
+    The columns are the widest block that wastes at most an eighth of `width`, else the one that wastes least.
+    """
+    options = [block for block in (2048, 1024, 512, 256, 128, 64) if block <= widest]
+    waste = {block: (-width % block) / max(width, 1) for block in options}
+    columns = next((block for block in options if waste[block] <= 0.125), min(options, key=lambda block: waste[block]))
+    rows = max(1, elements // columns)
+    return columns, rows, max(1, min(8, columns * rows // 256))
 
 
 def expand(
@@ -37,94 +43,68 @@ def expand(
     if out is None:
         out = torch.empty(pairs, hidden, dtype=rows_RH.dtype, device=rows_RH.device)
     if pairs:
-        block = block_size(hidden)
-        _expand[(triton.cdiv(pairs, 4), triton.cdiv(hidden, block))](
-            rows_RH,
-            rows_RH.stride(0),
-            pair_row_S,
-            out,
-            place_S if place_S is not None else pair_row_S,
-            pairs,
-            hidden,
-            PLACED=place_S is not None,
-            PAIRS=4,
-            BLOCK=block,
-            num_warps=num_warps(block),
+        columns, rows, warps = tile(hidden, 8192)
+        placed = place_S is not None
+        _expand(
+            (blocks_of(pairs, rows), blocks_of(hidden, columns), 1),
+            (rows_RH, pair_row_S, out, place_S if place_S is not None else pair_row_S),
+            (pairs,),
+            (rows_RH.stride(0), hidden, placed, rows, columns),
+            warps,
         )
     return out
 
 
 def glu_forward(
-    gate_SI: torch.Tensor, up_SI: torch.Tensor, weights_RK: torch.Tensor, pair_slot_S: torch.Tensor
+    projections: tuple[torch.Tensor, ...], weights_RK: torch.Tensor, pair_slot_S: torch.Tensor
 ) -> torch.Tensor:
-    """`weight * silu(gate) * up` [S, I]; gate and up may be halves of one tensor."""
-    pairs, inner = gate_SI.shape
-    out = torch.empty(pairs, inner, dtype=gate_SI.dtype, device=gate_SI.device)
+    """`weight * silu(gate) * up` [S, I]; `projections` is gate and up [S, I], or both in one tensor [S, 2I]."""
+    first, up = projections[0], projections[-1]
+    pairs, inner = first.shape[0], first.shape[1] // (3 - len(projections))
+    out = torch.empty(pairs, inner, dtype=first.dtype, device=first.device)
     if pairs:
-        block = block_size(inner, 1024)
-        _glu_forward[(pairs, triton.cdiv(inner, block))](
-            gate_SI,
-            up_SI,
-            gate_SI.stride(0),
-            weights_RK,
-            weights_RK.stride(0),
-            weights_RK.shape[1],
-            pair_slot_S,
-            out,
-            inner,
-            BLOCK=block,
-            num_warps=4,
+        columns, rows, warps = tile(inner, 2048, widest=1024)
+        _glu_forward(
+            (blocks_of(pairs, rows), blocks_of(inner, columns), 1),
+            (first, up, weights_RK, pair_slot_S, out),
+            (pairs,),
+            (first.shape[1], weights_RK.stride(0), weights_RK.shape[1], inner, rows, columns),
+            warps,
         )
     return out
 
 
 def glu_backward(
     grad_SI: torch.Tensor,
-    gate_SI: torch.Tensor,
-    up_SI: torch.Tensor,
+    projections: tuple[torch.Tensor, ...],
     weights_RK: torch.Tensor,
     pair_slot_S: torch.Tensor,
     grad_weights_RK: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor, ...],
     hidden: torch.Tensor,
-    joint: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    joint: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None,
 ) -> None:
     """Backward of `glu_forward` in one launch.
 
     Args:
         grad_weights_RK: float32 view that receives the routing-weight gradients of the slots that have a pair.
-        grads: receive the gradients of gate and up [S, I] (halves of one tensor, or two).
-        hidden: [N, I] receives the forward output again; at `joint[2][s]` if `joint` is given.
-        joint: gate and up gradients once more at place `joint[2][s]` (int32 [S]) of `joint[0]` and `joint[1]`.
+        grads: receive the gradients of `projections`, in the same layout.
+        hidden: [N, I] receives the forward output again; at its joint place if `joint` is given.
+        joint: tensors that receive the gradients of `projections` once more, and the joint place of each pair (int32).
     """
-    pairs, inner = gate_SI.shape
+    pairs, inner = grad_SI.shape
     if not pairs:
         return
-    block = block_size(inner, 1024)
-    second = joint if joint is not None else (*grads, pair_slot_S)
-    _glu_backward[(pairs,)](
-        grad_SI,
-        gate_SI,
-        up_SI,
-        gate_SI.stride(0),
-        weights_RK,
-        weights_RK.stride(0),
-        weights_RK.shape[1],
-        pair_slot_S,
-        grad_weights_RK,
-        grad_weights_RK.stride(0),
-        grads[0],
-        grads[1],
-        grads[0].stride(0),
-        hidden,
-        second[0],
-        second[1],
-        second[0].stride(0),
-        second[2],
-        inner,
-        JOINT=joint is not None,
-        BLOCK=block,
-        num_warps=4,
+    columns, rows, warps = tile(inner, 2048, widest=1024)
+    second, place = joint if joint is not None else (grads, pair_slot_S)
+    strides = (projections[0].shape[1], weights_RK.stride(0), weights_RK.shape[1], grad_weights_RK.stride(0))
+    values = (grad_SI, projections[0], projections[-1], weights_RK, pair_slot_S, grad_weights_RK)
+    _glu_backward(
+        (blocks_of(pairs, rows), 1, 1),
+        (*values, grads[0], grads[-1], hidden, second[0], second[-1], place),
+        (pairs,),
+        (*strides, inner, joint is not None, rows, columns),
+        warps,
     )
 
 
@@ -132,19 +112,13 @@ def reduce_pairs(pairs: list[torch.Tensor], row_pair_RK: torch.Tensor, out_RH: t
     """Sum of each row's pairs, over one or two tensors [S, H], written to a view [R, H] of any row stride."""
     rows, hidden = out_RH.shape
     if rows:
-        block = block_size(hidden)
-        _reduce_pairs[(rows, triton.cdiv(hidden, block))](
-            pairs[0],
-            pairs[-1],
-            row_pair_RK,
-            pairs[0].shape[0],
-            out_RH,
-            out_RH.stride(0),
-            hidden,
-            row_pair_RK.shape[1],
-            TWO=len(pairs) == 2,
-            BLOCK=block,
-            num_warps=num_warps(block),
+        columns, _, warps = tile(hidden, 0)
+        _reduce_pairs(
+            (rows, blocks_of(hidden, columns), 1),
+            (pairs[0], pairs[-1], row_pair_RK, out_RH),
+            (pairs[0].shape[0],),
+            (out_RH.stride(0), hidden, row_pair_RK.shape[1], len(pairs) == 2, columns),
+            warps,
         )
 
 
@@ -155,174 +129,186 @@ def reduce_rows(
     tokens, hidden = token_row_TP.shape[0], rows_RH.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=rows_RH.device)
     if tokens:
-        block = block_size(hidden)
-        _reduce_rows[(tokens, triton.cdiv(hidden, block))](
-            own_TH if own_TH is not None else rows_RH,
-            rows_RH,
-            rows_RH.stride(0),
-            rows_RH.shape[0],
-            token_row_TP,
-            token_row_TP.shape[1],
-            out,
-            hidden,
-            OWN=own_TH is not None,
-            BLOCK=block,
-            num_warps=num_warps(block),
+        columns, _, warps = tile(hidden, 0)
+        _reduce_rows(
+            (tokens, blocks_of(hidden, columns), 1),
+            (own_TH if own_TH is not None else rows_RH, rows_RH, token_row_TP, out),
+            (rows_RH.shape[0],),
+            (rows_RH.stride(0), token_row_TP.shape[1], hidden, own_TH is not None, columns),
+            warps,
         )
     return out
 
 
-@triton.jit
-def _expand(
+@triton.jit(do_not_specialize=["pairs"])
+def _expand_kernel(
     rows,
-    row_stride: tl.constexpr,
     pair_row,
     out,
     place,
     pairs,
+    row_stride: tl.constexpr,
     hidden: tl.constexpr,
     PLACED: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)  # several pairs keep more loads in flight
+    pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # several pairs keep more loads in flight
     known = pair < pairs
     row = tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)
     to = pair
     if PLACED:
         to = tl.load(place + pair, mask=known, other=0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = known[:, None] & (at < hidden)[None, :]
     value = tl.load(rows + row[:, None] * row_stride + at[None, :], mask=inside)
     tl.store(out + to[:, None] * hidden + at[None, :], value, mask=inside)
 
 
 @triton.jit
-def _pair_weight(weights, stride: tl.constexpr, top_k: tl.constexpr, slot):
-    return tl.load(weights + (slot // top_k).to(tl.int64) * stride + slot % top_k).to(tl.float32)
+def _pair_weight(weights, stride: tl.constexpr, top_k: tl.constexpr, slot, known):
+    at = weights + (slot // top_k).to(tl.int64) * stride + slot % top_k
+    return tl.load(at, mask=known, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _glu_forward(
+@triton.jit(do_not_specialize=["pairs"])
+def _glu_forward_kernel(
     gate,
     up,
-    stride: tl.constexpr,
     weights,
-    weights_stride: tl.constexpr,
-    top_k: tl.constexpr,
     pair_slot,
     out,
+    pairs,
+    stride: tl.constexpr,
+    weights_stride: tl.constexpr,
+    top_k: tl.constexpr,
     inner: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)
-    weight = _pair_weight(weights, weights_stride, top_k, tl.load(pair_slot + pair))
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < inner
-    g = tl.load(gate + pair * stride + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + pair * stride + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + pair * inner + at, (g * tl.sigmoid(g) * u * weight).to(out.dtype.element_ty), mask=inside)
+    pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = pair < pairs
+    slot = tl.load(pair_slot + pair, mask=known, other=0)
+    weight = _pair_weight(weights, weights_stride, top_k, slot, known)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = known[:, None] & (at < inner)[None, :]
+    second = stride - inner  # where up starts: beside gate in one tensor, or at 0 of its own
+    g = tl.load(gate + pair[:, None] * stride + at[None, :], mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + pair[:, None] * stride + at[None, :] + second, mask=inside, other=0.0).to(tl.float32)
+    value = g * tl.sigmoid(g) * u * weight[:, None]
+    tl.store(out + pair[:, None] * inner + at[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _glu_backward(
+@triton.jit(do_not_specialize=["pairs"])
+def _glu_backward_kernel(
     grad,
     gate,
     up,
-    stride: tl.constexpr,
     weights,
-    weights_stride: tl.constexpr,
-    top_k: tl.constexpr,
     pair_slot,
     grad_weights,
-    grad_weights_stride: tl.constexpr,
     grad_gate,
     grad_up,
-    grad_stride: tl.constexpr,
     hidden,
     joint_gate,
     joint_up,
-    joint_stride: tl.constexpr,
     joint_place,
+    pairs,
+    stride: tl.constexpr,
+    weights_stride: tl.constexpr,
+    top_k: tl.constexpr,
+    grad_weights_stride: tl.constexpr,
     inner: tl.constexpr,
     JOINT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64)
-    slot = tl.load(pair_slot + pair)
-    weight = _pair_weight(weights, weights_stride, top_k, slot)
+    pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = pair < pairs
+    slot = tl.load(pair_slot + pair, mask=known, other=0)
+    weight = _pair_weight(weights, weights_stride, top_k, slot, known)[:, None]
     place = pair
     if JOINT:
-        place = tl.load(joint_place + pair).to(tl.int64)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, inner, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < inner
-        dh = tl.load(grad + pair * inner + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(gate + pair * stride + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(up + pair * stride + at, mask=inside, other=0.0).to(tl.float32)
+        place = tl.load(joint_place + pair, mask=known, other=0).to(tl.int64)
+    second = stride - inner  # where up starts: beside gate in one tensor, or at 0 of its own
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, inner, COLUMNS):
+        at = start + tl.arange(0, COLUMNS)[None, :]
+        inside = known[:, None] & (at < inner)
+        dh = tl.load(grad + pair[:, None] * inner + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gate + pair[:, None] * stride + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(up + pair[:, None] * stride + at + second, mask=inside, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(g)
         activated = g * sigmoid
         total += dh * activated * u
-        tl.store(hidden + place * inner + at, (activated * u * weight).to(hidden.dtype.element_ty), mask=inside)
+        value = (activated * u * weight).to(hidden.dtype.element_ty)
+        tl.store(hidden + place[:, None] * inner + at, value, mask=inside)
         dh *= weight
         dg = (dh * u * (sigmoid * (1 + g - activated))).to(grad_gate.dtype.element_ty)
         du = (dh * activated).to(grad_up.dtype.element_ty)
-        tl.store(grad_gate + pair * grad_stride + at, dg, mask=inside)
-        tl.store(grad_up + pair * grad_stride + at, du, mask=inside)
+        tl.store(grad_gate + pair[:, None] * stride + at, dg, mask=inside)
+        tl.store(grad_up + pair[:, None] * stride + at + second, du, mask=inside)
         if JOINT:
-            tl.store(joint_gate + place * joint_stride + at, dg, mask=inside)
-            tl.store(joint_up + place * joint_stride + at, du, mask=inside)
-    tl.store(grad_weights + (slot // top_k).to(tl.int64) * grad_weights_stride + slot % top_k, tl.sum(total, 0))
+            tl.store(joint_gate + place[:, None] * stride + at, dg, mask=inside)
+            tl.store(joint_up + place[:, None] * stride + at + second, du, mask=inside)
+    to = grad_weights + (slot // top_k).to(tl.int64) * grad_weights_stride + slot % top_k
+    tl.store(to, tl.sum(total, 1), mask=known)
 
 
-@triton.jit
-def _reduce_pairs(
+@triton.jit(do_not_specialize=["num_pairs"])
+def _reduce_pairs_kernel(
     pairs,
     more,
     row_pair,
-    num_pairs,
     out,
+    num_pairs,
     out_stride: tl.constexpr,
     hidden: tl.constexpr,
     top_k: tl.constexpr,
     TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at < hidden
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for k in range(top_k):
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for k in tl.static_range(top_k):  # unrolled: all loads are in flight together, the sum keeps its order
         pair = tl.load(row_pair + row * top_k + k).to(tl.int64)
-        if pair < num_pairs:
-            total += tl.load(pairs + pair * hidden + at, mask=inside, other=0.0).to(tl.float32)
-            if TWO:
-                total += tl.load(more + pair * hidden + at, mask=inside, other=0.0).to(tl.float32)
+        found = inside & (pair < num_pairs)
+        total += tl.load(pairs + pair * hidden + at, mask=found, other=0.0).to(tl.float32)
+        if TWO:
+            total += tl.load(more + pair * hidden + at, mask=found, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _reduce_rows(
+@triton.jit(do_not_specialize=["num_rows"])
+def _reduce_rows_kernel(
     own,
     rows,
-    row_stride: tl.constexpr,
-    num_rows,
     token_row,
-    ranks: tl.constexpr,
     out,
+    num_rows,
+    row_stride: tl.constexpr,
+    ranks: tl.constexpr,
     hidden: tl.constexpr,
     OWN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = at < hidden
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
     if OWN:
         total += tl.load(own + token * hidden + at, mask=inside, other=0.0).to(tl.float32)
     for rank in range(ranks):
         row = tl.load(token_row + token * ranks + rank).to(tl.int64)
-        if row < num_rows:
-            total += tl.load(rows + row * row_stride + at, mask=inside, other=0.0).to(tl.float32)
+        found = inside & (row < num_rows)
+        total += tl.load(rows + row * row_stride + at, mask=found, other=0.0).to(tl.float32)
     tl.store(out + token * hidden + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+_expand = Kernel(_expand_kernel)
+_glu_forward = Kernel(_glu_forward_kernel)
+_glu_backward = Kernel(_glu_backward_kernel)
+_reduce_pairs = Kernel(_reduce_pairs_kernel)
+_reduce_rows = Kernel(_reduce_rows_kernel)

@@ -1,7 +1,9 @@
 """Triton kernels for the plans: counting sorts that are stable and equal from run to run.
 
-Legend: T tokens, K experts per token, R rows, S pairs, E experts held here, P ranks. Each sort has three launches:
-counts per block, one scan over the blocks, placement. Only integers are added atomically, so order never matters.
+Legend: T tokens, K experts per token, R rows, S pairs, E experts held here, P ranks. A sort has two launches: counts
+per block, and placement, in which every block adds up the counts of the blocks before it. The plan of a dispatch sorts
+its rows by rank and its own pairs by expert in the same two launches. Only integers are added atomically, so order
+never matters.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["pair_plan", "source_plan"]
+from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
 
-SCAN_TILE = 8192
+__all__ = ["joint_places", "pair_plan", "source_plan"]
+
+SORT_BLOCK = 512  # slots of a block: few enough blocks to add up their counts, enough to fill the GPU
+SUM_TILE = 4096
 PLACE_TILE = 8192
 
 
@@ -25,129 +30,198 @@ def pair_plan(
         ids_RK: expert ids of any integer type and row stride; held here if in [first_expert, first_expert + E).
     """
     rows, top_k = ids_RK.shape
-    slots = rows * top_k
-    device = ids_RK.device
-    block = 256 if slots <= 1 << 17 else 1024  # many short blocks where there are few slots
-    blocks = triton.cdiv(slots, block)
-    padded = triton.next_power_of_2(num_experts + 1)
-    pairs = torch.empty(2, num_pairs, dtype=torch.int32, device=device)
-    row_pair = torch.empty(rows, top_k, dtype=torch.int32, device=device)
+    pairs, row_pair, offsets = _new_pairs(rows, top_k, num_experts, num_pairs, ids_RK.device)
+    blocks = blocks_of(rows * top_k, SORT_BLOCK)
     if blocks == 0:
-        return pairs[0], pairs[1], row_pair, torch.zeros(num_experts, dtype=torch.int32, device=device)
-    offsets = torch.empty(num_experts, dtype=torch.int32, device=device)
-    counts = torch.empty(blocks, padded, dtype=torch.int32, device=device)
-    sort = (ids_RK, ids_RK.stride(0), slots, top_k, first_expert, num_experts)
-    _count_experts[(blocks,)](*sort, counts, BLOCK=block, PADDED=padded)
-    _scan_blocks[(1,)](counts, offsets, blocks, num_experts, TILE=max(1, SCAN_TILE // padded), PADDED=padded)
-    keys = triton.next_power_of_2(num_experts)
-    chunk = max(16, min(block, PLACE_TILE // keys))
-    _place_pairs[(blocks,)](
-        *sort, counts, pairs[0], pairs[1], row_pair, num_pairs, BLOCK=block, CHUNK=chunk, PADDED=padded, KEYS=keys
-    )
+        return pairs[0], pairs[1], row_pair, offsets.zero_()
+    keys, chunk = _key_tile(num_experts)
+    partial = torch.empty(blocks, keys, dtype=torch.int32, device=ids_RK.device)
+    integers = (rows * top_k, first_expert, blocks, num_pairs)
+    constants = (ids_RK.stride(0), top_k, num_experts, SORT_BLOCK, keys)
+    _count_pairs((blocks, 1, 1), (ids_RK, partial), integers[:2], constants)
+    pointers = (ids_RK, partial, pairs[0], pairs[1], row_pair, offsets)
+    _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
     return pairs[0], pairs[1], row_pair, offsets
 
 
 def source_plan(
     index_TK: torch.Tensor, num_local_experts: int, ranks: int, skip_rank: int | None, parts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None]:
     """Counts and places of the rows to send, without waiting for the device.
 
+    Args:
+        index_TK: contiguous int64 expert ids.
+        skip_rank: destination whose pairs stay here and are sorted too, or `None`.
+
     Returns:
-        counts [P, 1 + parts] as `count_rows` has them; token_row [T, P] (the number of rows where there is none);
-        row_token and row_rank, longer than the number of rows, which the host does not know yet. All int32.
+        counts [2, P, 1 + parts] as `HitMap` has them; token_row [T, P] (the most rows there can be, `most_rows`, where
+        there is none); the pair plan of the skipped rank's pairs, with T * K places. All int32.
     """
     tokens, top_k = index_TK.shape
     device = index_TK.device
-    counts = torch.zeros(ranks, 1 + parts, dtype=torch.int32, device=device)
+    counts = torch.empty(2, ranks, 1 + parts, dtype=torch.int32, device=device)
     token_row = torch.empty(tokens, ranks, dtype=torch.int32, device=device)
-    most = tokens * min(top_k, ranks)
-    rows = torch.empty(2, most, dtype=torch.int32, device=device)
-    padded = triton.next_power_of_2(ranks + 1)
-    block = max(16, min(256, PLACE_TILE // padded))
-    blocks = triton.cdiv(tokens, block)
-    if blocks == 0:
-        return counts, token_row, rows[0], rows[1]
+    capacity = tokens * top_k
+    pairs, row_pair, offsets = _new_pairs(tokens, top_k, num_local_experts, capacity, device)
+    if tokens == 0:
+        own = (pairs[0], pairs[1], row_pair, offsets.zero_())
+        return counts.zero_(), token_row, None if skip_rank is None else own
     skip = -1 if skip_rank is None else skip_rank
-    ends = torch.empty(ranks, dtype=torch.int32, device=device)
-    partial = torch.empty(blocks, padded, dtype=torch.int32, device=device)
-    hits = (index_TK, tokens, num_local_experts, ranks, skip, partial)
-    _count_hits[(blocks,)](*hits, TOP_K=top_k, BLOCK=block, PADDED=padded)
-    _scan_blocks[(1,)](partial, ends, blocks, ranks, TILE=max(1, SCAN_TILE // padded), PADDED=padded)
-    _place_rows[(blocks,)](
-        *hits, ends, counts, token_row, rows[0], rows[1], TOP_K=top_k, PARTS=parts, BLOCK=block, PADDED=padded
-    )
-    return counts, token_row, rows[0], rows[1]
+    per_block = max(16, power_of_two(SORT_BLOCK // top_k))
+    slots = power_of_two(per_block * top_k)
+    blocks = blocks_of(tokens, per_block)
+    padded = power_of_two(ranks)
+    keys, chunk = _key_tile(num_local_experts)
+    row_counts = torch.empty(blocks, padded, dtype=torch.int32, device=device)
+    pair_counts = torch.empty(blocks, keys, dtype=torch.int32, device=device)
+    sizes = (top_k, num_local_experts, ranks, skip, parts, per_block, slots, padded, keys)
+    integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
+    _count_source((blocks, 1, 1), (index_TK, row_counts, pair_counts, counts), (tokens,), sizes)
+    pointers = (index_TK, row_counts, pair_counts, counts, token_row, pairs[0], pairs[1], row_pair, offsets)
+    tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
+    _place_source((blocks, 1, 1), pointers, integers, (*sizes, min(chunk, slots), *tiles))
+    return counts, token_row, None if skip_rank is None else (pairs[0], pairs[1], row_pair, offsets)
+
+
+def most_rows(tokens: int, top_k: int, ranks: int) -> int:
+    """Upper bound of the rows that a rank can send, its own included."""
+    return tokens * min(top_k, ranks)
+
+
+def joint_places(offsets_NE: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the pairs of N pieces when all are sorted by expert together, ties by piece.
+
+    Args:
+        offsets_NE: contiguous int32, end of each expert's pairs in each piece.
+        num_pairs: pairs of all pieces.
+
+    Returns:
+        The place of every pair, piece after piece [S], and the joint end of each expert's pairs [E]; int32.
+    """
+    pieces, experts = offsets_NE.shape
+    place = torch.empty(num_pairs, dtype=torch.int32, device=offsets_NE.device)
+    ends = torch.empty(experts, dtype=torch.int32, device=offsets_NE.device)
+    _joint_places((experts, pieces, 1), (offsets_NE, place, ends), (), (pieces, experts, 1024))
+    return place, ends
+
+
+def _new_pairs(
+    rows: int, top_k: int, num_experts: int, num_pairs: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pairs = torch.empty(2, num_pairs, dtype=torch.int32, device=device)
+    row_pair = torch.empty(rows, top_k, dtype=torch.int32, device=device)
+    return pairs, row_pair, torch.empty(num_experts, dtype=torch.int32, device=device)
+
+
+def _key_tile(num_experts: int) -> tuple[int, int]:
+    """Keys as a power of two, and the slots that are placed at once."""
+    keys = max(2, power_of_two(num_experts))
+    return keys, max(16, min(SORT_BLOCK, PLACE_TILE // keys))
 
 
 @triton.jit
-def _load_experts(ids, stride, slot, num_slots, top_k, first, num_experts):
+def _load_experts(ids, stride, slot, inside, top_k, first, num_experts):
     row = slot // top_k
-    inside = slot < num_slots
     expert = tl.load(ids + row.to(tl.int64) * stride + slot % top_k, mask=inside, other=-1).to(tl.int32) - first
     return expert, inside & (expert >= 0) & (expert < num_experts)
 
 
 @triton.jit
-def _count_experts(
-    ids, stride, num_slots, top_k, first, num_experts, counts, BLOCK: tl.constexpr, PADDED: tl.constexpr
-):
-    block = tl.program_id(0)
-    slot = block * BLOCK + tl.arange(0, BLOCK)
-    expert, held = _load_experts(ids, stride, slot, num_slots, top_k, first, num_experts)
-    found = tl.histogram(tl.where(held, expert, num_experts), PADDED)  # the bin after the last takes the others
-    tl.store(counts + block * PADDED + tl.arange(0, PADDED), found.to(tl.int32))
-
-
-@triton.jit
-def _scan_blocks(counts, ends, num_blocks, num_keys, TILE: tl.constexpr, PADDED: tl.constexpr):
-    key = tl.arange(0, PADDED)
-    block = tl.arange(0, TILE)
-    total = tl.zeros([PADDED], dtype=tl.int32)
+def _starts(partial, block, num_blocks, TILE: tl.constexpr, KEYS: tl.constexpr):
+    """For each key: where this block's items start, the first and last-plus-one place of all its items."""
+    key = tl.arange(0, KEYS)
+    before = tl.zeros([KEYS], dtype=tl.int32)
+    total = tl.zeros([KEYS], dtype=tl.int32)
     for start in range(0, num_blocks, TILE):
-        at = counts + (start + block)[:, None] * PADDED + key[None, :]
-        total += tl.sum(tl.load(at, mask=(start + block < num_blocks)[:, None], other=0), 0)
-    total = tl.where(key < num_keys, total, 0)
+        other = start + tl.arange(0, TILE)
+        at = partial + other[:, None] * KEYS + key[None, :]
+        tile = tl.load(at, mask=(other < num_blocks)[:, None], other=0)
+        total += tl.sum(tile, 0)
+        before += tl.sum(tl.where((other < block)[:, None], tile, 0), 0)
     end = tl.cumsum(total, 0)
-    tl.store(ends + key, end, mask=key < num_keys)
-    running = end - total
-    for start in range(0, num_blocks, TILE):
-        at = counts + (start + block)[:, None] * PADDED + key[None, :]
-        inside = (start + block < num_blocks)[:, None]
-        tile = tl.load(at, mask=inside, other=0)
-        tl.store(at, running[None, :] + tl.cumsum(tile, 0) - tile, mask=inside)
-        running += tl.sum(tile, 0)
+    return end - total + before, end - total, end
 
 
 @triton.jit
-def _place_pairs(
+def _place_chunks(
     ids,
     stride,
-    num_slots,
-    top_k,
+    first_slot,
+    limit,
     first,
-    num_experts,
-    counts,
+    running,
     pair_row,
     pair_slot,
     row_pair,
-    num_pairs,
-    BLOCK: tl.constexpr,
+    absent,
+    top_k: tl.constexpr,
+    num_experts: tl.constexpr,
+    SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
-    PADDED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    """Place the pairs of slots [first_slot, limit), in order, from `running` on."""
     key = tl.arange(0, KEYS)
-    running = tl.load(counts + block * PADDED + key)
-    for start in range(0, BLOCK, CHUNK):
-        slot = block * BLOCK + start + tl.arange(0, CHUNK)
-        expert, held = _load_experts(ids, stride, slot, num_slots, top_k, first, num_experts)
+    for start in range(0, SLOTS, CHUNK):
+        slot = first_slot + start + tl.arange(0, CHUNK)
+        expert, held = _load_experts(ids, stride, slot, slot < limit, top_k, first, num_experts)
         chosen = ((expert[:, None] == key[None, :]) & held[:, None]).to(tl.int32)
         place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + running[None, :]), 1)
-        tl.store(row_pair + slot, tl.where(held, place, num_pairs), mask=slot < num_slots)
+        tl.store(row_pair + slot, tl.where(held, place, absent), mask=slot < limit)
         tl.store(pair_row + place, slot // top_k, mask=held)
         tl.store(pair_slot + place, slot, mask=held)
         running += tl.sum(chosen, 0)
+
+
+@triton.jit(do_not_specialize=["num_slots", "first"])
+def _count_pairs_kernel(
+    ids,
+    partial,
+    num_slots,
+    first,
+    stride: tl.constexpr,
+    top_k: tl.constexpr,
+    num_experts: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    expert, held = _load_experts(ids, stride, slot, slot < num_slots, top_k, first, num_experts)
+    found = tl.histogram(tl.where(held, expert, 0), KEYS, mask=held)
+    tl.store(partial + block * KEYS + tl.arange(0, KEYS), found.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["num_slots", "first", "num_blocks", "absent"])
+def _place_pairs_kernel(
+    ids,
+    partial,
+    pair_row,
+    pair_slot,
+    row_pair,
+    offsets,
+    num_slots,
+    first,
+    num_blocks,
+    absent,
+    stride: tl.constexpr,
+    top_k: tl.constexpr,
+    num_experts: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    block = tl.program_id(0)
+    running, _, end = _starts(partial, block, num_blocks, TILE, KEYS)
+    key = tl.arange(0, KEYS)
+    tl.store(offsets + key, end, mask=(key < num_experts) & (block == 0))
+    at = block * BLOCK
+    limit = tl.minimum(at + BLOCK, num_slots)
+    _place_chunks(
+        ids, stride, at, limit, first, running, pair_row, pair_slot, row_pair, absent,
+        top_k, num_experts, BLOCK, CHUNK, KEYS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -163,60 +237,66 @@ def _hits(index, token, num_tokens, num_local, skip, TOP_K: tl.constexpr, PADDED
     return found, sent
 
 
-@triton.jit
-def _count_hits(
+@triton.jit(do_not_specialize=["num_tokens"])
+def _count_source_kernel(
     index,
-    num_tokens,
-    num_local,
-    num_ranks,
-    skip,
-    partial,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    block = tl.program_id(0)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    _, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
-    tl.store(partial + block * PADDED + tl.arange(0, PADDED), tl.sum(sent, 0))
-
-
-@triton.jit
-def _place_rows(
-    index,
-    num_tokens,
-    num_local,
-    num_ranks,
-    skip,
-    partial,
-    ends,
+    row_counts,
+    pair_counts,
     counts,
-    token_row,
-    row_token,
-    row_rank,
+    num_tokens,
     TOP_K: tl.constexpr,
+    num_local: tl.constexpr,
+    num_ranks: tl.constexpr,
+    skip: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
     PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, PADDED)
+    _, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
+    tl.store(row_counts + block * PADDED + rank, tl.sum(sent, 0))
+    for part in tl.static_range(1 + PARTS):  # placement adds to them
+        tl.store(counts + rank * (1 + PARTS) + part, tl.zeros_like(rank), mask=(rank < num_ranks) & (block == 0))
+    if skip >= 0:
+        slot = block * BLOCK * TOP_K + tl.arange(0, SLOTS)
+        limit = tl.minimum((block + 1) * BLOCK, num_tokens) * TOP_K
+        expert, held = _load_experts(index, TOP_K, slot, slot < limit, TOP_K, skip * num_local, num_local)
+        found = tl.histogram(tl.where(held, expert, 0), KEYS, mask=held)
+        tl.store(pair_counts + block * KEYS + tl.arange(0, KEYS), found.to(tl.int32))
+
+
+@triton.jit
+def _place_rows(
+    found,
+    sent,
+    token,
+    block,
+    row_counts,
+    counts,
+    token_row,
+    num_tokens,
+    num_blocks,
+    absent,
+    num_ranks: tl.constexpr,
+    skip: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Rows of a block's tokens, and the counts of their parts."""
+    rank = tl.arange(0, PADDED)
     known = rank < num_ranks
-    found, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
-    end = tl.load(ends + rank, mask=known, other=0)
-    start = tl.load(ends + rank - 1, mask=known & (rank > 0), other=0)
-    rows = end - start
-    total = tl.load(ends + num_ranks - 1)
-    row = tl.load(partial + block * PADDED + rank)[None, :] + tl.cumsum(sent, 0) - 1
+    here, start, end = _starts(row_counts, block, num_blocks, TILE, PADDED)
+    row = here[None, :] + tl.cumsum(sent, 0) - 1
     is_sent = sent > 0
-    tl.store(
-        token_row + token.to(tl.int64)[:, None] * num_ranks + rank[None, :],
-        tl.where(is_sent, row, total),
-        mask=(token < num_tokens)[:, None] & known[None, :],
-    )
-    tl.store(row_token + row, token[:, None] + tl.zeros_like(row), mask=is_sent)
-    tl.store(row_rank + row, rank[None, :] + tl.zeros_like(row), mask=is_sent)
+    at = token_row + token.to(tl.int64)[:, None] * num_ranks + rank[None, :]
+    tl.store(at, tl.where(is_sent, row, absent), mask=(token < num_tokens)[:, None] & known[None, :])
+    rows = end - start
     position = row - start[None, :]
     part = tl.zeros([BLOCK, PADDED], dtype=tl.int32)
     for cut in tl.static_range(1, PARTS):
@@ -227,3 +307,80 @@ def _place_rows(
         pairs = tl.sum(tl.where(part == wanted, counted, 0), 0)
         tl.atomic_add(counts + rank * (1 + PARTS) + 1 + wanted, pairs, mask=known & (pairs > 0))
     tl.store(counts + rank * (1 + PARTS), rows, mask=known & (block == 0))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "absent"])
+def _place_source_kernel(
+    index,
+    row_counts,
+    pair_counts,
+    counts,
+    token_row,
+    pair_row,
+    pair_slot,
+    row_pair,
+    offsets,
+    num_tokens,
+    num_blocks,
+    absent,
+    TOP_K: tl.constexpr,
+    num_local: tl.constexpr,
+    num_ranks: tl.constexpr,
+    skip: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    PAIR_TILE: tl.constexpr,
+):
+    block = tl.program_id(0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    found, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
+    _place_rows(
+        found, sent, token, block, row_counts, counts, token_row, num_tokens, num_blocks, absent,
+        num_ranks, skip, PARTS, BLOCK, PADDED, ROW_TILE,
+    )  # fmt: skip
+    if skip >= 0:
+        running, _, last = _starts(pair_counts, block, num_blocks, PAIR_TILE, KEYS)
+        key = tl.arange(0, KEYS)
+        tl.store(offsets + key, last, mask=(key < num_local) & (block == 0))
+        at = block * BLOCK * TOP_K
+        limit = tl.minimum((block + 1) * BLOCK, num_tokens) * TOP_K
+        none = num_tokens * TOP_K
+        _place_chunks(
+            index, TOP_K, at, limit, skip * num_local, running, pair_row, pair_slot, row_pair, none,
+            TOP_K, num_local, SLOTS, CHUNK, KEYS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _joint_places_kernel(offsets, place, ends, PIECES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    expert, piece = tl.program_id(0), tl.program_id(1)
+    joint_end = tl.zeros((), tl.int32)
+    shift = tl.zeros((), tl.int32)  # from a pair's place in its piece to its joint place
+    base = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    for other in tl.static_range(PIECES):
+        at = offsets + other * EXPERTS + expert
+        end = tl.load(at)
+        start = tl.load(at - 1, mask=expert > 0, other=0)
+        joint_end += end
+        shift += tl.where(other < piece, end, start)
+        base += tl.where(other < piece, tl.load(offsets + other * EXPERTS + EXPERTS - 1), 0)
+        first += tl.where(other == piece, start, 0)
+    shift -= first
+    tl.store(ends + expert, joint_end, mask=piece == 0)
+    last = tl.load(offsets + piece * EXPERTS + expert)
+    for start in range(first, last, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        tl.store(place + base + pair, pair + shift, mask=pair < last)
+
+
+_count_pairs = Kernel(_count_pairs_kernel)
+_place_pairs = Kernel(_place_pairs_kernel)
+_count_source = Kernel(_count_source_kernel)
+_place_source = Kernel(_place_source_kernel)
+_joint_places = Kernel(_joint_places_kernel)

@@ -1,6 +1,7 @@
-"""Triton kernels at both ends of the wire: packing rows, and collecting returned routing-weight gradients.
+"""Triton kernels at both ends of the wire: rows to send, and collecting returned routing-weight gradients.
 
-Legend: T tokens, R rows, K experts per token, H hidden, P ranks.
+Legend: T tokens, R rows, K experts per token, H hidden, P ranks. Rows are written token by token: a token's row is read
+once, however many ranks it goes to, and the number of rows need not be known.
 """
 
 from __future__ import annotations
@@ -9,50 +10,59 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.row_kernels import block_size, num_warps
+from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
+from fluid_hf.moe.row_kernels import tile
 from fluid_hf.moe.rows import RowFormat
 
-__all__ = ["gather_weight_grads", "pack_rows"]
+__all__ = ["gather_weight_grads", "pack_rows", "spread_rows"]
 
 
 def pack_rows(
     hidden_TH: torch.Tensor,
     weights_TK: torch.Tensor,
     index_TK: torch.Tensor,
-    row_token: torch.Tensor,
-    row_rank: torch.Tensor,
-    rows: int,
+    token_row_TP: torch.Tensor,
+    most: int,
     form: RowFormat,
     num_local_experts: int,
 ) -> torch.Tensor:
-    """The rows to send, as `RowFormat` lays them out: uint8 [R, stride]."""
-    buffer = form.new_rows(rows, hidden_TH.device)
-    if rows == 0:
+    """The rows to send, as `RowFormat` lays them out: uint8 [most, stride], of which the first R are written.
+
+    Args:
+        token_row_TP: row of each (token, destination); `most` or more where there is none.
+        most: rows of the buffer, at least R.
+    """
+    buffer = form.new_rows(most, hidden_TH.device)
+    if hidden_TH.shape[0] == 0 or most == 0:
         return buffer
     hidden, ids, weights = form.hidden_of(buffer), form.ids_of(buffer), form.weights_of(buffer)
-    block, top_k = block_size(form.hidden), form.top_k
-    padded = triton.next_power_of_2(top_k)
-    _pack[(rows, triton.cdiv(form.hidden, block))](
-        hidden_TH,
-        hidden_TH.stride(0),
-        weights_TK,
-        index_TK,
-        row_token,
-        row_rank,
-        hidden,
-        ids,
-        weights,
-        hidden.stride(0),
-        ids.stride(0),
-        weights.stride(0),
-        form.hidden,
-        num_local_experts,
-        top_k,
-        PADDED=padded,
-        BLOCK=block,
-        num_warps=num_warps(block),
+    columns, _, warps = tile(form.hidden, 0)
+    strides = (hidden_TH.stride(0), hidden.stride(0), ids.stride(0), weights.stride(0))
+    sizes = (token_row_TP.shape[1], form.hidden, num_local_experts, form.top_k, power_of_two(form.top_k))
+    _pack(
+        (hidden_TH.shape[0], blocks_of(form.hidden, columns), 1),
+        (hidden_TH, weights_TK, index_TK, token_row_TP, hidden, ids, weights),
+        (most,),
+        (*strides, *sizes, columns),
+        warps,
     )
     return buffer
+
+
+def spread_rows(source_TH: torch.Tensor, token_row_TP: torch.Tensor, rows: int) -> torch.Tensor:
+    """Each token's row at all its destinations: [R, H]."""
+    hidden = source_TH.shape[1]
+    out = torch.empty(rows, hidden, dtype=source_TH.dtype, device=source_TH.device)
+    if rows:
+        columns, _, warps = tile(hidden, 0)
+        _spread(
+            (source_TH.shape[0], blocks_of(hidden, columns), 1),
+            (source_TH, token_row_TP, out),
+            (rows,),
+            (source_TH.stride(0), token_row_TP.shape[1], hidden, columns),
+            warps,
+        )
+    return out
 
 
 def gather_weight_grads(
@@ -67,72 +77,85 @@ def gather_weight_grads(
     tokens, top_k = index_TK.shape
     out = torch.empty(tokens, top_k, dtype=torch.float32, device=index_TK.device)
     if tokens:
-        _gather_weight_grads[(triton.cdiv(tokens * top_k, 256),)](
-            own_TK if own_TK is not None else out,
-            rows_RK,
-            rows_RK.stride(0),
-            token_row_TP,
-            token_row_TP.shape[1],
-            index_TK,
-            num_local_experts,
-            own_rank if own_TK is not None else -1,
-            out,
-            tokens * top_k,
-            top_k,
-            BLOCK=256,
+        own_rank = own_rank if own_TK is not None else -1
+        _gather_weight_grads(
+            (blocks_of(tokens * top_k, 256), 1, 1),
+            (own_TK if own_TK is not None else out, rows_RK, token_row_TP, index_TK, out),
+            (tokens * top_k,),
+            (rows_RK.stride(0), token_row_TP.shape[1], num_local_experts, own_rank, top_k, 256),
         )
     return out
 
 
-@triton.jit
-def _pack(
+@triton.jit(do_not_specialize=["most"])
+def _pack_kernel(
     hidden_in,
-    hidden_in_stride: tl.constexpr,
     weights_in,
     index,
-    row_token,
-    row_rank,
+    token_row,
     hidden_out,
     ids_out,
     weights_out,
+    most,
+    in_stride: tl.constexpr,
     hidden_stride: tl.constexpr,
     ids_stride: tl.constexpr,
     weights_stride: tl.constexpr,
+    ranks: tl.constexpr,
     hidden: tl.constexpr,
     num_local: tl.constexpr,
     top_k: tl.constexpr,
     PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(row_token + row).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < hidden
-    value = tl.load(hidden_in + token * hidden_in_stride + at, mask=inside)
-    tl.store(hidden_out + row * hidden_stride + at, value, mask=inside)
-    if tl.program_id(1) == 0:
-        k = tl.arange(0, PADDED)
-        used = k < top_k
-        rank = tl.load(row_rank + row)
-        expert = tl.load(index + token * top_k + k, mask=used, other=-1).to(tl.int32)
-        here = (expert >= 0) & (expert // num_local == rank)
-        tl.store(ids_out + row * ids_stride + k, tl.where(here, expert % num_local, -1).to(tl.int16), mask=used)
-        weight = tl.load(weights_in + token * top_k + k, mask=used, other=0.0).to(tl.float32)
-        tl.store(weights_out + row * weights_stride + k, weight, mask=used)
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(hidden_in + token * in_stride + at, mask=at < hidden)
+    k = tl.arange(0, PADDED)
+    used = (k < top_k) & (tl.program_id(1) == 0)
+    expert = tl.load(index + token * top_k + k, mask=used, other=-1).to(tl.int32)
+    weight = tl.load(weights_in + token * top_k + k, mask=used, other=0.0).to(tl.float32)
+    owner = tl.where(expert >= 0, expert // num_local, -1)
+    for rank in range(ranks):
+        row = tl.load(token_row + token * ranks + rank).to(tl.int64)
+        goes = row < most
+        tl.store(hidden_out + row * hidden_stride + at, value, mask=(at < hidden) & goes)
+        local = tl.where(owner == rank, expert - rank * num_local, -1).to(tl.int16)
+        tl.store(ids_out + row * ids_stride + k, local, mask=used & goes)
+        tl.store(weights_out + row * weights_stride + k, weight, mask=used & goes)
 
 
-@triton.jit
-def _gather_weight_grads(
+@triton.jit(do_not_specialize=["rows"])
+def _spread_kernel(
+    source,
+    token_row,
+    out,
+    rows,
+    stride: tl.constexpr,
+    ranks: tl.constexpr,
+    hidden: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    value = tl.load(source + token * stride + at, mask=at < hidden)
+    for rank in range(ranks):
+        row = tl.load(token_row + token * ranks + rank).to(tl.int64)
+        tl.store(out + row * hidden + at, value, mask=(at < hidden) & (row < rows))
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _gather_weight_grads_kernel(
     own,
     rows,
-    row_stride: tl.constexpr,
     token_row,
-    ranks: tl.constexpr,
     index,
-    num_local: tl.constexpr,
-    own_rank,
     out,
     slots,
+    row_stride: tl.constexpr,
+    ranks: tl.constexpr,
+    num_local: tl.constexpr,
+    own_rank: tl.constexpr,
     top_k: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -145,3 +168,8 @@ def _gather_weight_grads(
     sent = tl.load(rows + row * row_stride + slot % top_k, mask=inside & ~is_own, other=0.0)
     kept = tl.load(own + slot, mask=inside & is_own, other=0.0)
     tl.store(out + slot, tl.where(is_own, kept, sent), mask=inside)
+
+
+_pack = Kernel(_pack_kernel)
+_spread = Kernel(_spread_kernel)
+_gather_weight_grads = Kernel(_gather_weight_grads_kernel)

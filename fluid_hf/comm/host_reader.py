@@ -1,0 +1,48 @@
+"""Small numbers from the device to the host, without stopping the work that is queued meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["HostReader"]
+
+
+class Waitable(Protocol):
+    """Communication in flight."""
+
+    def wait(self) -> None:
+        """Make the current stream (or, without one, the host) wait for it."""
+
+
+class HostReader:
+    """Copies to pinned memory. One reading at a time."""
+
+    def __init__(self) -> None:
+        self._done: torch.cuda.Event | None = None
+        self._pinned: torch.Tensor | None = None
+
+    def start(self, tensor: torch.Tensor, arrival: Waitable) -> Callable[[], list[Any]]:
+        """Read `tensor` once `arrival` has been; call the result for its nested lists.
+
+        On CUDA the copy is queued on the current stream, behind what was queued there before; what is queued after it
+        runs while the host waits.
+        """
+        arrival.wait()
+        if not tensor.is_cuda:
+            return tensor.tolist
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        if self._pinned is None or self._pinned.shape != tensor.shape:
+            self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        done, pinned = self._done, self._pinned
+        pinned.copy_(tensor, non_blocking=True)
+        done.record()
+
+        def read() -> list[Any]:
+            done.synchronize()  # the one host synchronisation of the layer: receives need their sizes
+            return pinned.tolist()
+
+        return read
