@@ -214,6 +214,7 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
         wave_choice=wave_choice,
     )
     layer = state.backend.build_layer(source, settings, state.groups)
+    layer.context.name = site.name
     layer.train(source.training)
     if state.groups.ep_size > 1:  # the full weights live on in shares only
         for parameter in (source.gate_up_proj, source.down_proj):

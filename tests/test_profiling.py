@@ -10,17 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from distributed import RankPool, rank_pool
+from families import batch, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluid_hf import MissingPackageError, TraceError, cli
-from fluid_hf.profiling.intervals import clip, intersect, length, subtract, union
+import fluid_hf
+from fluid_hf import FluidConfig, MissingPackageError, TraceError, cli
+from fluid_hf.overlap.intervals import clip, intersect, length, subtract, union
 from fluid_hf.profiling.picture import draw_expert_load
-from fluid_hf.profiling.session import write_report
+from fluid_hf.profiling.session import StepTrace, write_report
 from fluid_hf.profiling.timeline import exposed, layer_names, layer_passes, summarize
 from fluid_hf.profiling.trace import read_trace
 from fluid_hf.ranges import span
 
+pool2 = rank_pool(2)
 INTERVALS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=6)
 
 
@@ -162,3 +166,53 @@ def test_numbers_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [file.name for file in files] == ["report.json"]
     with pytest.raises(MissingPackageError, match="pip install"):
         draw_expert_load([1], [[1.0, 1.0]], tmp_path / "load")
+
+
+def trace_step(rank: int, world: int, folder: str, waves: int) -> int:
+    model = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=world, waves=waves))
+    ids = batch(rank, 2)
+    sent = 0
+    for step in range(2):
+        trace = StepTrace(Path(folder) / f"{rank}.json")
+        if step == 1:
+            sent = model.fluid.exchange.bytes_sent
+            trace.start()
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.fluid.finish_batch()
+        if step == 1:
+            trace.stop()
+    fluid_hf.unpatch_model(model)
+    return model_bytes(sent, trace)
+
+
+def model_bytes(before: int, trace: StepTrace) -> int:
+    return before if trace.path.is_file() else 0
+
+
+def test_trace_of_cpu_ranks(pool2: RankPool, tmp_path: Path) -> None:
+    sent = pool2.run(trace_step, str(tmp_path), 2)  # bytes of the first step: the second sends the same rows
+    for rank in range(2):
+        trace = read_trace(tmp_path / f"{rank}.json")
+        summary = summarize(trace)
+        assert not trace.on_gpu and summary["bytes_sent"] == pytest.approx(sent[rank], rel=0.02)
+        assert len(summary["layers"]) == 2 and summary["exposed_ms"] > 0
+        assert 0 < summary["overlap_ratio"] < 1
+        assert summary["wgrad_in_windows"] > 0.9
+        for layer in layer_names(trace):
+            forward, backward = layer_passes(trace, layer)
+            assert {w.label for w in forward.communication} == {
+                "counts",
+                "dispatch 0",
+                "dispatch 1",
+                "combine 0",
+                "combine 1",
+            }
+            assert {w.label for w in backward.communication} == {
+                "output grad 0",
+                "output grad 1",
+                "input grad 0",
+                "input grad 1",
+            }
+            assert {"own tokens", "wave 0", "wave 1"} <= {w.label for w in forward.compute}
+            assert {"own tokens", "wave 0", "wave 1", "wgrad down"} <= {w.label for w in backward.compute}
+            assert forward.duration > 0 and backward.duration > 0

@@ -6,12 +6,16 @@ counts, so a rank with nothing to send still takes part in every wave.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fluid_hf.comm.host_reader import HostReader
+from fluid_hf.overlap.sampler import OverlapSampler
+from fluid_hf.ranges import span
 
 __all__ = ["ExchangeHandle", "PeerExchange", "PeerTensor"]
 
@@ -25,11 +29,20 @@ class ExchangeHandle:
         self._owner = owner
         self._works = works
         self._buffers = buffers
+        self._number = owner.num_posted
+        self._sampler = owner.sampler
+        self._flight = self._sampler.post(works) if self._sampler is not None else None
 
     def wait(self) -> None:
         """Wait for arrival and departure: gloo blocks the host, NCCL only makes the current stream wait."""
-        for work in self._works:
-            work.wait()
+        if self._sampler is not None and self._flight is not None:
+            self._sampler.begin_wait(self._flight)
+        with span("wait", self._owner.name, self._number):
+            for work in self._works:
+                work.wait()
+        if self._sampler is not None and self._flight is not None:
+            self._sampler.end_wait(self._flight)
+            self._flight = None
         # Freed only now: memory reused by the current stream is ordered after the communication it waited for.
         self._works, self._buffers = [], []
         self._owner._in_flight.discard(self)
@@ -46,6 +59,9 @@ class PeerExchange:
     Attributes:
         bytes_sent: bytes handed to the process group for other ranks since construction.
         host_reader: reads counts that arrived on the device.
+        num_posted: exchanges started since construction.
+        name: tells the exchanges of a process apart in a profile.
+        sampler: measures the exchanges of a step, while one is sampled.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
@@ -54,6 +70,9 @@ class PeerExchange:
         self.size = size
         self.bytes_sent = 0
         self.host_reader = HostReader()
+        self.num_posted = 0
+        self.name = f"{id(self):x}"
+        self.sampler: OverlapSampler | None = None
         self._in_flight: set[ExchangeHandle] = set()
         self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self._batched = group is not None and dist.get_backend(group) == "nccl"
@@ -62,7 +81,12 @@ class PeerExchange:
         """Start one wave: send and receive `(group rank, contiguous tensor)` pairs; empty ones are skipped."""
         sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
         recvs = [(peer, tensor) for peer, tensor in recvs if tensor.numel()]
-        self.bytes_sent += sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
+        with self._posting(num_bytes):
+            works = self._start(sends, recvs)
+        return self._track(works, [tensor for _, tensor in (*sends, *recvs)])
+
+    def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
         works: list[dist.Work] = []
         if self._batched and (sends or recvs):
             # One NCCL group call: both directions and all peers of the wave progress together.
@@ -72,21 +96,27 @@ class PeerExchange:
         elif self.group is not None:
             works = [self.group.send([tensor], peer, 0) for peer, tensor in sends]
             works += [self.group.recv([tensor], peer, 0) for peer, tensor in recvs]
-        return self._track(works, [tensor for _, tensor in (*sends, *recvs)])
+        return works
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
     ) -> ExchangeHandle:
         """Start one uneven all-to-all along dimension 0; the reference for every wave schedule."""
         row_bytes = input[:1].numel() * input.element_size() if input.shape[0] else 0
-        self.bytes_sent += row_bytes * (sum(input_splits) - input_splits[self.rank])
-        work = dist.all_to_all_single(output, input, output_splits, input_splits, group=self.group, async_op=True)
+        with self._posting(row_bytes * (sum(input_splits) - input_splits[self.rank])):
+            work = dist.all_to_all_single(output, input, output_splits, input_splits, group=self.group, async_op=True)
         return self._track([work], [output, input])
 
     def drain(self) -> None:
         """Wait for communication that nobody waited for (a recomputation that stopped early leaves some behind)."""
         for handle in list(self._in_flight):
             handle.wait()
+
+    def _posting(self, num_bytes: int) -> contextlib.AbstractContextManager[Any]:
+        """Count an exchange; the range in which it is started."""
+        self.num_posted += 1
+        self.bytes_sent += num_bytes
+        return span("post", self.name, self.num_posted, num_bytes)
 
     def _track(self, works: list[dist.Work], buffers: list[torch.Tensor]) -> ExchangeHandle:
         handle = ExchangeHandle(self, works, buffers)

@@ -16,6 +16,7 @@ Tensors between the nodes are empty: they only carry the order. The rows travel 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from fluid_hf.moe.experts import ExpertWeights, PieceGradients
 from fluid_hf.moe.layer_call import LayerCall, LayerContext, pack_pieces, unpack_pieces
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
+from fluid_hf.ranges import span
 
 __all__ = ["expert_parallel"]
 
@@ -146,7 +148,8 @@ def expert_parallel(
             names,
             *tokens,
         )
-    shared = between() if between is not None else None
+    with span(f"{context.name}::shared expert"):
+        shared = between() if between is not None else None
     with _without_autocast(hidden_TH.device.type):
         output: torch.Tensor = _Combine.apply(computed, row_token, token_row, call)  # type: ignore[no-untyped-call]
     return output if shared is None else (output, shared)
@@ -178,10 +181,11 @@ def _wgrad_tokens(
 
 
 def _wgrad_work(call: LayerCall, names: dict[str, int | None], grads: PieceGradients) -> WgradWork:
-    def compute(index: int | None) -> Callable[[], torch.Tensor]:
-        return lambda: grads.weight_gradient(index)
+    def compute(name: str, index: int | None) -> torch.Tensor:
+        with span(f"{call.context.name}::wgrad {name}"):
+            return grads.weight_gradient(index)
 
-    work = {name: compute(index) for name, index in names.items()}
+    work = {name: functools.partial(compute, name, index) for name, index in names.items()}
     return WgradWork(work, grads.held_bytes, lambda: call.returns_in_flight)
 
 

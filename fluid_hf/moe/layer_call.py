@@ -25,6 +25,7 @@ from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expe
 from fluid_hf.moe.rows import RowFormat
 from fluid_hf.moe.statistics import LayerStats
 from fluid_hf.overlap.wgrad import WgradScheduler
+from fluid_hf.ranges import mark, ranged
 
 __all__ = ["LayerCall", "LayerContext", "pack_pieces", "unpack_pieces"]
 
@@ -43,6 +44,7 @@ class LayerContext:
         recompute: compute the projections again in backward instead of keeping them.
         stats: counts since they were last read.
         record: called with the name of each event, for tests and timelines; `None` for nothing.
+        name: of the layer, in the ranges of a profile.
     """
 
     exchange: PeerExchange
@@ -54,6 +56,7 @@ class LayerContext:
     recompute: bool = False
     stats: LayerStats = field(default_factory=LayerStats)
     record: Callable[[str], None] | None = None
+    name: str = "layer"
 
     @property
     def num_local_experts(self) -> int:
@@ -64,6 +67,7 @@ class LayerContext:
         """Record an event, if anybody listens."""
         if self.record is not None:
             self.record(name)
+        mark(name)
 
 
 class LayerCall:
@@ -102,6 +106,7 @@ class LayerCall:
         self.returns_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
+    @ranged("forward dispatch")
     def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> SourcePlan | None:
         """Plan the rows, tell every peer how many come, and post all waves of the dispatch."""
         context = self.context
@@ -123,6 +128,7 @@ class LayerCall:
         self._post_out(sent, received, "dispatch")
         return plan
 
+    @ranged("plan")
     def _count(self, index_TK: torch.Tensor) -> tuple[HitMap, ExchangeHandle]:
         """Count the rows and send every peer its counts."""
         context, exchange = self.context, self.context.exchange
@@ -170,6 +176,7 @@ class LayerCall:
         form.weights_of(sent).copy_(weights_TK.index_select(0, plan.row_token_R))
         return sent
 
+    @ranged("forward experts")
     def run_experts(
         self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
     ) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
@@ -210,6 +217,7 @@ class LayerCall:
         self._handles, self._rows = combine, returned
         return pieces, projections
 
+    @ranged("forward combine")
     def combine(self, token_row_TP: torch.Tensor | None) -> torch.Tensor:
         """Wait for the returning rows and sum them per token: [T, H] in the type of the input."""
         for wave, handle in enumerate(self._handles):
@@ -223,6 +231,7 @@ class LayerCall:
         return reduce_rows(own, rows, token_row_TP, self.out_dtype)
 
     # -- backward -------------------------------------------------------------------------------------------------
+    @ranged("backward combine")
     def post_output_grad(
         self, grad_TH: torch.Tensor, row_token_R: torch.Tensor | None, token_row_TP: torch.Tensor | None
     ) -> None:
@@ -235,6 +244,7 @@ class LayerCall:
         self._rows = self._new_hidden(self.route.num_received)
         self._post_out(sent, self._rows, "output grad")
 
+    @ranged("backward experts")
     def backward_experts(
         self, pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]], defer: bool
     ) -> PieceGradients:
@@ -277,12 +287,14 @@ class LayerCall:
                 self._returns.append(lambda wave=wave, buffer=buffer: self._post_return(wave, buffer))  # type: ignore[misc]
         return grads
 
+    @ranged("backward return")
     def post_last_return(self) -> None:
         """Send the wave that `backward_experts` left."""
         for post in self._returns:
             post()
         self._returns = []
 
+    @ranged("backward dispatch")
     def finish_input_grad(
         self, index_TK: torch.Tensor, token_row_TP: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,6 +85,7 @@ class LayerRun:
                 device=device,
                 dtype=dtype,
             )
+            layer.context.name = self.shape
             trace = StepTrace(self.trace_path(overlap))
             for step in range(WARM_UP + 1):
                 if step == WARM_UP:

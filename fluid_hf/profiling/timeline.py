@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluid_hf.errors import TraceError
-from fluid_hf.profiling.intervals import Interval, clip, intersect, length, subtract, union
+from fluid_hf.overlap.intervals import Interval, clip, intersect, length, subtract, union
 from fluid_hf.profiling.trace import Phase, Trace, Work
 
 __all__ = ["PassTimeline", "exposed", "layer_names", "layer_passes", "summarize"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fluid_hf.errors import TraceError
-from fluid_hf.profiling.intervals import Interval, union
+from fluid_hf.overlap.intervals import Interval, union
 from fluid_hf.ranges import PREFIX
 
 __all__ = ["Phase", "Trace", "Work", "read_trace"]
