@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fluid_hf.checkpoint.loading import from_pretrained
 from fluid_hf.checkpoint.saving import save_pretrained
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import (
@@ -44,6 +45,7 @@ __all__ = [
     "TraceError",
     "UnsupportedModelError",
     "WgradPendingError",
+    "from_pretrained",
     "patch_model",
     "save_pretrained",
     "unpatch_model",

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from fluid_hf.config import FluidConfig
+from fluid_hf.models.registry import LOADED_SHARE
 from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups, create_groups
 
-__all__ = ["Backend", "TorchBackend", "take_local_experts"]
+__all__ = ["LOADED_SHARE", "Backend", "TorchBackend", "take_local_experts"]
 
 
 class Backend(Protocol):
@@ -77,7 +78,9 @@ class TorchBackend:
 
 
 def take_local_experts(source: Any, layer: ExpertParallelLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of this rank's slices of the source's gate_up_proj and down_proj."""
+    """Copies of this rank's slices of the source's gate_up_proj and down_proj; or these, if it was loaded so."""
+    if hasattr(source, LOADED_SHARE):
+        return source.gate_up_proj.data, source.down_proj.data
     start = layer.ep_rank * layer.num_local_experts
     held = slice(start, start + layer.num_local_experts)
     return source.gate_up_proj.data[held].clone(), source.down_proj.data[held].clone()

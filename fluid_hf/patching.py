@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fluid_hf.backends import Backend, TorchBackend
+from fluid_hf.backends import LOADED_SHARE, Backend, TorchBackend
 from fluid_hf.checkpoint.gather import gather_experts
 from fluid_hf.checkpoint.saving import bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
@@ -25,7 +25,7 @@ from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import resolve_ep_size, resolve_sp_size, with_sequence_groups
 from fluid_hf.state import FluidState
 
-__all__ = ["get_state", "patch_model", "unpatch_model"]
+__all__ = ["get_state", "patch_model", "requested_config", "unpatch_model"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -141,7 +141,7 @@ def _prepare(
     try:
         if config is not None and not isinstance(config, FluidConfig):
             raise ConfigError(f"config ({config!r}) must be a FluidConfig; use FluidConfig.from_dict({{...}}).")
-        requested = _requested_config(config)
+        requested = requested_config(config)
         state = getattr(model, "fluid", None)
         if isinstance(state, FluidState):
             if requested not in (state.requested, state.config):
@@ -172,7 +172,7 @@ def _prepare(
         return as_error(error), None, None, None, []
 
 
-def _requested_config(config: FluidConfig | None) -> FluidConfig:
+def requested_config(config: FluidConfig | None) -> FluidConfig:
     """The settings asked for: the argument, or the "fluid" block of the DeepSpeed JSON that transformers holds."""
     block = None
     if importlib.util.find_spec("deepspeed") is not None:

@@ -14,7 +14,10 @@ from transformers.integrations import moe as transformers_moe
 
 from fluid_hf.errors import UnsupportedModelError
 
-__all__ = ["ExpertsSite", "find_experts", "has_experts"]
+__all__ = ["LOADED_SHARE", "ExpertsSite", "find_experts", "has_experts"]
+
+# Set on an experts module that holds this rank's experts only: the number of experts of the layer.
+LOADED_SHARE = "_fluid_num_experts"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class ExpertsSite:
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
+        if hasattr(self.module, LOADED_SHARE):
+            return int(getattr(self.module, LOADED_SHARE))
         return int(self.parameter_shape("down_proj")[0])
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:

@@ -1,0 +1,246 @@
+"""`from_pretrained`: a patched model of which each rank reads and holds its own experts only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fluid_hf.backends import LOADED_SHARE
+from fluid_hf.checkpoint.files import TensorSpec
+from fluid_hf.checkpoint.reading import (
+    ExpertShare,
+    match_tensors,
+    open_share,
+    read_headers,
+    select_share,
+    split_tensors,
+)
+from fluid_hf.checkpoint.saving import quiet_progress
+from fluid_hf.config import FluidConfig
+from fluid_hf.control import ControlGroup
+from fluid_hf.errors import CheckpointError, ConfigError, FluidError, UnsupportedModelError
+from fluid_hf.models.registry import find_experts
+from fluid_hf.patching import patch_model, requested_config
+from fluid_hf.process_groups import resolve_ep_size
+
+__all__ = ["from_pretrained"]
+
+# How long ranks wait for the slowest to read its share: a slow file system is not an error.
+LOADING_TIMEOUT_SECONDS = 3600.0
+
+
+def from_pretrained(
+    path: str, config: FluidConfig | None = None, *, auto_class: Any = AutoModelForCausalLM, **hf_kwargs: Any
+) -> Any:
+    """Load a model by shares and patch it. Collective over all ranks.
+
+    Equal to `patch_model(AutoModelForCausalLM.from_pretrained(path))`, but a rank reads only the shared weights and
+    its own experts, into a model built without memory. Both layouts are read: one tensor per expert, as on the Hub, and
+    all experts in one tensor, as models of transformers 5 hold them. Under ZeRO 3 the model is built so, too, and
+    partitioned by the engine.
+
+    Args:
+        path: a folder or a name on the Hub, with safetensors files.
+        config: settings, as for `patch_model`.
+        auto_class: transformers' auto class, or a model class.
+        **hf_kwargs: those of transformers' `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
+
+    Returns:
+        The patched model, in evaluation mode.
+
+    Raises:
+        CheckpointError: on every rank: files are missing, cut off or do not fit the model; names the file and tensor.
+        ConfigError: the settings do not fit the model or the world size.
+        UnsupportedModelError: the model cannot be patched, or its code comes from the Hub.
+    """
+    control = ControlGroup(LOADING_TIMEOUT_SECONDS)
+    loader = _ShareLoader(path, control)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    try:
+        try:
+            loader.requested = requested_config(config)
+            with _without_zero_init(), quiet_progress(rank != 0):
+                loading_class = _loading_class(auto_class, loader)
+                model, info = loading_class.from_pretrained(path, output_loading_info=True, **hf_kwargs)
+            loader.check_complete(info)
+            model.__class__ = loader.model_class
+        except Exception as error:
+            loader.agree(error)
+            raise
+        loader.agree(None)
+    finally:
+        control.close()
+    return patch_model(model, config)
+
+
+class _ShareLoader:
+    """Stands between transformers' construction of the empty model and its loading of the weights."""
+
+    def __init__(self, path: str, control: ControlGroup) -> None:
+        self.requested: FluidConfig = FluidConfig()
+        self.model_class: Any = None
+        self._path = path
+        self._control = control
+        self._failed = False
+
+    def load(self, load: Any, model: Any, files: list[str], load_config: Any) -> Any:
+        """Check the files and ranks, make the experts' tensors smaller, and let transformers load this rank's part."""
+        if not files or not all(str(file).endswith(".safetensors") for file in files):
+            raise CheckpointError(
+                f"files of {self._path} ({', '.join(map(str, files or ['none']))}) must be safetensors to be read by "
+                "shares; convert them, or load the whole model and call patch_model."
+            )
+        weight_map = (load_config.sharded_metadata or {}).get("weight_map", {})
+        stored = read_headers(files, weight_map)
+        expected = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
+        sites = find_experts(model)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        split: dict[str, ExpertShare] = {}
+        shares = []
+        for site in sites:
+            ep_size = resolve_ep_size(self.requested.ep_size, world, site.num_experts)
+            held = site.num_experts // ep_size
+            start = (dist.get_rank() % ep_size if world > 1 else 0) * held
+            share = ExpertShare(site.num_experts, start, start + held)
+            split.update(split_tensors(site.name, site.module, share))
+            shares.append((site.module, share))
+        matched = match_tensors(model, stored, load_config.weight_mapping or [])
+        self._check_names(model, expected, matched, files)
+        wanted = select_share(expected, matched, split)
+        self.agree(None)  # nobody starts to read gigabytes before all have found their files in order
+        for module, share in shares:
+            _shrink(module, share)
+        return load(model, open_share(stored, wanted), files, load_config)
+
+    def check_complete(self, info: Mapping[str, Any]) -> None:
+        """transformers would fill with random numbers what it did not find."""
+        if self.model_class is None:
+            raise UnsupportedModelError(
+                f"code of {self._path} comes from the Hub, which cannot be loaded by shares; load the whole model and "
+                "call patch_model."
+            )
+        for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+            if info.get(kind):
+                first = sorted(map(str, info[kind]))[0]
+                raise CheckpointError(f"tensor ({first}) of {self._path} could not be loaded ({kind}); get it again.")
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank has an error. A rank that has raised here takes no further part."""
+        if self._failed:
+            return
+        if error is not None and not isinstance(error, (FluidError, TypeError, ImportError)):
+            named = CheckpointError(f"{self._path} cannot be loaded: {type(error).__name__}: {error}")
+            named.__cause__ = error
+            error = named
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            reports = self._control.gather(text, "fluid_hf.from_pretrained")
+        except FluidError:
+            self._failed = True
+            raise
+        failed = {rank: report for rank, report in enumerate(reports) if report is not None}
+        self._failed = bool(failed)
+        if error is not None:
+            raise error
+        if failed:
+            rank, report = next(iter(failed.items()))
+            raise CheckpointError(f"loading failed on rank {rank}: {report}")
+
+    def _check_names(
+        self, model: Any, expected: Mapping[str, TensorSpec], matched: Mapping[str, Any], files: list[str]
+    ) -> None:
+        """Every parameter must be in the files, save what is tied to another or kept out of checkpoints."""
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        several = {target for target in matched if None not in matched[target].by_pattern}
+        for name, _ in model.named_parameters():
+            if name in matched or name in tied or any(pattern in name for pattern in ignored):
+                continue
+            if any(name.rpartition(".")[0] == target.rpartition(".")[0] for target in several):
+                continue  # one conversion may give several tensors and is known by the first; checked after loading
+            where = files[0] if len(files) == 1 else f"{len(files)} files beside {files[0]}"
+            raise CheckpointError(
+                f"tensor ({name}, shape {list(expected[name].shape)}) must be in the checkpoint ({where}) but is not; "
+                "get the files again, or the config.json that belongs to them."
+            )
+
+
+def _loading_class(auto_class: Any, loader: _ShareLoader) -> Any:
+    """`auto_class`, or a model class, that loads through `loader`."""
+    mapping = getattr(auto_class, "_model_mapping", None)
+    if mapping is None:
+        return _with_shares(auto_class, loader)
+    return type(auto_class.__name__, (auto_class,), {"_model_mapping": _ClassMapping(mapping, loader)})
+
+
+class _ClassMapping:
+    """An auto class's table of model classes, giving classes that load by shares."""
+
+    def __init__(self, mapping: Any, loader: _ShareLoader) -> None:
+        self._mapping, self._loader = mapping, loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mapping, name)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._mapping
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._mapping)
+
+    def __getitem__(self, key: Any) -> Any:
+        found = self._mapping[key]
+        if isinstance(found, (list, tuple)):
+            return [_with_shares(model_class, self._loader) for model_class in found]
+        return _with_shares(found, self._loader)
+
+
+def _with_shares(model_class: Any, loader: _ShareLoader) -> Any:
+    """A class equal to `model_class` in all but the loading of weights; the model gets its own class back."""
+
+    def load(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        loader.model_class = model_class
+        return loader.load(
+            lambda *parts: model_class._load_pretrained_model(*parts, *args, **kwargs), model, files, load_config
+        )
+
+    members = {
+        "_load_pretrained_model": staticmethod(load),
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+    }
+    return type(model_class.__name__, (model_class,), members)
+
+
+def _shrink(module: nn.Module, share: ExpertShare) -> None:
+    """Leave room for this rank's experts only; `module` is on the meta device."""
+    if share.stop - share.start == share.num_experts:
+        return
+    for key, value in list(module.named_parameters(recurse=False)):
+        if value.shape[0] == share.num_experts:
+            data = value.data.new_empty((share.stop - share.start, *value.shape[1:]))
+            setattr(module, key, nn.Parameter(data, requires_grad=value.requires_grad))
+    setattr(module, LOADED_SHARE, share.num_experts)
+
+
+@contextlib.contextmanager
+def _without_zero_init() -> Iterator[None]:
+    """Under a ZeRO-3 configuration transformers would build the model partitioned, and read it whole on rank 0."""
+    if importlib.util.find_spec("deepspeed") is None:
+        yield
+        return
+    from transformers.integrations import deepspeed as integration
+
+    held = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = held
