@@ -13,6 +13,7 @@ from torch import nn
 
 from fluid_hf.backends import LOADED_SHARE, Backend, TorchBackend
 from fluid_hf.checkpoint.gather import gather_experts
+from fluid_hf.checkpoint.memory import MemoryReturner
 from fluid_hf.checkpoint.saving import bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
@@ -68,9 +69,10 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     assert config.ep_size is not None and config.sp_size is not None
     groups = with_sequence_groups(backend.create_groups(config.ep_size), config.sp_size)
     state = FluidState(config, requested, groups, backend, control)
-    wave_choice = WaveChoice(config.waves)
+    wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
         _swap(site, state, wave_choice)
+        memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
     if config.sp_size > 1:
         attention = find_attention(model, config.sp_size)
         state.sequence = SequenceParallel(model, attention, state.sequence_exchange)
@@ -220,6 +222,7 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
         for parameter in (source.gate_up_proj, source.down_proj):
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.new_empty(0)
+        vars(source).pop(LOADED_SHARE, None)  # unpatching gives it all experts
     setattr(site.parent, site.attribute, layer)
     if state.groups.ep_size > 1 and site.attribute == "experts" and bind_shared_expert(site.parent):
         state.overlapped_blocks.append(site.name.rpartition(".")[0])

@@ -52,7 +52,8 @@ def run_equal(rank: int, world: int, folders: list[str], ep_size: int, **options
         state, expected = model.state_dict(), whole.state_dict()
         assert state.keys() == expected.keys() == names
         assert all(torch.equal(state[name], expected[name]) for name in expected)
-        fluid_hf.patch_model(model, FluidConfig(ep_size=1))  # nothing of the loading is left behind
+        fluid_hf.patch_model(model, config)  # nothing of the loading is left behind
+        assert all(torch.equal(ours[name], tensor) for name, tensor in model.named_parameters())
 
 
 def save_all(family: str, folder: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> list[str]:
@@ -170,7 +171,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["cut off", "tensor (model.layers", ".safetensors"],
     ),
     "shard cut in its header": (lambda f: cut(shard_of(f, EXPERT), 100), ["cut off in its header", ".safetensors"]),
-    "shard empty": (lambda f: cut(shard_of(f, EXPERT), 0), ["cut off in its header", "which the index says has tensor"]),
+    "shard empty": (
+        lambda f: cut(shard_of(f, EXPERT), 0),
+        ["cut off in its header", "which the index says has tensor"],
+    ),
     "shard of noise": (lambda f: shard_of(f, EXPERT).write_bytes(b"\1" * 4000), [".safetensors", "cannot be read"]),
     "expert not in its shard": (lambda f: change(f, EXPERT, lambda _: None), [EXPERT, "as the index says"]),
     "expert missing": (lambda f: drop_everywhere(f, EXPERT), ["expert 3 is missing", "model.layers.1", ".safetensors"]),
@@ -179,7 +183,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "tensor of another shape": (lambda f: change(f, NORM, lambda t: t[:-1].clone()), [NORM, "[31]", "[32]"]),
     "expert quantised": (lambda f: change(f, EXPERT, lambda t: t.to(torch.int8)), [EXPERT, "I8"]),
     "config of a larger model": (lambda f: reconfigure(f, num_local_experts=8), ["(4)", "num_experts (8)", "tensor ("]),
-    "config of a smaller model": (lambda f: reconfigure(f, num_local_experts=2), ["(4)", "num_experts (2)", "tensor ("]),
+    "config of a smaller model": (
+        lambda f: reconfigure(f, num_local_experts=2),
+        ["(4)", "num_experts (2)", "tensor ("],
+    ),
     "config of wider experts": (lambda f: reconfigure(f, intermediate_size=96), ["config.json", "96", "tensor"]),
     "config missing": (lambda f: (f / "config.json").unlink(), ["config.json"]),
     "index of noise": (lambda f: (f / "model.safetensors.index.json").write_text("{"), ["cannot be loaded"]),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fluid_hf.backends import LOADED_SHARE
 from fluid_hf.checkpoint.files import TensorSpec
+from fluid_hf.checkpoint.memory import return_freed_memory
 from fluid_hf.checkpoint.reading import (
     ExpertShare,
     match_tensors,
@@ -25,7 +26,7 @@ from fluid_hf.checkpoint.reading import (
 from fluid_hf.checkpoint.saving import quiet_progress
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
-from fluid_hf.errors import CheckpointError, ConfigError, FluidError, UnsupportedModelError
+from fluid_hf.errors import CheckpointError, FluidError, UnsupportedModelError
 from fluid_hf.models.registry import find_experts
 from fluid_hf.patching import patch_model, requested_config
 from fluid_hf.process_groups import resolve_ep_size
@@ -77,6 +78,7 @@ def from_pretrained(
         loader.agree(None)
     finally:
         control.close()
+    return_freed_memory()
     return patch_model(model, config)
 
 
@@ -117,7 +119,8 @@ class _ShareLoader:
         self.agree(None)  # nobody starts to read gigabytes before all have found their files in order
         for module, share in shares:
             _shrink(module, share)
-        return load(model, open_share(stored, wanted), files, load_config)
+        with _one_tensor_at_a_time():
+            return load(model, open_share(stored, wanted), files, load_config)
 
     def check_complete(self, info: Mapping[str, Any]) -> None:
         """transformers would fill with random numbers what it did not find."""
@@ -228,6 +231,21 @@ def _shrink(module: nn.Module, share: ExpertShare) -> None:
             data = value.data.new_empty((share.stop - share.start, *value.shape[1:]))
             setattr(module, key, nn.Parameter(data, requires_grad=value.requires_grad))
     setattr(module, LOADED_SHARE, share.num_experts)
+
+
+@contextlib.contextmanager
+def _one_tensor_at_a_time() -> Iterator[None]:
+    """transformers' reading threads run ahead of its conversions and would hold a share twice; this is its switch."""
+    switch = "HF_DEACTIVATE_ASYNC_LOAD"
+    held = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        if held is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = held
 
 
 @contextlib.contextmanager

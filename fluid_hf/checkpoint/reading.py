@@ -17,6 +17,7 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fluid_hf.checkpoint.files import DTYPES, TensorSpec
+from fluid_hf.checkpoint.memory import MemoryReturner
 from fluid_hf.errors import CheckpointError
 
 __all__ = ["ExpertShare", "LazyTensor", "StoredTensor", "match_tensors", "read_headers", "select_share"]
@@ -57,12 +58,14 @@ class Sources:
 class LazyTensor:
     """Rows of a stored tensor, read when they are asked for as `tensor[...]`, as transformers' loader does."""
 
-    def __init__(self, opened: Any, name: str, rows: slice | None) -> None:
+    def __init__(self, opened: Any, name: str, rows: slice | None, memory: MemoryReturner) -> None:
         self._slice = opened.get_slice(name)
         self._rows = rows
+        self._memory = memory
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._slice[self._rows if self._rows is not None else index]
+        self._memory.allocated(tensor.nbytes)
         return tensor
 
     def get_shape(self) -> list[int]:
@@ -209,7 +212,7 @@ def _check_experts(target: str, expected: TensorSpec, group: list[StoredTensor],
         raise CheckpointError(
             f"experts of {target} in the files ({len(held)}) must be num_experts ({share.num_experts}): "
             f"{f'expert {lost[0]} is missing beside' if lost else 'there are more, such as'} tensor "
-            f"({group[-1].name}) in file ({group[-1].file}); get the files again, or the config.json that belongs to them."
+            f"({group[-1].name}) in file ({group[-1].file}); get the files or config.json again."
         )
     for stored in group:
         if stored.shape != first.shape:
@@ -224,7 +227,8 @@ def open_share(stored: Mapping[str, StoredTensor], wanted: Mapping[str, slice | 
     files = {stored[name].file for name in wanted}
     # Read, not mapped: pages of a mapped file would count as this process's memory until it is closed.
     opened = {file: _open(file) for file in files}
-    return {name: LazyTensor(opened[stored[name].file], name, rows) for name, rows in wanted.items()}
+    memory = MemoryReturner()
+    return {name: LazyTensor(opened[stored[name].file], name, rows, memory) for name, rows in wanted.items()}
 
 
 def _open(file: Path) -> Any:
