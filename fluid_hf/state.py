@@ -15,8 +15,10 @@ from fluid_hf.backends import Backend
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
+from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import ExpertParallelLayer
+from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
 from fluid_hf.process_groups import ParallelGroups
 
@@ -35,6 +37,7 @@ class FluidState:
         sequence: the attention layers' sequence parallelism; `None` with `sp_size` 1.
         sequence_exchange: exchange of the sequence-parallel group.
         overlapped_blocks: names of the blocks whose shared expert runs in the communication window.
+        expert_load: pairs of every expert by layer, as of the last `metrics()`.
         engine_bound: whether an engine drives the model.
         staging_folder: where whole models are kept for the moment between gathering and saving them; `None` is the
             system's folder for temporary files.
@@ -64,6 +67,7 @@ class FluidState:
         self.engine_bound = False
         self.staging_folder: str | None = None
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.expert_load: dict[str, list[int]] = {}
         self._last_stats = WgradStats()
 
     def finish_batch(self) -> WgradStats:
@@ -95,29 +99,49 @@ class FluidState:
         """
         return sequence_parallel_loss(logits, shift_labels, self.sequence_exchange, num_items_in_batch)
 
-    def metrics(self) -> dict[str, float]:
-        """Counts since the last call. Collective over all ranks (the busiest expert may be anywhere).
+    def metrics(self, tokens: int = 0) -> dict[str, float]:
+        """Counts since the last call. Collective over all ranks; waits for the device once.
+
+        Args:
+            tokens: tokens this rank has trained on since the last call, to be summed over the ranks.
 
         Returns:
-            `fluid/bytes_sent` and `fluid/rows_sent` of this rank, `fluid/busiest_expert` (pairs of the busiest expert
-            over the mean of its layer, largest over layers), `fluid/wgrad_in_window` (share of the weight gradients of
-            the last batch that ran inside a communication window).
+            `fluid/bytes_sent` and `fluid/rows_sent` of this rank; over all ranks `fluid/tokens`,
+            `fluid/busiest_expert` (pairs of the busiest expert over the mean of its layer, largest over layers) and
+            `fluid/busiest_rank` (the same for the ranks of an expert-parallel group); `fluid/wgrad_in_window` (share of
+            the weight gradients of the last batch that ran inside a communication window). Loads by layer are left in
+            `expert_load`.
         """
-        loads = {}
-        rows = 0
-        for name, layer in self.layers.items():
-            stats = layer.context.stats
-            rows += stats.rows
-            loads[name] = stats.load()
-            stats.reset()
-        gathered = self.control.gather(loads, "model.fluid.metrics()")
+        loads = read_loads(self.layers)
+        rows = sum(layer.context.stats.rows for layer in self.layers.values())
+        for layer in self.layers.values():
+            layer.context.stats.reset()
+        reports = self.control.gather((loads, tokens), "model.fluid.metrics()")
+        size = self.groups.ep_size
+        self.expert_load = {name: global_load([load for load, _ in reports], name, size) for name in self.layers}
+        by_rank = {
+            name: [sum(load[rank * len(load) // size : (rank + 1) * len(load) // size]) for rank in range(size)]
+            for name, load in self.expert_load.items()
+        }
         sent, self.exchange.bytes_sent = self.exchange.bytes_sent, 0
         return {
             "fluid/bytes_sent": float(sent),
             "fluid/rows_sent": float(rows),
-            "fluid/busiest_expert": max((_busiest(gathered, name, self) for name in self.layers), default=0.0),
+            "fluid/tokens": float(sum(count for _, count in reports)),
+            "fluid/busiest_expert": max(map(imbalance, self.expert_load.values()), default=0.0),
+            "fluid/busiest_rank": max(map(imbalance, by_rank.values()), default=0.0),
             "fluid/wgrad_in_window": self._last_stats.share_inside,
         }
+
+    def start_sampling(self, device: torch.device) -> OverlapSampler:
+        """Measure every exchange until `stop_sampling`: how long it was in flight, how long computation waited."""
+        sampler = OverlapSampler(device)
+        self.exchange.sampler = self.sequence_exchange.sampler = sampler
+        return sampler
+
+    def stop_sampling(self) -> None:
+        """Measure no more."""
+        self.exchange.sampler = self.sequence_exchange.sampler = None
 
     @contextlib.contextmanager
     def record_events(self) -> Iterator[list[tuple[str, str]]]:
@@ -153,14 +177,3 @@ class FluidState:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FluidState:
         return self  # process groups cannot be copied; a copied model shares them
-
-
-def _busiest(gathered: list[dict[str, list[int]]], name: str, state: FluidState) -> float:
-    size = state.groups.ep_size
-    total = [0.0] * state.layers[name].num_experts
-    for rank, loads in enumerate(gathered):
-        start = (rank % size) * len(loads[name])
-        for index, load in enumerate(loads[name]):
-            total[start + index] += load
-    mean = sum(total) / len(total)
-    return max(total) / mean if mean else 0.0

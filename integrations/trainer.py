@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from fluid_hf.config import FluidConfig
+from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
 
@@ -21,13 +23,34 @@ class FluidCallback(TrainerCallback):
 
     Args:
         config: settings for `patch_model`; `None` reads the `"fluid"` block of the DeepSpeed JSON.
+        profile_steps: `(first, last)` optimizer steps to trace on rank 0, counted from 1, both included. The trace, the
+            timeline picture and its numbers go to `fluid_profile` in the Trainer's `output_dir`.
+        expert_load: write `expert_load.json` and a heat map there when training ends.
+        peak_tflops: dense TFLOP/s of one device, for `fluid/mfu`; `None` knows the usual data-centre GPUs.
 
-    The metrics (`fluid/...`, see `FluidState.metrics`) are in `state.log_history` and reach every reporter.
+    Metrics, in `state.log_history` and for every reporter: those of `FluidState.metrics`, and `fluid/bytes_per_step`,
+    `fluid/tokens_per_second` (all ranks), `fluid/model_tflops` (one rank, see
+    `fluid_hf.metrics.model_flops_per_token`), `fluid/mfu`, and from one sampled step in ten `fluid/overlap_ratio`
+    (share of the time with an exchange in flight in which computation went on) and `fluid/exposed_ms` (the rest).
     Gradients need nothing from this callback: they are complete when backward returns.
+
+    Raises:
+        ConfigError: `profile_steps` is not two positive numbers in order.
     """
 
-    def __init__(self, config: FluidConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: FluidConfig | None = None,
+        *,
+        profile_steps: tuple[int, int] | None = None,
+        expert_load: bool = False,
+        peak_tflops: float | None = None,
+    ) -> None:
         self.config = config
+        self._profiled = ProfiledSteps(profile_steps) if profile_steps is not None else None
+        self._history = LoadHistory() if expert_load else None
+        self._peak = peak_tflops
+        self._step_metrics: StepMetrics | None = None
         self._metrics: dict[str, float] = {}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -35,7 +58,6 @@ class FluidCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
             patch_model(model, self.config)
-        get_state(model).staging_folder = args.output_dir
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:
@@ -47,8 +69,19 @@ class FluidCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let weight gradients run in communication windows."""
-        get_state(kwargs["model"]).scheduler.enable()
+        """Let weight gradients run in communication windows; begin to measure."""
+        fluid = get_state(kwargs["model"])
+        fluid.scheduler.enable()
+        self._step_metrics = StepMetrics(kwargs["model"], fluid, self._peak)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Sample or trace this step, if it is its turn."""
+        if self._step_metrics is not None:
+            self._step_metrics.begin_step()
+        if self._profiled is not None and state.is_world_process_zero:
+            self._profiled.begin_step(state.global_step + 1, _folder(args))
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,10 +91,16 @@ class FluidCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that the step left nothing over; collect metrics when this step logs (on all ranks alike)."""
-        fluid = get_state(kwargs["model"])
-        fluid.finish_batch()
+        get_state(kwargs["model"]).finish_batch()
+        if self._profiled is not None and state.is_world_process_zero:
+            self._profiled.end_step(state.global_step, _folder(args))
+        if self._step_metrics is None:
+            return
+        self._step_metrics.end_step()
         if control.should_log:
-            self._metrics = fluid.metrics()
+            self._metrics = self._step_metrics.collect()
+            if self._history is not None:
+                self._history.add(state.global_step, self._step_metrics.fluid.expert_load)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the metrics to the log entry of this step, for the history and for the reporters that follow."""
@@ -75,5 +114,15 @@ class FluidCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop scheduling weight gradients."""
+        """Stop scheduling weight gradients and measuring; write the load of the experts, if asked for."""
         get_state(kwargs["model"]).scheduler.disable()
+        if self._step_metrics is not None:
+            self._step_metrics.close()
+            self._step_metrics = None
+        if self._history is not None and state.is_world_process_zero:
+            self._history.write(_folder(args))
+
+
+def _folder(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None
+    return Path(args.output_dir) / "fluid_profile"

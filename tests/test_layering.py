@@ -19,7 +19,7 @@ MAX_FUNCTION, MAX_FILE = 60, 400
 LAYERS: list[set[str]] = [
     {"integrations", "bench", "cli", "commands", "profiling"},
     {""},
-    {"patching", "checkpoint", "state", "backends", "control"},
+    {"patching", "checkpoint", "state", "backends", "control", "metrics"},
     {"models"},
     {"moe", "attention"},
     {"overlap", "comm"},

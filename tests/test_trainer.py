@@ -107,16 +107,34 @@ def test_metrics_are_in_the_history(results: dict[str, list[dict[str, Any]]]) ->
         assert entry["fluid/wgrad_in_window"] == 1.0
 
 
-def test_reporters_get_the_metrics(tmp_path: Path) -> None:
-    run = {"name": "board", "stage": 1, "steps": 2, "fluid": {"ep_size": 2}, "report_to": "tensorboard"}
-    train([run], tmp_path)
+def test_reporters_profiles_and_expert_load(tmp_path: Path) -> None:
+    run = {"name": "board", "stage": 1, "steps": 3, "fluid": {"ep_size": 2}, "report_to": "tensorboard"}
+    callback = {"profile_steps": [2, 3], "expert_load": True, "peak_tflops": 0.5}
+    results = train([{**run, "callback": callback}, {**run, "name": "plain", "fluid": None}], tmp_path)
+    assert_equal(curve(results["board"][0]), curve(results["plain"][0]))
+    entries = [entry for entry in results["board"][0]["history"] if "loss" in entry]
+    for entry in entries:
+        assert entry["fluid/tokens"] == 2 * batch(0, 2).numel()
+        assert entry["fluid/bytes_per_step"] == entry["fluid/bytes_sent"]
+        assert entry["fluid/busiest_expert"] >= entry["fluid/busiest_rank"] >= 1.0
+        assert entry["fluid/mfu"] == entry["fluid/model_tflops"] / 0.5 > 0
+        assert 0 <= entry["fluid/overlap_ratio"] <= 1 and entry["fluid/exposed_ms"] > 0
+    folder = tmp_path / "board" / "fluid_profile"
+    summary = json.loads((folder / "timeline.json").read_text())
+    assert {entry["forward"]["calls"] for entry in summary["layers"].values()} == {2}
+    load = json.loads((folder / "expert_load.json").read_text())
+    assert load["steps"] == [1, 2, 3] and len(load["load_over_mean"]) == 2
+    for steps in load["load_over_mean"].values():
+        assert all(abs(sum(step) / len(step) - 1) < 1e-3 for step in steps)
+    for name in ("trace.json", "timeline.png", "timeline.svg", "expert_load.png", "expert_load.svg"):
+        assert (folder / name).stat().st_size > 1000
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logs = next((tmp_path / "board").glob("runs/*"))
     events = EventAccumulator(str(logs))
     events.Reload()
     assert "train/fluid/bytes_sent" in events.Tags()["scalars"]
-    assert len(events.Scalars("train/fluid/wgrad_in_window")) == 2
+    assert len(events.Scalars("train/fluid/wgrad_in_window")) == 3
 
 
 @pytest.mark.parametrize("stage", [1, 3])

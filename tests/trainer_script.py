@@ -72,7 +72,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     )
     model = tiny_model(options.get("family", "qwen3_moe"))
     data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96)]
-    callbacks: list[TrainerCallback] = [FluidCallback()] if options.get("fluid") is not None else []
+    callbacks: list[TrainerCallback] = (
+        [FluidCallback(**options.get("callback", {}))] if options.get("fluid") is not None else []
+    )
     if "die_after_save" in options:
         callbacks.append(DieAfterSave(options["die_after_save"]))
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)

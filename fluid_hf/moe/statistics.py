@@ -38,10 +38,10 @@ class LayerStats:
         if len(self._offsets) >= 256:
             self._fold()
 
-    def load(self) -> list[int]:
-        """(token, expert) pairs computed by each expert held here; waits for the device."""
+    def load_tensor(self) -> torch.Tensor | None:
+        """(token, expert) pairs computed by each expert held here [E], on the device; `None` before the first call."""
         self._fold()
-        return [] if self._load_E is None else self._load_E.tolist()
+        return self._load_E
 
     def _fold(self) -> None:
         if self._offsets:

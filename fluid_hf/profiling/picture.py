@@ -62,13 +62,16 @@ def draw_timeline(passes: Sequence[tuple[str, PassTimeline]], out: str | Path, *
     return _save(figure, out)
 
 
-def draw_expert_load(steps: Sequence[int], load: Sequence[Sequence[float]], out: str | Path) -> list[Path]:
+def draw_expert_load(
+    steps: Sequence[int], load: Sequence[Sequence[float]], out: str | Path, *, title: str = ""
+) -> list[Path]:
     """Draw a heat map of expert load over training: colour is an expert's pairs over the mean (1: balanced).
 
     Args:
         steps: optimizer steps [S].
         load: for each step the load of every expert over the mean [S, E].
         out: path without ending; `.png` and `.svg` are added.
+        title: which layer it is.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -84,7 +87,7 @@ def draw_expert_load(steps: Sequence[int], load: Sequence[Sequence[float]], out:
     mesh = axis.pcolormesh(edges, experts, rows, cmap="viridis", vmin=0, vmax=highest, rasterized=True)
     bar = figure.colorbar(mesh, ax=axis, pad=0.015)
     bar.set_label("tokens over the mean", color=TEXT, fontsize=9)
-    axis.set_title("Load of each expert (1: balanced)", loc="left", color=TEXT, fontsize=11, weight="bold")
+    axis.set_title(f"Load of each expert {title} (1: balanced)", loc="left", color=TEXT, fontsize=11, weight="bold")
     axis.set_xlabel("optimizer step", color=TEXT, fontsize=9)
     axis.set_ylabel("expert", color=TEXT, fontsize=9)
     for item in (axis, bar.ax):

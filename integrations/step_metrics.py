@@ -1,0 +1,167 @@
+"""What `FluidCallback` measures beside the counts: speed, exposed communication, load over training, profiles."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluid_hf.errors import ConfigError, MissingPackageError
+from fluid_hf.metrics import model_flops_per_token, peak_tflops
+from fluid_hf.overlap.sampler import OverlapSampler
+from fluid_hf.profiling.picture import draw_expert_load
+from fluid_hf.profiling.session import StepTrace, write_report
+from fluid_hf.state import FluidState
+
+__all__ = ["LoadHistory", "ProfiledSteps", "StepMetrics"]
+
+SAMPLE_EVERY = 10
+logger = logging.getLogger(__name__)
+
+
+class StepMetrics:
+    """Tokens per second, model TFLOP/s, MFU, and exposed communication of a sampled step.
+
+    Nothing waits for the device but the step that logs. One step in ten is sampled with events.
+
+    Args:
+        model: the patched model.
+        fluid: its state.
+        peak: TFLOP/s of one device for MFU; `None` looks it up by the device's name.
+    """
+
+    def __init__(self, model: nn.Module, fluid: FluidState, peak: float | None) -> None:
+        self.fluid = fluid
+        self.model = model
+        self.peak = peak if peak is not None else peak_tflops()
+        self._tokens, self._seq_len, self._steps = 0, 0, 0
+        self._begin: float | None = None
+        self._sampler: OverlapSampler | None = None
+        self._unread: OverlapSampler | None = None
+        self._since_sample = SAMPLE_EVERY
+        self._overlap: dict[str, float] = {}
+        self._flops: dict[int, float] = {}
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def begin_step(self) -> None:
+        """An optimizer step begins."""
+        if self._begin is None:
+            self._begin = time.perf_counter()
+        self._since_sample += 1
+        if self._since_sample > SAMPLE_EVERY and self.fluid.groups.ep_size * self.fluid.groups.sp_size > 1:
+            device = next(self.model.parameters()).device
+            self._sampler, self._since_sample = self.fluid.start_sampling(device), 1
+
+    def end_step(self) -> None:
+        """An optimizer step ended; its samples are read when the next log waits for the device anyway."""
+        self._steps += 1
+        if self._sampler is not None:
+            self.fluid.stop_sampling()
+            self._unread, self._sampler = self._sampler, None
+
+    def collect(self) -> dict[str, float]:
+        """The metrics since the last call. Collective over all ranks, waits for the device."""
+        metrics = self.fluid.metrics(self._tokens)
+        if self._unread is not None:
+            in_flight, exposed = self._unread.result()
+            self._overlap = {"fluid/exposed_ms": exposed}
+            if in_flight:
+                self._overlap["fluid/overlap_ratio"] = 1.0 - exposed / in_flight
+            self._unread = None
+        metrics.update(self._overlap)
+        seconds = time.perf_counter() - (self._begin or time.perf_counter())
+        metrics["fluid/bytes_per_step"] = metrics["fluid/bytes_sent"] / max(1, self._steps)
+        if seconds and metrics["fluid/tokens"]:
+            metrics["fluid/tokens_per_second"] = metrics["fluid/tokens"] / seconds
+            ranks = self.fluid.groups.world_size
+            tflops = metrics["fluid/tokens"] * self._flops_per_token() / seconds / ranks / 1e12
+            metrics["fluid/model_tflops"] = tflops
+            if self.peak:
+                metrics["fluid/mfu"] = tflops / self.peak
+        self._tokens, self._steps, self._begin = 0, 0, None
+        return metrics
+
+    def close(self) -> None:
+        """Count no more."""
+        self.fluid.stop_sampling()
+        self._hook.remove()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        if isinstance(given, torch.Tensor) and given.dim() >= 2 and module.training:
+            self._tokens += given.shape[0] * given.shape[1]  # sizes only: nothing is read from the device
+            self._seq_len = given.shape[1] * self.fluid.groups.sp_size
+
+    def _flops_per_token(self) -> float:
+        if self._seq_len not in self._flops:
+            self._flops[self._seq_len] = model_flops_per_token(self.model, self.fluid.layers, self._seq_len)
+        return self._flops[self._seq_len]
+
+
+class ProfiledSteps:
+    """Traces optimizer steps `first` to `last` (counted from 1, both included) on rank 0 and writes a report.
+
+    Raises:
+        ConfigError: the steps are not two positive numbers in order.
+    """
+
+    def __init__(self, steps: tuple[int, int]) -> None:
+        if not (isinstance(steps, (tuple, list)) and len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+            raise ConfigError(f"profile_steps ({steps!r}) must be (first, last) with 1 <= first <= last.")
+        self.first, self.last = steps
+        self._trace: StepTrace | None = None
+
+    def begin_step(self, step: int, folder: Path) -> None:
+        """Optimizer step `step` begins, counted from 1."""
+        if step == self.first:
+            self._trace = StepTrace(folder / "trace.json")
+            self._trace.start()
+
+    def end_step(self, step: int, folder: Path) -> None:
+        """Optimizer step `step` ended."""
+        if self._trace is None or step < self.last:
+            return
+        path = self._trace.stop()
+        self._trace = None
+        summary, files = write_report(path, folder / "timeline")
+        named = ", ".join(str(file) for file in [path, *files])
+        logger.warning("%.0f%% of the communication was hidden; wrote %s", 100 * summary["overlap_ratio"], named)
+
+
+class LoadHistory:
+    """Load of every expert at each log, for `expert_load.json` and its heat map."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.loads: list[dict[str, list[float]]] = []
+
+    def add(self, step: int, load: dict[str, list[int]]) -> None:
+        """Remember the pairs of every expert by layer, relative to the layer's mean."""
+        self.steps.append(step)
+        self.loads.append({name: _relative(pairs) for name, pairs in load.items()})
+
+    def write(self, folder: Path) -> list[Path]:
+        """`expert_load.json` with every layer, and the heat map of the layer that was least balanced in the end."""
+        if not self.steps:
+            return []
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = folder / "expert_load.json"
+        layers = {name: [load[name] for load in self.loads] for name in self.loads[-1]}
+        numbers.write_text(json.dumps({"steps": self.steps, "load_over_mean": layers}), encoding="utf-8")
+        worst = max(layers, key=lambda name: max(layers[name][-1]))
+        try:
+            pictures = draw_expert_load(self.steps, layers[worst], folder / "expert_load", title=worst)
+        except MissingPackageError as error:
+            logger.warning("%s", error)
+            pictures = []
+        return [numbers, *pictures]
+
+
+def _relative(pairs: list[int]) -> list[float]:
+    mean = sum(pairs) / len(pairs)
+    return [round(count / mean, 4) if mean else 0.0 for count in pairs]

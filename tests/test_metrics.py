@@ -1,0 +1,78 @@
+"""Operations per token against torch's own counter; imbalance; settings of the callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import batch, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import fluid_hf
+from fluid_hf import ConfigError, FluidCallback
+from fluid_hf.metrics import global_load, imbalance, model_flops_per_token
+from fluid_hf.overlap.sampler import OverlapSampler
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_operations_per_token_are_those_torch_counts(family: str) -> None:
+    model = tiny_model(family)
+    model.set_experts_implementation("eager")  # plain matrix products, which the counter knows
+    model.set_attn_implementation("eager")
+    ids = batch(0, 2)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    counted = counter.get_total_flops() / ids.numel()
+    fluid_hf.patch_model(model)
+    found = model_flops_per_token(model, model.fluid.layers, ids.shape[1])
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # torch counts the scores in full, not the half that a causal mask leaves, and forward alone
+    scores = 2.0 * config.num_hidden_layers * config.num_attention_heads * head_dim * ids.shape[1]
+    assert found / 3 + scores == pytest.approx(counted, rel=0.01)
+
+
+def test_frozen_weights_have_no_weight_gradient() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    trained = model_flops_per_token(model, model.fluid.layers, 0)
+    model.requires_grad_(False)
+    assert model_flops_per_token(model, model.fluid.layers, 0) == pytest.approx(trained * 4 / 6)
+
+
+def test_metrics_of_one_process() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    ids = batch(0, 3)
+    model(input_ids=ids)
+    metrics = model.fluid.metrics(tokens=ids.numel())
+    assert metrics["fluid/tokens"] == ids.numel() and metrics["fluid/bytes_sent"] == 0
+    assert metrics["fluid/busiest_expert"] >= 1 == metrics["fluid/busiest_rank"]
+    pairs = ids.numel() * model.config.num_experts_per_tok
+    assert [sum(load) for load in model.fluid.expert_load.values()] == [pairs] * model.config.num_hidden_layers
+    assert model.fluid.metrics()["fluid/busiest_expert"] == 0  # nothing ran since
+
+
+def test_load_and_imbalance() -> None:
+    ranks = [{"a": [1, 2]}, {"a": [3, 4]}, {"a": [10, 20]}, {"a": [30, 40]}]
+    assert global_load(ranks, "a", ep_size=2) == [11, 22, 33, 44]
+    assert imbalance([11, 22, 33, 44]) == pytest.approx(44 / 27.5)
+    assert imbalance([0, 0]) == 0 and imbalance([]) == 0
+
+
+def test_sampler_unites_flights_and_sums_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.001, 0.002, 0.004, 0.005, 0.006, 0.008, 0.009])
+    monkeypatch.setattr("fluid_hf.overlap.sampler.time.perf_counter", lambda: next(clock))
+    sampler = OverlapSampler(torch.device("cpu"))
+    first, second = sampler.post([]), sampler.post([])  # at 1 and 2 ms
+    sampler.begin_wait(first)  # 4
+    sampler.end_wait(first)  # 5
+    sampler.begin_wait(second)  # 6
+    sampler.end_wait(second)  # 8
+    sampler.post([])  # never waited for: not counted
+    assert sampler.result() == pytest.approx((7.0, 3.0))
+
+
+@pytest.mark.parametrize("steps", [(0, 2), (3, 2), (1,), 5, "ab"])
+def test_profiled_steps_are_checked(steps: Any) -> None:
+    with pytest.raises(ConfigError, match="profile_steps"):
+        FluidCallback(profile_steps=steps)
