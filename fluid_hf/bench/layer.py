@@ -26,7 +26,7 @@ __all__ = ["LayerBench", "Timing"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one variant: median and spread (90th less 10th percentile) of forward, and of both passes."""
+    """Milliseconds per call of one variant: median and spread (90th less 10th percentile), forward and both passes."""
 
     forward: float
     forward_spread: float
@@ -42,6 +42,8 @@ class LayerBench:
         ep_size: ranks of the (mirror) world; torch.distributed's default group must have that size, if over 1.
         tokens: tokens of this rank.
         skew: exponent of Zipf-distributed expert popularity; 0 for balanced routing.
+        layers: calls that are timed in a row, each with weights of its own; times are per call. A model runs its
+            layers that way; a single call also pays for starting an idle GPU.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class LayerBench:
         *,
         dtype: torch.dtype = torch.bfloat16,
         skew: float = 0.0,
+        layers: int = 4,
     ) -> None:
+        self.layers = layers
         self.shape, self.ep_size, self.tokens, self.device = shape, ep_size, tokens, device
         generator = torch.Generator(device=device).manual_seed(0)
         local = shape.experts // ep_size
@@ -122,18 +126,24 @@ class LayerBench:
         found["AllToAllEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down)
         return found
 
-    def time(self, layer: Layer, module: nn.Module, repeats: int) -> Timing:
-        """Median times of a variant."""
+    def time(self, stack: list[tuple[Layer, nn.Module]], repeats: int) -> Timing:
+        """Median times of a variant per call, from `layers` builds of it."""
 
         def forward() -> None:
             with torch.no_grad():
-                layer(self.hidden, self.index, self.weights)
+                for layer, _ in stack:
+                    layer(self.hidden, self.index, self.weights)
 
         def both() -> None:
-            self.gradients(layer, module)
+            inputs = [(self.hidden.detach().requires_grad_(), self.weights.detach().requires_grad_()) for _ in stack]
+            outputs = [layer(x, self.index, w) for (layer, _), (x, w) in zip(stack, inputs, strict=True)]
+            torch.autograd.backward(outputs, [self.grad] * len(outputs))
+            for _, module in stack:
+                for parameter in module.parameters():
+                    parameter.grad = None
 
-        (f, fs), (b, bs) = measure(forward, repeats, self.device), measure(both, repeats, self.device)
-        return Timing(f, fs, b, bs)
+        times = [*measure(forward, repeats, self.device), *measure(both, repeats, self.device)]
+        return Timing(*(time / len(stack) for time in times))
 
     def gradients(self, layer: Layer, module: nn.Module) -> dict[str, torch.Tensor]:
         """Output and gradients of one forward and backward pass; module gradients are cleared."""
@@ -160,17 +170,19 @@ class LayerBench:
         mm: Any = torch.nn.functional.grouped_mm
 
         def forward() -> None:
-            mm(x, self.gate_up.transpose(1, 2), offs=offsets)
-            mm(h, self.down.transpose(1, 2), offs=offsets)
+            for _ in range(self.layers):
+                mm(x, self.gate_up.transpose(1, 2), offs=offsets)
+                mm(h, self.down.transpose(1, 2), offs=offsets)
 
         def both() -> None:
             forward()
-            mm(x, self.down, offs=offsets)
-            mm(g, self.gate_up, offs=offsets)
-            mm(g.t(), x, offs=offsets)
-            mm(x.t(), h, offs=offsets)
+            for _ in range(self.layers):
+                mm(x, self.down, offs=offsets)
+                mm(g, self.gate_up, offs=offsets)
+                mm(g.t(), x, offs=offsets)
+                mm(x.t(), h, offs=offsets)
 
-        gemm, gemm_both = (measure(run, repeats, self.device)[0] for run in (forward, both))
+        gemm, gemm_both = (measure(run, repeats, self.device)[0] / self.layers for run in (forward, both))
         link = self._link(repeats) if self.ep_size > 1 else 0.0
         return {
             "gemm": gemm,
@@ -189,11 +201,11 @@ class LayerBench:
         received = torch.empty_like(sent)
 
         def there_and_back() -> None:
-            for source, target in ((sent, received), (received, sent)):
+            for source, target in ((sent, received), (received, sent)) * self.layers:
                 peers = range(1, self.ep_size)
                 exchange.post([(p, source[p]) for p in peers], [(p, target[p]) for p in peers]).wait()
 
-        return measure(there_and_back, repeats, self.device)[0]
+        return measure(there_and_back, repeats, self.device)[0] / self.layers
 
 
 def measure(run: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 4) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from fluid_hf.overlap.cost_model import LayerSizes, expected_rows
 
 __all__ = ["SHAPES", "LayerShape"]
 
@@ -19,8 +20,11 @@ class LayerShape:
 
     def expected_rows(self, tokens: int, ep_size: int) -> float:
         """Rows a rank sends with uniform routing: unique (token, other rank) pairs."""
-        missed = math.comb(self.experts - self.experts // ep_size, self.top_k) / math.comb(self.experts, self.top_k)
-        return tokens * (ep_size - 1) * (1 - missed)
+        return expected_rows(tokens, self.top_k, self.experts, ep_size)
+
+    def sizes(self, tokens: int, ep_size: int, element_bytes: int) -> LayerSizes:
+        """As the cost model takes them."""
+        return LayerSizes(tokens, self.top_k, self.experts, ep_size, self.hidden, self.inner, element_bytes)
 
 
 SHAPES = {

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.shapes import SHAPES
-from fluid_hf.overlap.planner import choose_waves
+from fluid_hf.overlap.cost_model import backward_seconds, forward_seconds, hardware_of
+from fluid_hf.overlap.planner import choose_waves, possible_waves
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--tokens", type=int, default=8192, help="tokens per rank")
     add("--waves", nargs="+", type=int, help="waves to time beside the planner's choice")
     add("--skew", type=float, default=0.0, help="Zipf exponent of expert popularity")
+    add("--layers", type=int, default=4, help="calls timed in a row, as layers run in a model; times are per call")
     add("--repeats", type=int, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add("--json", help="file for the results")
@@ -58,29 +60,30 @@ def _bench(options: Any, ep_size: int) -> list[dict[str, Any]]:
         if shape.experts % ep_size:
             continue
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        bench = LayerBench(shape, ep_size, options.tokens, device, skew=options.skew, dtype=dtype)
-        planned = choose_waves(
-            expected_tokens=options.tokens, top_k=shape.top_k, num_experts=shape.experts, ep_size=ep_size
+        bench = LayerBench(
+            shape, ep_size, options.tokens, device, skew=options.skew, dtype=dtype, layers=options.layers
         )
-        waves = sorted({*(options.waves or []), planned})
-        cell: dict[str, Any] = {"shape": name, "ep_size": ep_size, "tokens": options.tokens, "planned_waves": planned}
+        cell: dict[str, Any] = {"shape": name, "ep_size": ep_size, "tokens": options.tokens, "layers": options.layers}
         cell["limits"] = bench.limits(options.repeats)
+        waves = _plan(bench, cell, options.waves or [])
         cell["variants"] = {}
         cell["errors"] = {}
         _say(f"\n{name} EP{ep_size} T={options.tokens} limits {_rounded(cell['limits'])}")
+        if "predicted_ms" in cell:
+            _say(f"  planned waves {cell['planned_waves']}, predicted ms (forward, both) {cell['predicted_ms']}")
         reference: dict[str, torch.Tensor] = {}
         for variant, build in tqdm(bench.variants(waves).items(), leave=False, disable=None):
             if options.variants and not any(part in variant for part in options.variants):
                 continue
             try:
-                layer, module = build()
-                found = bench.gradients(layer, module)
+                stack = [build() for _ in range(options.layers)]
+                found = bench.gradients(*stack[0])
                 reference = reference or found
                 cell["errors"][variant] = _worst(found, reference)
-                timing = bench.time(layer, module, options.repeats)
+                timing = bench.time(stack, options.repeats)
                 cell["variants"][variant] = asdict(timing)
                 _print(variant, timing, cell)
-                del layer, module
+                del stack
             except Exception as error:
                 cell["errors"][variant] = f"{type(error).__name__}: {error}"[:300]
                 _say(f"  {variant:<24} {cell['errors'][variant]}")
@@ -90,6 +93,27 @@ def _bench(options: Any, ep_size: int) -> list[dict[str, Any]]:
     if ep_size > 1:
         dist.destroy_process_group()
     return cells
+
+
+def _plan(bench: LayerBench, cell: dict[str, Any], waves: list[int]) -> list[int]:
+    """The planner's choice with the link as just measured, what it predicts, and all waves to time."""
+    if bench.ep_size == 1:
+        cell["planned_waves"] = 1
+        return [1]
+    sizes = bench.shape.sizes(bench.tokens, bench.ep_size, bench.hidden.element_size())
+    moved = 2 * sizes.rows * sizes.hidden * sizes.element_bytes  # there and back
+    hardware = hardware_of(bench.device, moved / max(cell["limits"]["link"], 1e-9) * 1e3)
+    planned = choose_waves(sizes, hardware, training=True)
+    timed = sorted({*waves, planned} & set(possible_waves(bench.ep_size)))
+    cell["planned_waves"] = planned
+    cell["predicted_ms"] = {
+        count: (
+            forward_seconds(sizes, hardware, count) * 1e3,
+            (forward_seconds(sizes, hardware, count) + backward_seconds(sizes, hardware, count)) * 1e3,
+        )
+        for count in timed
+    }
+    return timed
 
 
 def _worst(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:

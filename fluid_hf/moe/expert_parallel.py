@@ -134,6 +134,8 @@ def expert_parallel(
     parameters = read_parameters()
     dtype = _compute_dtype(hidden_TH, parameters["down"])
     call = LayerCall(context, lambda: _plain_weights(read_parameters()), hidden_TH, top_k_weights_TK, dtype)
+    if not torch.is_grad_enabled():
+        return _infer(call, hidden_TH, top_k_index_TK, top_k_weights_TK, between)
     with _without_autocast(hidden_TH.device.type):
         dispatched, row_token, token_row = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
         works: list[WgradWork] = []
@@ -155,6 +157,25 @@ def expert_parallel(
     return output if shared is None else (output, shared)
 
 
+def _infer(
+    call: LayerCall,
+    hidden_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    between: Callable[[], torch.Tensor] | None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The forward pass alone, without the cost of autograd nodes."""
+    with _without_autocast(hidden_TH.device.type):
+        hidden = hidden_TH.to(call.dtype)
+        plan = call.dispatch(hidden, weights_TK, index_TK)
+        call.run_experts(hidden, weights_TK, index_TK, keep=False)
+    with span(f"{call.context.name}::shared expert"):
+        shared = between() if between is not None else None
+    with _without_autocast(hidden_TH.device.type):
+        output = call.combine(plan.token_row_TP if plan is not None else None)
+    return output if shared is None else (output, shared)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """No context where there is nothing to switch off: entering one costs the host as much as a launch."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
@@ -166,8 +187,6 @@ def _wgrad_tokens(
     """One token per trainable weight; the last one created (`down`) is the first to run in backward."""
     indices: dict[str, int | None] = {name: None if name == "down" else i for i, name in enumerate(parameters)}
     names = {name: indices[name] for name, weight in parameters.items() if weight.requires_grad}
-    if not torch.is_grad_enabled():
-        return {}, []
 
     def take(name: str) -> torch.Tensor:
         gradient = context.scheduler.take(works[-1], name)

@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fluid_hf.comm.link_speed import measure_link
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_parallel import expert_parallel
 from fluid_hf.moe.layer_call import LayerContext
+from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
 from fluid_hf.overlap.planner import choose_waves
 from fluid_hf.overlap.wgrad import WgradScheduler
 
@@ -24,12 +26,13 @@ class WaveChoice:
 
     Args:
         waves: the number to use; `None` lets the planner choose from the tokens of the first batch, averaged over the
-            group so that all its ranks choose alike.
+            group, and the speed of the link, so that all its ranks choose alike.
     """
 
     def __init__(self, waves: int | None) -> None:
         self._fixed = waves
         self._chosen: dict[bool, int] = {}
+        self._link: float | None = None
 
     def get(self, layer: ExpertParallelLayer, tokens: int, top_k: int, device: torch.device) -> int:
         """The number of waves for a call; the first call of a mode is a collective over the group."""
@@ -39,12 +42,21 @@ class WaveChoice:
         if layer.training not in self._chosen:
             total = torch.tensor([tokens], dtype=torch.int64, device=device)
             dist.all_reduce(total, group=exchange.group)
-            self._chosen[layer.training] = choose_waves(
-                expected_tokens=int(total.item()) // exchange.size,
+            if self._link is None and device.type == "cuda":
+                self._link = measure_link(exchange, device)
+            down = layer.expert_parameters()["down"]
+            shape = getattr(down, "ds_shape", down.shape)  # an engine may have partitioned it
+            sizes = LayerSizes(
+                tokens=int(total.item()) // exchange.size,
                 top_k=top_k,
                 num_experts=layer.num_experts,
                 ep_size=exchange.size,
+                hidden=shape[1],
+                inner=shape[2],
+                element_bytes=down.element_size(),
             )
+            hardware = hardware_of(device, self._link or 0.0)
+            self._chosen[layer.training] = choose_waves(sizes, hardware, training=layer.training)
         return self._chosen[layer.training]
 
 

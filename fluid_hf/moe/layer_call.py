@@ -178,7 +178,7 @@ class LayerCall:
 
     @ranged("forward experts")
     def run_experts(
-        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, keep: bool = True
     ) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
         """Compute own tokens and every wave as it arrives; post each wave's combine at once.
 

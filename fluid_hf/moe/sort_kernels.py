@@ -8,6 +8,8 @@ never matters.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -30,18 +32,18 @@ def pair_plan(
         ids_RK: expert ids of any integer type and row stride; held here if in [first_expert, first_expert + E).
     """
     rows, top_k = ids_RK.shape
-    pairs, row_pair, offsets = _new_pairs(rows, top_k, num_experts, num_pairs, ids_RK.device)
     blocks = blocks_of(rows * top_k, SORT_BLOCK)
-    if blocks == 0:
-        return pairs[0], pairs[1], row_pair, offsets.zero_()
     keys, chunk = _key_tile(num_experts)
-    partial = torch.empty(blocks, keys, dtype=torch.int32, device=ids_RK.device)
-    integers = (rows * top_k, first_expert, blocks, num_pairs)
-    constants = (ids_RK.stride(0), top_k, num_experts, SORT_BLOCK, keys)
-    _count_pairs((blocks, 1, 1), (ids_RK, partial), integers[:2], constants)
-    pointers = (ids_RK, partial, pairs[0], pairs[1], row_pair, offsets)
-    _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
-    return pairs[0], pairs[1], row_pair, offsets
+    *plan, partial = _new_int32(ids_RK.device, num_pairs, num_pairs, rows * top_k, num_experts, blocks * keys)
+    if blocks == 0:
+        plan[3].zero_()
+    else:
+        integers = (rows * top_k, first_expert, blocks, num_pairs)
+        constants = (ids_RK.stride(0), top_k, num_experts, SORT_BLOCK, keys)
+        _count_pairs((blocks, 1, 1), (ids_RK, partial), integers[:2], constants)
+        pointers = (ids_RK, partial, *plan)
+        _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
+    return plan[0], plan[1], plan[2].view(rows, top_k), plan[3]
 
 
 def source_plan(
@@ -58,29 +60,28 @@ def source_plan(
         there is none); the pair plan of the skipped rank's pairs, with T * K places. All int32.
     """
     tokens, top_k = index_TK.shape
-    device = index_TK.device
-    counts = torch.empty(2, ranks, 1 + parts, dtype=torch.int32, device=device)
-    token_row = torch.empty(tokens, ranks, dtype=torch.int32, device=device)
-    capacity = tokens * top_k
-    pairs, row_pair, offsets = _new_pairs(tokens, top_k, num_local_experts, capacity, device)
-    if tokens == 0:
-        own = (pairs[0], pairs[1], row_pair, offsets.zero_())
-        return counts.zero_(), token_row, None if skip_rank is None else own
+    device, capacity = index_TK.device, tokens * top_k
     skip = -1 if skip_rank is None else skip_rank
     per_block = max(16, power_of_two(SORT_BLOCK // top_k))
-    slots = power_of_two(per_block * top_k)
-    blocks = blocks_of(tokens, per_block)
+    slots, blocks = power_of_two(per_block * top_k), blocks_of(tokens, per_block)
     padded = power_of_two(ranks)
     keys, chunk = _key_tile(num_local_experts)
-    row_counts = torch.empty(blocks, padded, dtype=torch.int32, device=device)
-    pair_counts = torch.empty(blocks, keys, dtype=torch.int32, device=device)
-    sizes = (top_k, num_local_experts, ranks, skip, parts, per_block, slots, padded, keys)
-    integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
-    _count_source((blocks, 1, 1), (index_TK, row_counts, pair_counts, counts), (tokens,), sizes)
-    pointers = (index_TK, row_counts, pair_counts, counts, token_row, pairs[0], pairs[1], row_pair, offsets)
-    tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
-    _place_source((blocks, 1, 1), pointers, integers, (*sizes, min(chunk, slots), *tiles))
-    return counts, token_row, None if skip_rank is None else (pairs[0], pairs[1], row_pair, offsets)
+    sizes = (capacity, capacity, capacity, num_local_experts, tokens * ranks, blocks * padded, blocks * keys)
+    *own, token_row, row_counts, pair_counts = _new_int32(device, *sizes)
+    # Of its own: it is handed to the process group.
+    counts = torch.empty(2, ranks, 1 + parts, dtype=torch.int32, device=device)
+    if tokens == 0:
+        own[3].zero_()
+        counts.zero_()
+    else:
+        constants = (top_k, num_local_experts, ranks, skip, parts, per_block, slots, padded, keys)
+        integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
+        _count_source((blocks, 1, 1), (index_TK, row_counts, pair_counts, counts), (tokens,), constants)
+        pointers = (index_TK, row_counts, pair_counts, counts, token_row, *own)
+        tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
+        _place_source((blocks, 1, 1), pointers, integers, (*constants, min(chunk, slots), *tiles))
+    places = None if skip_rank is None else (own[0], own[1], own[2].view(tokens, top_k), own[3])
+    return counts, token_row.view(tokens, ranks), places
 
 
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:
@@ -105,14 +106,12 @@ def joint_places(offsets_NE: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor
     return place, ends
 
 
-def _new_pairs(
-    rows: int, top_k: int, num_experts: int, num_pairs: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pairs = torch.empty(2, num_pairs, dtype=torch.int32, device=device)
-    row_pair = torch.empty(rows, top_k, dtype=torch.int32, device=device)
-    return pairs, row_pair, torch.empty(num_experts, dtype=torch.int32, device=device)
+def _new_int32(device: torch.device, *sizes: int) -> tuple[torch.Tensor, ...]:
+    """Vectors in one allocation, which costs the host less than one each."""
+    return torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
 
 
+@functools.cache
 def _key_tile(num_experts: int) -> tuple[int, int]:
     """Keys as a power of two, and the slots that are placed at once."""
     keys = max(2, power_of_two(num_experts))

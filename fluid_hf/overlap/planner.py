@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from fluid_hf.comm.tournament import num_rounds
+from fluid_hf.overlap.cost_model import Hardware, LayerSizes, backward_seconds, forward_seconds
 
-__all__ = ["choose_waves"]
+__all__ = ["choose_waves", "possible_waves"]
 
-# Below this many pairs per expert and wave, small GEMMs cost more than the overlap gains (measured on an H100).
-MIN_PAIRS_PER_EXPERT = 256
-MAX_WAVES = 4
+MAX_WAVES = 8
+MIN_GAIN = 0.02  # a wave more must gain that share of the time: predictions are no better than that
 
 
-def choose_waves(*, expected_tokens: int, top_k: int, num_experts: int, ep_size: int) -> int:
-    """Number of waves for one layer.
+def possible_waves(ep_size: int) -> list[int]:
+    """Numbers of waves that differ in what they do: rounds grouped, or every round cut into the same parts."""
+    rounds = num_rounds(ep_size)
+    if rounds == 0:
+        return [1]
+    cut = range(2 * rounds, MAX_WAVES + 1, rounds)
+    return [*range(1, min(rounds, MAX_WAVES) + 1), *cut]
 
-    Every rank must pass the same numbers: waves that differ between ranks would not match.
 
-    Args:
-        expected_tokens: tokens per rank the choice is made for.
-        top_k: experts per token.
-        num_experts: experts of the whole layer.
-        ep_size: ranks that share them.
+def choose_waves(sizes: LayerSizes, hardware: Hardware, *, training: bool) -> int:
+    """The number of waves with the shortest predicted time; fewer where more gain little.
+
+    Every rank must pass the same numbers: waves that differ between ranks would not match. The pieces of forward are
+    those of backward, so in training both passes are predicted together.
     """
-    if ep_size < 2:
-        return 1
-    arriving = expected_tokens * top_k * (ep_size - 1) / num_experts  # pairs from other ranks per local expert
-    fitting = int(arriving // MIN_PAIRS_PER_EXPERT)
-    # Never more waves than rounds: cutting one peer's rows costs more launches than it hides (measured at ep_size 2).
-    return max(1, min(fitting, MAX_WAVES, num_rounds(ep_size)))
+    best, best_time = 1, float("inf")
+    for waves in possible_waves(sizes.ep_size):
+        time = forward_seconds(sizes, hardware, waves)
+        if training:
+            time += backward_seconds(sizes, hardware, waves)
+        if time < best_time * (1 - MIN_GAIN):
+            best, best_time = waves, time
+    return best
