@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from fluid_hf.config import FluidConfig
+from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.models.registry import LOADED_SHARE
+from fluid_hf.moe.general_layer import GeneralExperts
 from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups, create_groups
 
@@ -58,14 +60,13 @@ class TorchBackend:
         return create_groups(ep_size)
 
     def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
-        if groups.ep_size == 1:  # the parameters stay the very same objects
-            return ExpertParallelExperts.from_parameters(source.gate_up_proj, source.down_proj, settings)
-        gate_up, down = take_local_experts(source, settings)
-        return ExpertParallelExperts.from_parameters(
-            nn.Parameter(gate_up, requires_grad=source.gate_up_proj.requires_grad),
-            nn.Parameter(down, requires_grad=source.down_proj.requires_grad),
-            settings,
-        )
+        weights = {name: getattr(source, name) for name in settings.weight_names}
+        if groups.ep_size > 1:  # else the parameters stay the very same objects
+            held = take_local_experts(source, settings)
+            weights = {name: nn.Parameter(held[name], requires_grad=w.requires_grad) for name, w in weights.items()}
+        if settings.context.math is not None:
+            return GeneralExperts(settings, weights, extra_modules(source))
+        return ExpertParallelExperts.from_parameters(weights["gate_up_proj"], weights["down_proj"], settings)
 
     def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -77,13 +78,13 @@ class TorchBackend:
         """Nothing to undo."""
 
 
-def take_local_experts(source: Any, layer: ExpertParallelLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of this rank's slices of the source's gate_up_proj and down_proj; or these, if it was loaded so."""
+def take_local_experts(source: Any, layer: ExpertParallelLayer) -> dict[str, torch.Tensor]:
+    """Copies of this rank's slices of the source's weights, by name; or these, if it was loaded so."""
     if hasattr(source, LOADED_SHARE):
-        return source.gate_up_proj.data, source.down_proj.data
+        return {name: getattr(source, name).data for name in layer.weight_names}
     start = layer.ep_rank * layer.num_local_experts
     held = slice(start, start + layer.num_local_experts)
-    return source.gate_up_proj.data[held].clone(), source.down_proj.data[held].clone()
+    return {name: getattr(source, name).data[held].clone() for name in layer.weight_names}
 
 
 class WeakModels:

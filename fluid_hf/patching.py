@@ -21,7 +21,8 @@ from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, U
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
-from fluid_hf.models.shared_experts import bind_shared_expert, unbind_shared_expert
+from fluid_hf.models.shared_experts import bind_blocks, unbind_blocks
+from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import resolve_ep_size, resolve_sp_size, with_sequence_groups
 from fluid_hf.state import FluidState
@@ -39,8 +40,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     experts too, exchange heads for sequence. Patching again with the same settings does nothing.
 
     Args:
-        model: a transformers model whose experts follow `use_experts_implementation` (Mixtral, Qwen2-MoE, Qwen3-MoE
-            and others that need nothing special).
+        model: a transformers model whose experts follow `use_experts_implementation`.
         config: settings. `None` reads the `"fluid"` block of the DeepSpeed JSON in force; without one, defaults.
 
     Returns:
@@ -73,6 +73,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     for site in sites:
         _swap(site, state, wave_choice)
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
+    if config.ep_size > 1:
+        state.bound_blocks = bind_blocks(model, state.layers)
     if config.sp_size > 1:
         attention = find_attention(model, config.sp_size)
         state.sequence = SequenceParallel(model, attention, state.sequence_exchange)
@@ -97,16 +99,15 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_saving(model)
     if state.sequence is not None:
         state.sequence.detach()
+    unbind_blocks(model, state.bound_blocks)
     for name, original in state.originals.items():
         layer = state.layers[name]
         if state.groups.ep_size > 1:
             with state.gathering():
-                gate_up, down = gather_experts(layer, state, to_all=True)
-            assert gate_up is not None and down is not None
-            original.gate_up_proj.data, original.down_proj.data = gate_up, down
+                whole = gather_experts(layer, state, to_all=True)
+            for weight_name, weight in whole.items():
+                getattr(original, weight_name).data = weight
         parent, _, attribute = name.rpartition(".")
-        if parent in state.overlapped_blocks:
-            unbind_shared_expert(model.get_submodule(parent))
         setattr(model.get_submodule(parent), attribute, original)
     state.control.close()
     del model.fluid
@@ -210,21 +211,22 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
         site.num_experts,
         state.exchange,
         state.scheduler,
-        source.act_fn,
+        getattr(source, "act_fn", nn.functional.silu),
         overlap=state.config.overlap,
         recompute=state.config.recompute,
         wave_choice=wave_choice,
     )
+    settings.weight_names = site.weight_names
+    if site.format is not None:
+        settings.context.math = GeneralMath(site.format)
     layer = state.backend.build_layer(source, settings, state.groups)
     layer.context.name = site.name
     layer.train(source.training)
     if state.groups.ep_size > 1:  # the full weights live on in shares only
-        for parameter in (source.gate_up_proj, source.down_proj):
+        for parameter in (getattr(source, name) for name in site.weight_names):
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.new_empty(0)
         vars(source).pop(LOADED_SHARE, None)  # unpatching gives it all experts
     setattr(site.parent, site.attribute, layer)
-    if state.groups.ep_size > 1 and site.attribute == "experts" and bind_shared_expert(site.parent):
-        state.overlapped_blocks.append(site.name.rpartition(".")[0])
     state.layers[site.name] = layer
     state.originals[site.name] = source

@@ -36,7 +36,7 @@ class FluidState:
         originals: what `unpatch_model` puts back, by module name.
         sequence: the attention layers' sequence parallelism; `None` with `sp_size` 1.
         sequence_exchange: exchange of the sequence-parallel group.
-        overlapped_blocks: names of the blocks whose shared expert runs in the communication window.
+        bound_blocks: names of the blocks with a forward of `fluid_hf.models.block_forms`.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
         engine_bound: whether an engine drives the model.
         staging_folder: where whole models are kept for the moment between gathering and saving them; `None` is the
@@ -63,7 +63,7 @@ class FluidState:
         self.sequence: SequenceParallel | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}
-        self.overlapped_blocks: list[str] = []
+        self.bound_blocks: list[str] = []
         self.engine_bound = False
         self.staging_folder: str | None = None
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -165,7 +165,9 @@ class FluidState:
         if self.groups.world_size == 1:
             return
         expert = (
-            {id(p) for layer in self.layers.values() for p in layer.parameters()} if self.groups.ep_size > 1 else set()
+            {id(p) for layer in self.layers.values() for p in layer.split_parameters()}
+            if self.groups.ep_size > 1
+            else set()
         )
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -35,6 +35,8 @@ from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import CheckpointError, ConfigError
+from fluid_hf.models.expert_formats import extra_modules
+from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups
 from fluid_hf.state import FluidState
@@ -45,13 +47,24 @@ LAYOUT_FILE = "fluid.json"
 
 
 class SplitExperts(nn.Module):
-    """The weights under the names DeepSpeed reads: w1 (gate), w3 (up) [E, I, H] and w2 (down) [E, H, I]."""
+    """The weights under the three names that DeepSpeed reads; it asks only that the first dimension is [E_local].
 
-    def __init__(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, trainable: tuple[bool, bool]) -> None:
+    w1 and w3 hold the outputs of the first projection in two halves (of gated experts: gate and up), w2 the down
+    projection. Of experts with biases, w1 holds the first projection whole and w3 the biases of both side by side.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], trainable: dict[str, bool], transposed: bool) -> None:
         super().__init__()
-        self.w1 = nn.Parameter(gate, requires_grad=trainable[0])
-        self.w3 = nn.Parameter(up, requires_grad=trainable[0])
-        self.w2 = nn.Parameter(down, requires_grad=trainable[1])
+        names = list(weights)
+        first, down = names[0], "down_proj"
+        self.has_bias = len(names) == 4
+        if self.has_bias:
+            one, three = weights[first], torch.cat([weights[names[1]], weights[names[3]]], dim=1)
+        else:
+            one, three = weights[first].chunk(2, dim=2 if transposed else 1)
+        self.w1 = nn.Parameter(one.contiguous(), requires_grad=trainable[first])
+        self.w3 = nn.Parameter(three.contiguous(), requires_grad=trainable[names[1] if self.has_bias else first])
+        self.w2 = nn.Parameter(weights[down], requires_grad=trainable[down])
 
 
 class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
@@ -60,27 +73,26 @@ class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
     comm_backend = "comm"
     combine_impl = "weighted_sum"
 
-    def __init__(self, settings: ExpertParallelLayer, group_name: str, experts: SplitExperts) -> None:
-        context = settings.context
-        ExpertParallelLayer.__init__(
-            self,
-            settings.num_experts,
-            context.exchange,
-            context.scheduler,
-            context.act,
-            overlap=context.overlap,
-            recompute=context.recompute,
-            wave_choice=settings.wave_choice,
-        )
+    def __init__(
+        self, settings: ExpertParallelLayer, group_name: str, experts: SplitExperts, modules: dict[str, nn.Module]
+    ) -> None:
+        self.init_like(settings)
         self.experts = experts
+        for name, module in modules.items():
+            setattr(self, name, module)
         self.ep_group_name = group_name
-        self.ep_group = context.exchange.group
+        self.ep_group = self.context.exchange.group
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             self.num_experts, self.num_local_experts, self.ep_size
         )
 
     def expert_parameters(self) -> dict[str, torch.Tensor]:
-        return {"gate": self.experts.w1, "up": self.experts.w3, "down": self.experts.w2}
+        experts = self.experts
+        if self.context.math is None:
+            return {"gate": experts.w1, "up": experts.w3, "down": experts.w2}
+        names = ("first", "biases") if experts.has_bias else ("first.0", "first.1")
+        first = dict(zip(names, (experts.w1, experts.w3), strict=True))
+        return {**first, **self.extra_parameters(), "down": experts.w2}
 
     def checkpoint_metadata(self, parameter: torch.Tensor) -> dict[str, Any]:
         """What DeepSpeed's universal checkpoint stores about one expert parameter."""
@@ -118,24 +130,28 @@ class DeepSpeedBackend(TorchBackend):
     def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
         if groups.ep_size == 1:
             return super().build_layer(source, settings, groups)
-        trainable = (source.gate_up_proj.requires_grad, source.down_proj.requires_grad)
+        weights = {name: getattr(source, name) for name in settings.weight_names}
+        trainable = {name: weight.requires_grad for name, weight in weights.items()}
         name = _group_name(groups.ep_size)
-        convert = getattr(source.gate_up_proj, "convert_to_zero_parameters", None)
-        with self.full([source.gate_up_proj, source.down_proj]):
-            if not any(trainable):  # nothing to reduce: an AutoEP layer would ask for an optimizer group
+        convert = getattr(weights["down_proj"], "convert_to_zero_parameters", None)
+        with self.full(weights.values()):
+            if not any(trainable.values()):  # nothing to reduce: an AutoEP layer would ask for an optimizer group
                 layer = super().build_layer(source, settings, groups)
             else:
-                gate_up, down = take_local_experts(source, settings)
-                gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=1))
-                layer = DeepSpeedExperts(settings, name, SplitExperts(gate, up, down, trainable))
-        for parameter in layer.parameters():
+                math = settings.context.math
+                transposed = isinstance(math, GeneralMath) and math.format.transposed
+                experts = SplitExperts(take_local_experts(source, settings), trainable, transposed)
+                modules = extra_modules(source) if math is not None else {}
+                layer = DeepSpeedExperts(settings, name, experts, modules)
+        split = layer.split_parameters()
+        for parameter in split:
             _mark_expert_parameter(parameter, name)
             if isinstance(layer, DeepSpeedExperts):
                 setattr(parameter, constants.DS_AUTOEP_UC_META, layer.checkpoint_metadata(parameter))
         if convert is not None:  # the model was built under zero.Init: the new parameters join it
-            for parameter in layer.parameters():
+            for parameter in split:
                 setattr(parameter, "ds_zero_partition_process_group", groups.expert_data_group)  # noqa: B010
-            convert(param_list=list(layer.parameters()))
+            convert(param_list=split)
         # ZeRO-3 gathers the whole layer at once: its parameters are read outside their own module's forward.
         set_z3_leaf_module(layer, True)
         return layer

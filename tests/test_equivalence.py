@@ -65,9 +65,8 @@ def gradient_errors(model: torch.nn.Module, expected: torch.nn.Module, world: in
     for name, layer in model.fluid.layers.items() if inside else ():
         for parameter in layer.parameters():  # gather the gradients the way weights are gathered
             parameter.data = parameter.grad * world
-        gate_up, down = gather_experts(layer, model.fluid, to_all=True)
-        errors[f"{name}.gate_up_proj"] = relative_error(gate_up, reference[f"{name}.gate_up_proj"])
-        errors[f"{name}.down_proj"] = relative_error(down, reference[f"{name}.down_proj"])
+        for weight, gradient in gather_experts(layer, model.fluid, to_all=True).items():
+            errors[f"{name}.{weight}"] = relative_error(gradient, reference[f"{name}.{weight}"])
     assert len(errors) == len(reference)
     return errors
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from distributed import RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -117,14 +117,13 @@ def make(kind: str) -> nn.Module:
     }
     if kind == "dense":
         return LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2))
-    if kind == "biased":
-        config = GptOssConfig(**small, num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
-        return GptOssForCausalLM(config)
     model = tiny_model("mixtral")
     if kind == "quantised":
         experts = model.model.layers[0].mlp.experts
         del experts.down_proj
         experts.down_proj = nn.Parameter(torch.zeros(4, 32, 48, dtype=torch.int8), requires_grad=False)
+    if kind == "unknown parameter":
+        model.model.layers[0].mlp.experts.scale = nn.Parameter(torch.ones(4))
     if kind == "tensor parallel":
         model._tp_size = 2
     if kind == "expert parallel":
@@ -145,7 +144,7 @@ def run_bad(rank: int, world: int, kind: str, settings: list[dict[str, Any]]) ->
     ("kind", "error", "words"),
     [
         ("dense", "UnsupportedModelError", ["LlamaForCausalLM", "experts"]),
-        ("biased", "UnsupportedModelError", ["GptOssExperts", "has_bias=True"]),
+        ("unknown parameter", "UnsupportedModelError", ["MixtralExperts", "parameter scale"]),
         ("quantised", "UnsupportedModelError", ["MixtralExperts", "int8"]),
         ("tensor parallel", "UnsupportedModelError", ["tp_size 2"]),
         ("expert parallel", "UnsupportedModelError", ["expert parallel already"]),

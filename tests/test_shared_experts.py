@@ -23,7 +23,7 @@ def record_shared(rank: int, world: int, **settings: Any) -> dict[str, Any]:
     model = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=world, **settings))
     name = list(model.fluid.layers)[-1].removesuffix(".experts")
     block = model.get_submodule(name)
-    overlapped = list(model.fluid.overlapped_blocks)
+    overlapped = list(model.fluid.bound_blocks)
     with model.fluid.record_events() as events:
         block.shared_expert.register_forward_hook(lambda *_: events.append((f"{name}.experts", "shared forward")))
         block.shared_expert.down_proj.weight.register_post_accumulate_grad_hook(
@@ -48,7 +48,7 @@ def test_shared_expert_runs_while_rows_travel(pool2: RankPool, waves: int) -> No
 
 def test_without_communication_the_block_keeps_its_forward() -> None:
     model = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=1))
-    assert model.fluid.overlapped_blocks == []
+    assert model.fluid.bound_blocks == []
     assert not any("forward" in vars(module) for module in model.modules())
 
 

@@ -14,8 +14,6 @@ from fluid_hf.state import FluidState
 
 __all__ = ["gather_experts", "iterate_weights", "weight_specs"]
 
-WEIGHT_NAMES = ("gate_up_proj", "down_proj")
-
 
 def split_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:
     """Layers of which this rank holds a share only, by their name in `model` (which may wrap the patched model)."""
@@ -30,7 +28,7 @@ def weight_specs(model: nn.Module) -> dict[str, TensorSpec]:
     for name in dense_names(model, layers):
         found[name] = TensorSpec.of(_lookup(model, name))
     for layer_name, layer in layers.items():
-        for name, tensor in zip(WEIGHT_NAMES, _held_specs(layer), strict=True):
+        for name, tensor in _held_specs(layer).items():
             found[f"{layer_name}.{name}"] = TensorSpec((layer.num_experts, *tensor.shape[1:]), tensor.dtype)
     position = {id(module): index for index, module in enumerate(model.modules())}
 
@@ -42,21 +40,18 @@ def weight_specs(model: nn.Module) -> dict[str, TensorSpec]:
 
 def dense_names(model: nn.Module, layers: dict[str, ExpertParallelLayer]) -> list[str]:
     """Names of the weights that every rank holds whole. Of tied ones that which transformers reads."""
-    inside = tuple(f"{name}." for name in layers)
+    split = {id(parameter) for layer in layers.values() for parameter in layer.split_parameters()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     groups: dict[int, list[str]] = {}
     for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():
-        if not (inside and name.startswith(inside)):
+        if id(tensor) not in split:
             groups.setdefault(id(tensor), []).append(name)
     return [next((name for name in names if name not in tied), names[0]) for names in groups.values()]
 
 
-def _held_specs(layer: ExpertParallelLayer) -> tuple[TensorSpec, TensorSpec]:
-    """Shapes of this rank's share in transformers' layout, without touching (or gathering) the data."""
-    specs = {name: TensorSpec.of(weight) for name, weight in layer.expert_parameters().items()}
-    first = [spec for name, spec in specs.items() if name != "down"]
-    shape = (first[0].shape[0], sum(spec.shape[1] for spec in first), *first[0].shape[2:])
-    return TensorSpec(shape, first[0].dtype), specs["down"]
+def _held_specs(layer: ExpertParallelLayer) -> dict[str, torch.Tensor]:
+    """This rank's share in transformers' layout as shapes only, without touching (or gathering) the data."""
+    return layer.named_weights({name: TensorSpec.of(w).meta() for name, w in layer.expert_parameters().items()})
 
 
 def _lookup(model: nn.Module, name: str) -> torch.Tensor:
@@ -75,8 +70,8 @@ def iterate_weights(model: nn.Module, state: FluidState, names: list[str]) -> It
     layers = split_layers(model)
     for name in names:
         parent, _, attribute = name.rpartition(".")
-        if parent in layers:
-            yield name, _gather_weight(layers[parent], state, WEIGHT_NAMES.index(attribute), to_all=False)
+        if parent in layers and attribute in layers[parent].weight_names:
+            yield name, _gather_weight(layers[parent], state, attribute, to_all=False)
             continue
         tensor = _lookup(model, name)
         with state.backend.full([tensor]):
@@ -84,22 +79,20 @@ def iterate_weights(model: nn.Module, state: FluidState, names: list[str]) -> It
         yield name, whole
 
 
-def gather_experts(
-    layer: ExpertParallelLayer, state: FluidState, *, to_all: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """All experts of a layer in transformers' fused layout: on every rank, or on the CPU of global rank 0 only."""
-    gate_up, down = (_gather_weight(layer, state, index, to_all=to_all) for index in (0, 1))
-    return gate_up, down
+def gather_experts(layer: ExpertParallelLayer, state: FluidState, *, to_all: bool) -> dict[str, torch.Tensor]:
+    """All experts of a layer, named and laid out as in transformers: on every rank, or on the CPU of global rank 0."""
+    found = {name: _gather_weight(layer, state, name, to_all=to_all) for name in layer.weight_names}
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 @torch.no_grad()
-def _gather_weight(layer: ExpertParallelLayer, state: FluidState, index: int, *, to_all: bool) -> torch.Tensor | None:
+def _gather_weight(layer: ExpertParallelLayer, state: FluidState, name: str, *, to_all: bool) -> torch.Tensor | None:
     group, size, rank = state.groups.ep_group, state.groups.ep_size, dist.get_rank()
     takes_part = to_all or 0 in dist.get_process_group_ranks(group)
     with state.backend.full(layer.parameters()):
         if not takes_part:
             return None
-        share = layer.fused_weights()[index].contiguous()
+        share = layer.named_weights(layer.expert_parameters())[name].contiguous()
         whole = share.new_empty((share.shape[0] * size, *share.shape[1:])) if to_all or rank == 0 else None
         parts = None if whole is None else list(whole.chunk(size))
         if to_all:

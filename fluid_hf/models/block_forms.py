@@ -306,3 +306,51 @@ def scaled_routed_experts(self: Any, hidden_states: torch.Tensor) -> torch.Tenso
     _, weights, index = self.gate(flat)
     routed, shared = run_between(self, flat, index, weights, lambda: self.shared_experts(flat))
     return (routed * self.routed_scaling_factor + shared).reshape(hidden_states.shape)
+
+
+# ERNIE 4.5 VL: experts for text and others for images. HF leaves out the latter where a batch has no image; ranks would
+# then wait for each other's exchanges, so both are always called here, with no tokens if there are none.
+@register_form("""
+def forward(self, hidden_states, moe_mm_token_type_ids=None):
+    batch_size, sequence_length, hidden_dim = hidden_states.shape
+    if self.shared_experts is not None:
+        shared_output = self.shared_experts(hidden_states)
+    if moe_mm_token_type_ids is not None and moe_mm_token_type_ids.any():
+        final_hidden_states = torch.zeros_like(hidden_states)
+        router_logits = torch.zeros(
+            size=(batch_size * sequence_length, self.num_experts),
+            device=final_hidden_states.device,
+            dtype=torch.float,
+        )
+        moe_mm_token_type_ids = moe_mm_token_type_ids.bool()
+        token_type_ids_router = moe_mm_token_type_ids.reshape(-1)[:, None].expand(-1, self.num_experts)
+        token_type_ids_states = moe_mm_token_type_ids[..., None].expand(-1, -1, hidden_dim)
+        final_hidden_states[~token_type_ids_states], router_logits[~token_type_ids_router] = self.text_moe(
+            hidden_states[~token_type_ids_states]
+        )
+        final_hidden_states[token_type_ids_states], router_logits[token_type_ids_router] = self.vision_moe(
+            hidden_states[token_type_ids_states]
+        )
+    else:
+        final_hidden_states, router_logits = self.text_moe(hidden_states)
+        final_hidden_states = final_hidden_states.reshape(batch_size, sequence_length, hidden_dim)
+        router_logits = router_logits.reshape(-1, self.num_experts)
+    if self.shared_experts is not None:
+        final_hidden_states = final_hidden_states + shared_output
+    return (final_hidden_states, router_logits)
+""")
+def ernie_vl(
+    self: Any, hidden_states: torch.Tensor, moe_mm_token_type_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text tokens to the text experts, image tokens to the image experts."""
+    shared = self.shared_experts(hidden_states) if self.shared_experts is not None else None
+    if moe_mm_token_type_ids is None:
+        moe_mm_token_type_ids = hidden_states.new_zeros(hidden_states.shape[:2])
+    is_image = moe_mm_token_type_ids.bool()
+    output = torch.zeros_like(hidden_states)
+    logits = torch.zeros(is_image.numel(), self.num_experts, device=output.device, dtype=torch.float)
+    for experts, mask in ((self.text_moe, ~is_image), (self.vision_moe, is_image)):
+        flat, flat_logits = experts(hidden_states[mask])
+        output[mask] = flat.reshape(-1, hidden_states.shape[-1])
+        logits[mask.reshape(-1)] = flat_logits.reshape(-1, self.num_experts).to(logits.dtype)
+    return output if shared is None else output + shared, logits

@@ -1,7 +1,7 @@
 """Finds the experts modules of a Hugging Face model and checks that they can be patched.
 
 A module qualifies by its interface, not by its family: transformers' `use_experts_implementation` experts, called as
-`experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K])`, gated, without bias, not transposed.
+`experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K])`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.integrations import moe as transformers_moe
 
 from fluid_hf.errors import UnsupportedModelError
+from fluid_hf.models.expert_formats import expert_format, is_experts, weight_names
+from fluid_hf.models.shared_experts import find_form
+from fluid_hf.moe.expert_math import ExpertFormat
 
 __all__ = ["LOADED_SHARE", "ExpertsSite", "find_experts", "has_experts"]
 
@@ -22,12 +24,22 @@ LOADED_SHARE = "_fluid_num_experts"
 
 @dataclass(frozen=True)
 class ExpertsSite:
-    """One experts module and where it hangs."""
+    """One experts module and where it hangs.
+
+    Attributes:
+        name: module name.
+        parent, attribute: what holds it.
+        module: the experts.
+        weight_names: names of the weights with one slice per expert.
+        format: what the experts compute, if it is not `act(gate) * up` between two plain projections.
+    """
 
     name: str
     parent: nn.Module
     attribute: str
     module: nn.Module
+    weight_names: tuple[str, ...]
+    format: ExpertFormat | None
 
     @property
     def num_experts(self) -> int:
@@ -51,11 +63,8 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
     _check_model(model)
     sites = []
     for name, module in model.named_modules():
-        if _is_experts(module):
-            parent_name, _, attribute = name.rpartition(".")
-            site = ExpertsSite(name, model.get_submodule(parent_name), attribute, module)
-            _check_site(site)
-            sites.append(site)
+        if is_experts(module):
+            sites.append(_make_site(model, name, module))
     if not sites:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts module with transformers' experts interface "
@@ -67,11 +76,7 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
 
 def has_experts(model: nn.Module) -> bool:
     """Whether any module follows transformers' experts interface."""
-    return any(_is_experts(module) for module in model.modules())
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+    return any(is_experts(module) for module in model.modules())
 
 
 def _check_model(model: nn.Module) -> None:
@@ -86,30 +91,35 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _check_site(site: ExpertsSite) -> None:
-    module, where = site.module, f"{type(site.module).__name__} ({site.name})"
+def _make_site(model: nn.Module, name: str, module: nn.Module) -> ExpertsSite:
+    where = f"{type(module).__name__} ({name})"
     if getattr(module, "_is_expert_parallel", False):
         raise UnsupportedModelError(f"{where} is expert parallel already; load the model without expert parallelism.")
-    wanted = (
-        ("has_gate", True, "gated experts"),
-        ("has_bias", False, "experts without bias"),
-        ("is_transposed", False, "weights as [experts, out, in]"),
-        ("is_concatenated", True, "gate and up projections one after the other"),
-        ("has_post_expert_norm", False, "experts without a norm after them"),
-    )
-    for attribute, value, meaning in wanted:
-        if getattr(module, attribute, value) != value:
-            raise UnsupportedModelError(f"{where} has {attribute}={not value}; only {meaning} can be patched.")
-    if getattr(type(module), "_apply_gate", None) is not transformers_moe._default_apply_gate:
-        raise UnsupportedModelError(f"{where} has its own _apply_gate; only act(gate) * up can be patched.")
-    for name in ("gate_up_proj", "down_proj"):
-        parameter = getattr(module, name, None)
-        if not isinstance(parameter, nn.Parameter) or len(site.parameter_shape(name)) != 3:
-            raise UnsupportedModelError(f"{where} has no 3-D parameter {name}.")
-        if type(parameter.data) is not torch.Tensor:
-            kind = type(parameter.data).__name__
-            raise UnsupportedModelError(f"{where}.{name} is a {kind}; only plain tensors can be split over ranks.")
-        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-            raise UnsupportedModelError(
-                f"{where}.{name} has dtype {parameter.dtype} (quantised); load the model in bfloat16 or float32."
-            )
+    names = weight_names(module)
+    for weight in names:
+        _check_weight(module, weight, where)
+    biases = {getattr(module, weight).requires_grad for weight in names if weight.endswith("_bias")}
+    if len(biases) > 1:
+        raise UnsupportedModelError(f"{where} has one frozen and one trainable bias; freeze both or neither.")
+    parent, _, attribute = name.rpartition(".")
+    block = model.get_submodule(parent.rpartition(".")[0])
+    if hasattr(block, "text_moe") and hasattr(block, "vision_moe") and find_form(type(block)) is None:
+        raise UnsupportedModelError(
+            f"{type(block).__name__} calls its experts for some batches only, in a way that "
+            "is not known; ranks would wait for each other."
+        )
+    return ExpertsSite(name, model.get_submodule(parent), attribute, module, names, expert_format(module, where))
+
+
+def _check_weight(module: nn.Module, name: str, where: str) -> None:
+    parameter = getattr(module, name, None)
+    dimensions = 2 if name.endswith("_bias") else 3
+    if not isinstance(parameter, nn.Parameter) or len(getattr(parameter, "ds_shape", parameter.shape)) != dimensions:
+        raise UnsupportedModelError(f"{where} has no {dimensions}-D parameter {name}.")
+    if type(parameter.data) is not torch.Tensor:
+        kind = type(parameter.data).__name__
+        raise UnsupportedModelError(f"{where}.{name} is a {kind}; only plain tensors can be split over ranks.")
+    if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+        raise UnsupportedModelError(
+            f"{where}.{name} has dtype {parameter.dtype} (quantised); load the model in bfloat16 or float32."
+        )

@@ -12,17 +12,16 @@ transformers or patched by somebody else, keeps its own forward: the same result
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["bind_shared_expert", "canonical_text", "find_form", "register_form", "unbind_shared_expert"]
+__all__ = ["bind_blocks", "canonical_text", "find_form", "register_form", "unbind_blocks"]
 
 Forward = Callable[..., Any]
 _FORMS: dict[str, Forward] = {}
@@ -63,11 +62,6 @@ def canonical_text(source: str) -> str | None:
 
 def find_form(block: type[nn.Module]) -> Forward | None:
     """The forward that runs the shared expert of such a block in the window; `None` if none is known."""
-    return _find_form(block)
-
-
-@functools.cache
-def _find_form(block: Any) -> Forward | None:
     from fluid_hf.models import block_forms  # noqa: F401 - registers the forms
 
     try:
@@ -77,18 +71,24 @@ def _find_form(block: Any) -> Forward | None:
     return None if text is None else _FORMS.get(text)
 
 
-def bind_shared_expert(block: nn.Module) -> bool:
-    """Let a block run its shared expert in the window; whether it does."""
-    form = find_form(type(block))
-    if form is None or "forward" in vars(block):
-        return False
-    block.forward = types.MethodType(form, block)  # type: ignore[method-assign]
-    return True
+def bind_blocks(model: nn.Module, experts: Iterable[str]) -> list[str]:
+    """Let the blocks around these experts (by module name) run by their forms; the names of those that do."""
+    bound: dict[str, None] = {}
+    for name in experts:
+        parent = name.rpartition(".")[0]
+        for block_name in (parent, parent.rpartition(".")[0]):
+            block = model.get_submodule(block_name)
+            form = find_form(type(block))
+            if form is not None and block_name not in bound and "forward" not in vars(block):
+                block.forward = types.MethodType(form, block)  # type: ignore[method-assign]
+                bound[block_name] = None
+    return list(bound)
 
 
-def unbind_shared_expert(block: nn.Module) -> None:
-    """Give the block its class's own forward back."""
-    vars(block).pop("forward", None)
+def unbind_blocks(model: nn.Module, names: Iterable[str]) -> None:
+    """Give the blocks their classes' own forwards back."""
+    for name in names:
+        vars(model.get_submodule(name)).pop("forward", None)
 
 
 def run_between(

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fluid_hf.moe.experts import ExpertWeights, PieceGradients
+from fluid_hf.moe.expert_math import ExpertGradients
 from fluid_hf.moe.layer_call import LayerCall, LayerContext, pack_pieces, unpack_pieces
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 from fluid_hf.ranges import span
@@ -63,7 +63,7 @@ class _Experts(torch.autograd.Function):
         index: torch.Tensor,
         call: LayerCall,
         works: list[WgradWork],
-        names: dict[str, int | None],
+        names: list[str],
         *tokens: torch.Tensor,
     ) -> torch.Tensor:
         pieces, projections = call.run_experts(hidden.to(call.dtype), weights, index)
@@ -124,7 +124,7 @@ def expert_parallel(
         top_k_index_TK: global ids of the chosen experts [T, K], int64, distinct within a token.
         top_k_weights_TK: routing weights [T, K], floating point.
         read_parameters: returns the weights of the experts held here: `gate_up` [E, 2I, H] or `gate` and `up`
-            [E, I, H] each, and `down` [E, H, I]. Called in forward and again in backward.
+            [E, I, H] each, and `down` [E, H, I] last; or those of `context.math`. Called in forward and in backward.
         context: settings and state of the layer.
         between: computed after the experts and before the result is waited for (a shared expert).
 
@@ -133,7 +133,7 @@ def expert_parallel(
     """
     parameters = read_parameters()
     dtype = _compute_dtype(hidden_TH, parameters["down"])
-    call = LayerCall(context, lambda: _plain_weights(read_parameters()), hidden_TH, top_k_weights_TK, dtype)
+    call = LayerCall(context, read_parameters, hidden_TH, top_k_weights_TK, dtype)
     if not torch.is_grad_enabled():
         return _infer(call, hidden_TH, top_k_index_TK, top_k_weights_TK, between)
     with _without_autocast(hidden_TH.device.type):
@@ -183,10 +183,9 @@ def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 def _wgrad_tokens(
     parameters: dict[str, torch.Tensor], works: list[WgradWork], context: LayerContext
-) -> tuple[dict[str, int | None], list[torch.Tensor]]:
+) -> tuple[list[str], list[torch.Tensor]]:
     """One token per trainable weight; the last one created (`down`) is the first to run in backward."""
-    indices: dict[str, int | None] = {name: None if name == "down" else i for i, name in enumerate(parameters)}
-    names = {name: indices[name] for name, weight in parameters.items() if weight.requires_grad}
+    names = [name for name, weight in parameters.items() if weight.requires_grad]
 
     def take(name: str) -> torch.Tensor:
         gradient = context.scheduler.take(works[-1], name)
@@ -199,18 +198,13 @@ def _wgrad_tokens(
     return names, tokens
 
 
-def _wgrad_work(call: LayerCall, names: dict[str, int | None], grads: PieceGradients) -> WgradWork:
-    def compute(name: str, index: int | None) -> torch.Tensor:
+def _wgrad_work(call: LayerCall, names: list[str], grads: ExpertGradients) -> WgradWork:
+    def compute(name: str) -> torch.Tensor:
         with span(f"{call.context.name}::wgrad {name}"):
-            return grads.weight_gradient(index)
+            return grads.weight_gradient(name)
 
-    work = {name: functools.partial(compute, name, index) for name, index in names.items()}
+    work = {name: functools.partial(compute, name) for name in names}
     return WgradWork(work, grads.held_bytes, lambda: call.returns_in_flight)
-
-
-def _plain_weights(parameters: dict[str, torch.Tensor]) -> ExpertWeights:
-    first = tuple(weight.detach() for name, weight in parameters.items() if name != "down")
-    return ExpertWeights(first, parameters["down"].detach())
 
 
 def _compute_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,16 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_parallel import expert_parallel
+from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer_call import LayerContext
 from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
 from fluid_hf.overlap.planner import choose_waves
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["ExpertParallelExperts", "ExpertParallelLayer", "WaveChoice"]
+
+# Names in `expert_parameters()` of the first projection, whole or in parts.
+FIRST = ("gate_up", "gate", "up", "first", "first.0", "first.1")
 
 
 class WaveChoice:
@@ -63,6 +67,9 @@ class WaveChoice:
 class ExpertParallelLayer(nn.Module):
     """Base of the modules: called as `experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]`.
 
+    Attributes:
+        weight_names: transformers' names of the weights that are split over the ranks.
+
     Args:
         num_experts: experts of the whole layer.
         exchange: exchange of the expert-parallel group.
@@ -91,17 +98,55 @@ class ExpertParallelLayer(nn.Module):
         self.ep_rank = exchange.rank
         self.num_local_experts = num_experts // exchange.size
         self.wave_choice = wave_choice or WaveChoice(None)
+        self.weight_names: tuple[str, ...] = ("gate_up_proj", "down_proj")
         self.context = LayerContext(exchange, num_experts, act, scheduler, overlap=overlap, recompute=recompute)
+
+    def init_like(self, settings: ExpertParallelLayer) -> None:
+        """Initialise with the settings of another layer; `__init__` of a subclass calls it first."""
+        context = settings.context
+        ExpertParallelLayer.__init__(
+            self,
+            settings.num_experts,
+            context.exchange,
+            context.scheduler,
+            context.act,
+            overlap=context.overlap,
+            recompute=context.recompute,
+            wave_choice=settings.wave_choice,
+        )
+        self.weight_names = settings.weight_names
+        self.context.math = context.math
 
     def expert_parameters(self) -> dict[str, torch.Tensor]:
         """The weights held here, as `expert_parallel` takes them."""
         raise TypeError(f"{type(self).__name__} must define expert_parameters()")
 
-    def fused_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights held here in transformers' layout: gate_up_proj [E_local, 2I, H], down_proj [E_local, H, I]."""
-        parameters = self.expert_parameters()
-        first = [weight.detach() for name, weight in parameters.items() if name != "down"]
-        return (first[0] if len(first) == 1 else torch.cat(first, dim=1)), parameters["down"].detach()
+    def named_weights(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The split ones of `expert_parameters()`, or tensors of their shapes, named and laid out by transformers."""
+        math = self.context.math
+        transposed = isinstance(math, GeneralMath) and math.format.transposed
+        parts = [parameters[name] for name in FIRST if name in parameters]
+        first = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2 if transposed else 1)
+        weights = [first, parameters["down"]]
+        if len(self.weight_names) == 4:
+            biases = parameters.get("biases")
+            if biases is None:
+                pair = parameters["first_bias"], parameters["down_bias"]
+            else:
+                outputs = first.shape[2 if transposed else 1]
+                pair = biases[:, :outputs], biases[:, outputs:]
+            weights = [first, pair[0], parameters["down"], pair[1]]
+        return dict(zip(self.weight_names, weights, strict=True))
+
+    def extra_parameters(self) -> dict[str, torch.Tensor]:
+        """Parameters that every rank holds whole, by the names that `context.math` knows them under."""
+        math = self.context.math
+        return dict(math.format.extra) if isinstance(math, GeneralMath) else {}
+
+    def split_parameters(self) -> list[torch.Tensor]:
+        """Parameters of which this rank holds its experts' share only."""
+        whole = {id(parameter) for parameter in self.extra_parameters().values()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in whole]
 
     def forward(
         self,
@@ -185,16 +230,7 @@ class ExpertParallelExperts(ExpertParallelLayer):
     ) -> ExpertParallelExperts:
         """A module around existing parameters (those of the experts held here), with the settings of `layer`."""
         module = cls.__new__(cls)
-        ExpertParallelLayer.__init__(
-            module,
-            layer.num_experts,
-            layer.context.exchange,
-            layer.context.scheduler,
-            layer.context.act,
-            overlap=layer.context.overlap,
-            recompute=layer.context.recompute,
-            wave_choice=layer.wave_choice,
-        )
+        module.init_like(layer)
         module.gate_up_proj, module.down_proj = gate_up_proj, down_proj
         return module
 

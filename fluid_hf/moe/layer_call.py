@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
 from fluid_hf.moe.activation import Activation
-from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGradients, finish_piece, project_piece
+from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
+from fluid_hf.moe.experts import Piece
 from fluid_hf.moe.kernels import use_kernels
 from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_rows, spread_rows
 from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
@@ -43,6 +45,7 @@ class LayerContext:
         waves: waves of the exchange, equal on all ranks.
         recompute: compute the projections again in backward instead of keeping them.
         stats: counts since they were last read.
+        math: what the experts compute; by default `act(gate) * up` between two projections.
         record: called with the name of each event, for tests and timelines; `None` for nothing.
         name: of the layer, in the ranges of a profile.
     """
@@ -55,6 +58,7 @@ class LayerContext:
     waves: int = 1
     recompute: bool = False
     stats: LayerStats = field(default_factory=LayerStats)
+    math: ExpertMath | None = None
     record: Callable[[str], None] | None = None
     name: str = "layer"
 
@@ -75,7 +79,7 @@ class LayerCall:
 
     Args:
         context: the layer's context.
-        read_weights: returns the weights of the experts held here, as they are at the time of the call (ZeRO-3
+        read_parameters: returns the weights of the experts held here, as they are at the time of the call (ZeRO-3
             gathers them again for backward).
         hidden_TH, weights_TK: inputs, for their shapes and types only.
         dtype: type the experts compute in and rows travel in.
@@ -84,13 +88,14 @@ class LayerCall:
     def __init__(
         self,
         context: LayerContext,
-        read_weights: Callable[[], ExpertWeights],
+        read_parameters: Callable[[], dict[str, torch.Tensor]],
         hidden_TH: torch.Tensor,
         weights_TK: torch.Tensor,
         dtype: torch.dtype,
     ) -> None:
         self.context = context
-        self.read_weights = read_weights
+        self.math: ExpertMath = context.math or GatedMath(context.act)
+        self._read_parameters = read_parameters
         self.format = RowFormat(hidden_TH.shape[1], weights_TK.shape[1], dtype)
         self.dtype = dtype
         self.out_dtype = hidden_TH.dtype
@@ -192,7 +197,7 @@ class LayerCall:
         own_first: tuple[torch.Tensor, ...] = ()
         if route is None or not route.serial:
             pieces.append(self._own_piece(hidden_TH, weights_TK, index_TK))
-            own_first = project_piece(pieces[0], weights)
+            own_first = self.math.project(pieces[0], weights)
             projections.append(own_first)
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
@@ -202,9 +207,9 @@ class LayerCall:
             context.event(f"wait dispatch {wave}")
             low, high = route.wave_bounds(wave)
             piece = self._wave_piece(self._rows[low:high], route.wave_pairs(wave))
-            first = project_piece(piece, weights)
+            first = self.math.project(piece, weights)
             out_QH = self._new_hidden(high - low)
-            finish_piece(piece, first, weights, context.act, out_QH)
+            self.math.finish(piece, first, weights, out_QH)
             combine.append(route.post_back(wave, out_QH, returned))
             context.event(f"post combine {wave}")
             pieces.append(piece)
@@ -212,7 +217,7 @@ class LayerCall:
         self._own = None
         if own_first:
             self._own = self._new_hidden(hidden_TH.shape[0])
-            finish_piece(pieces[0], own_first, weights, context.act, self._own)
+            self.math.finish(pieces[0], own_first, weights, self._own)
         context.stats.add_load([piece.plan.offsets_E for piece in pieces])
         self._handles, self._rows = combine, returned
         return pieces, projections
@@ -247,7 +252,7 @@ class LayerCall:
     @ranged("backward experts")
     def backward_experts(
         self, pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]], defer: bool
-    ) -> PieceGradients:
+    ) -> ExpertGradients:
         """Input gradients of own tokens, then of every wave as it arrives, each sent back as soon as it is ready.
 
         With `defer` all waves are sent at once; otherwise the last one is left for `post_last_return`, so that the
@@ -255,7 +260,7 @@ class LayerCall:
         """
         context, route = self.context, self.route
         weights = self._weights()
-        grads = PieceGradients(pieces)
+        grads = self.math.gradients(pieces)
         own = self._own
         assert own is not None
         self._own = None
@@ -263,7 +268,7 @@ class LayerCall:
             self._own = torch.empty_like(own)
             self._own_weights = own.new_empty(own.shape[0], self.format.top_k, dtype=self.format.weight_dtype)
             first = self._projections(pieces[0], projections, 0, weights)
-            grads.backward(first, own, weights, context.act, (self._own, self._own_weights))
+            grads.backward(first, own, weights, (self._own, self._own_weights))
             context.event("dgrad own")
         self._returns: list[Callable[[], ExchangeHandle]] = []
         arriving, self._handles = self._handles, []
@@ -279,7 +284,7 @@ class LayerCall:
             out = (self.format.hidden_of(buffer), self.format.weight_gradients_of(buffer))
             index = wave if route.serial else wave + 1
             first = self._projections(pieces[index], projections, index, weights)
-            grads.backward(first, rows[low:high], weights, context.act, out)
+            grads.backward(first, rows[low:high], weights, out)
             context.event(f"dgrad {wave}")
             if self.needs_input_grad and (defer or wave < len(arriving) - 1):
                 self._post_return(wave, buffer)
@@ -334,8 +339,8 @@ class LayerCall:
         self.context.event(f"post return {wave}")
         return handle
 
-    def _weights(self) -> ExpertWeights:
-        return self.read_weights().to(self.dtype)
+    def _weights(self) -> Any:
+        return self.math.read(self._read_parameters(), self.dtype)
 
     def _new_hidden(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)
@@ -351,9 +356,9 @@ class LayerCall:
         return Piece(self.format.hidden_of(rows), self.format.weights_of(rows), plan)
 
     def _projections(
-        self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: ExpertWeights
+        self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: Any
     ) -> tuple[torch.Tensor, ...]:
-        return kept[index] if kept else project_piece(piece, weights)
+        return kept[index] if kept else self.math.project(piece, weights)
 
 
 def pack_pieces(pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
