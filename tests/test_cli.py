@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluid_hf import cli
+from fluid_hf.commands import doctor_checks
 from fluid_hf.commands.bench import BENCHMARKS
 from fluid_hf.errors import ConfigError
 
@@ -44,3 +45,37 @@ def test_table_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> N
         assert cli.main(["bench", "table", "--json", str(path)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 2 + len(json.loads(path.read_text())["cells"])
+
+
+def test_doctor_finds_nothing_that_will_not_work_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"torch", "transformers", "deepspeed"} <= {finding["name"] for finding in report["packages"]}
+    assert "outputs and gradients right" in report["layer"][0]["value"]
+    assert all(finding["level"] != "error" for findings in report.values() for finding in findings)
+
+
+def test_doctor_names_settings_that_prevent_overlap() -> None:
+    assert [f.level for f in doctor_checks.check_settings({})] == ["ok"]
+    bad = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUDA_LAUNCH_BLOCKING": "1",
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_ALGO": "Ring",
+    }
+    findings = {finding.name: finding for finding in doctor_checks.check_settings(bad)}
+    assert [findings[name].level for name in bad] == ["warning"] * 3 + ["ok"]
+    assert findings["CUDA_LAUNCH_BLOCKING"].fix == "unset CUDA_LAUNCH_BLOCKING"
+
+
+def test_doctor_fails_on_what_is_missing_or_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor_checks, "_version", lambda name: None if name == "deepspeed" else "1.0")
+    wrong = doctor_checks._plain_experts
+    monkeypatch.setattr(doctor_checks, "_plain_experts", lambda *args: 1.01 * wrong(*args))
+    assert cli.main(["doctor", "--skip", "links"]) == 1
+    text = capsys.readouterr().out
+    assert "X deepspeed" in text and "fix: pip install 'deepspeed" in text
+    assert "X layer" in text and "outputs or gradients differ" in text
+    assert "2 errors" in text

@@ -1,0 +1,56 @@
+"""`fluid-hf doctor`: what is installed, set and connected here, what is wrong with it, and the fix."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from tqdm import tqdm
+
+from fluid_hf.commands.doctor_checks import CHECKS, Finding
+
+SIGNS = {"ok": " ", "warning": "!", "error": "X"}
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "doctor",
+        help="check this machine: versions, GPUs, links, settings",
+        description="Checks this machine and says what is wrong and how to fix it. Exit status: 0 if training can run "
+        "(there may be warnings, marked !), 1 if something will not work (marked X).",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the findings here; `-` prints them instead")
+    parser.add_argument("--skip", nargs="+", default=[], choices=list(CHECKS), help="checks to leave out")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the checks and report."""
+    report: dict[str, list[Finding]] = {}
+    for name in tqdm([name for name in CHECKS if name not in options.skip], leave=False, disable=None):
+        report[name] = CHECKS[name]()
+    findings = [finding for found in report.values() for finding in found]
+    text = json.dumps({name: [asdict(finding) for finding in found] for name, found in report.items()}, indent=1)
+    if options.json and options.json != "-":
+        with open(options.json, "w", encoding="utf-8") as file:
+            file.write(text)
+    if options.json == "-":
+        print(text)
+    else:
+        _print(report)
+    return int(any(finding.level == "error" for finding in findings))
+
+
+def _print(report: dict[str, list[Finding]]) -> None:
+    for name, findings in report.items():
+        if findings:
+            print(name)
+        for finding in findings:
+            print(f" {SIGNS[finding.level]} {finding.name:<28} {finding.value}")
+            if finding.problem:
+                print(f"   {'':<28} {finding.problem}" + (f"; fix: {finding.fix}" if finding.fix else ""))
+    counts = [sum(f.level == level for found in report.values() for f in found) for level in ("error", "warning")]
+    print(f"\n{counts[0]} errors, {counts[1]} warnings")
