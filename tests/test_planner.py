@@ -76,4 +76,4 @@ def test_expected_rows() -> None:
 
 
 def test_hardware_of_a_cpu_needs_no_measurement() -> None:
-    assert hardware_of(torch.device("cpu"), 0.0).link > 0
+    assert hardware_of(torch.device("cpu"), 0.0, 0.0).link > 0

@@ -105,6 +105,7 @@ class _MirrorWork(dist._Work):
     def wait(self, timeout: Any = None) -> bool:
         if self.arrival and self.link is not None:
             self.link.wait(self.arrival[0])
+        self.tensors = []  # a work lives on in the ring
         return True
 
     def is_completed(self) -> bool:

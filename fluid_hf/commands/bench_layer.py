@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.shapes import SHAPES
+from fluid_hf.comm.calibration import measure_launch
 from fluid_hf.overlap.cost_model import backward_seconds, forward_seconds, hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves
 
@@ -102,7 +103,8 @@ def _plan(bench: LayerBench, cell: dict[str, Any], waves: list[int]) -> list[int
         return [1]
     sizes = bench.shape.sizes(bench.tokens, bench.ep_size, bench.hidden.element_size())
     moved = 2 * sizes.rows * sizes.hidden * sizes.element_bytes  # there and back
-    hardware = hardware_of(bench.device, moved / max(cell["limits"]["link"], 1e-9) * 1e3)
+    launch = measure_launch(None, bench.device) if bench.device.type == "cuda" else 0.0
+    hardware = hardware_of(bench.device, moved / max(cell["limits"]["link"], 1e-9) * 1e3, launch)
     planned = choose_waves(sizes, hardware, training=True)
     timed = sorted({*waves, planned} & set(possible_waves(bench.ep_size)))
     cell["planned_waves"] = planned

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fluid_hf.comm.link_speed import measure_link
+from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError
 from fluid_hf.moe.activation import Activation
@@ -36,7 +36,7 @@ class WaveChoice:
     def __init__(self, waves: int | None) -> None:
         self._fixed = waves
         self._chosen: dict[bool, int] = {}
-        self._link: float | None = None
+        self._measured: tuple[float, float] | None = None
 
     def get(self, layer: ExpertParallelLayer, tokens: int, top_k: int, device: torch.device) -> int:
         """The number of waves for a call; the first call of a mode is a collective over the group."""
@@ -46,8 +46,8 @@ class WaveChoice:
         if layer.training not in self._chosen:
             total = torch.tensor([tokens], dtype=torch.int64, device=device)
             dist.all_reduce(total, group=exchange.group)
-            if self._link is None and device.type == "cuda":
-                self._link = measure_link(exchange, device)
+            if self._measured is None and device.type == "cuda":
+                self._measured = measure_link(exchange, device), measure_launch(exchange, device)
             down = layer.expert_parameters()["down"]
             shape = getattr(down, "ds_shape", down.shape)  # an engine may have partitioned it
             sizes = LayerSizes(
@@ -59,7 +59,7 @@ class WaveChoice:
                 inner=shape[2],
                 element_bytes=down.element_size(),
             )
-            hardware = hardware_of(device, self._link or 0.0)
+            hardware = hardware_of(device, *(self._measured or (0.0, 0.0)))
             self._chosen[layer.training] = choose_waves(sizes, hardware, training=layer.training)
         return self._chosen[layer.training]
 

@@ -61,15 +61,16 @@ class Hardware:
 _BY_CAPABILITY = {9: (6.5e14, 2.8e12), 8: (2.0e14, 1.5e12)}
 _CPU = Hardware(flops=2e10, memory=5e9, link=1e9, latency=1e-4, launch=1e-5)
 _GEMM_ROWS = 128  # rows of a GEMM tile: each expert wastes half a tile on average
+_PYTHON = 3.5  # host time of a step of ours, Python included, over that of a small operation
 _WAVE_LAUNCHES, _WGRAD_LAUNCHES, _PLAN_LAUNCHES = 11, 8, 10
 
 
-def hardware_of(device: torch.device, link: float) -> Hardware:
-    """Rates of a device type; `link` is measured (see `fluid_hf.comm.link_speed`)."""
+def hardware_of(device: torch.device, link: float, launch: float) -> Hardware:
+    """Rates of a device type; those of the link and of a small operation are measured (`fluid_hf.comm.calibration`)."""
     if device.type != "cuda":
         return _CPU
     flops, memory = _BY_CAPABILITY.get(torch.cuda.get_device_capability(device)[0], (1e14, 1e12))
-    return Hardware(flops=flops, memory=memory, link=link)
+    return Hardware(flops=flops, memory=memory, link=link, launch=_PYTHON * launch)
 
 
 def expected_rows(tokens: float, top_k: int, num_experts: int, ep_size: int) -> float:

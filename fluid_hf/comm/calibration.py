@@ -1,13 +1,15 @@
-"""Speed of the link between the ranks of a group, agreed between them."""
+"""Speed of the link between the ranks of a group, and of their hosts, agreed between them."""
 
 from __future__ import annotations
+
+import time
 
 import torch
 import torch.distributed as dist
 
 from fluid_hf.comm.peer_exchange import PeerExchange
 
-__all__ = ["measure_link"]
+__all__ = ["measure_launch", "measure_link"]
 
 MESSAGE_BYTES = 8 << 20
 
@@ -33,3 +35,18 @@ def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5)
     speed = torch.tensor([len(peers) * MESSAGE_BYTES / min(times)], device=device, dtype=torch.float64)
     dist.all_reduce(speed, dist.ReduceOp.MIN, group=exchange.group)
     return float(speed)
+
+
+def measure_launch(exchange: PeerExchange | None, device: torch.device, repeats: int = 200) -> float:
+    """Seconds of the host for one small operation: the slowest rank's. Collective over the group, if there is one."""
+    value = torch.zeros(8, device=device)
+    for _ in range(20):
+        value.add_(1.0)
+    torch.cuda.synchronize(device)  # host synchronisation: once per model
+    start = time.perf_counter()
+    for _ in range(repeats):
+        value.add_(1.0)
+    seconds = torch.tensor([(time.perf_counter() - start) / repeats], device=device, dtype=torch.float64)
+    if exchange is not None:
+        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=exchange.group)
+    return float(seconds)
