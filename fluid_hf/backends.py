@@ -41,6 +41,9 @@ class Backend(Protocol):
     def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         """Context in which parameters partitioned by the engine are whole; collective over their partition group."""
 
+    def gather_together(self, module: nn.Module, together: bool) -> None:
+        """Let the engine gather a module's partitioned parameters at once: they are read outside their owners."""
+
     def attach(self, model: nn.Module) -> None:
         """Called once the model is patched."""
 
@@ -70,6 +73,9 @@ class TorchBackend:
 
     def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
+
+    def gather_together(self, module: nn.Module, together: bool) -> None:
+        """Nothing is partitioned."""
 
     def attach(self, model: nn.Module) -> None:
         """Nothing to do."""

@@ -76,15 +76,23 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     if config.ep_size > 1:
         state.bound_blocks = bind_blocks(model, state.layers)
     if config.sp_size > 1:
-        attention = find_attention(model, config.sp_size)
-        state.sequence = SequenceParallel(model, attention, state.sequence_exchange)
-        state.sequence.attach()
+        _attach_sequence(model, state)
     model.fluid = state  # type: ignore[assignment]
     if config.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
     bind_saving(model, state)
     backend.attach(model)
     return model
+
+
+def _attach_sequence(model: nn.Module, state: FluidState) -> None:
+    sites, config = find_attention(model, state.groups.sp_size), state.config
+    state.sequence = SequenceParallel(
+        model, sites, state.sequence_exchange, state.scheduler, overlap=config.overlap, chunks=config.waves
+    )
+    state.sequence.attach()
+    for name in state.sequence.overlapped:
+        state.backend.gather_together(model.get_submodule(name), True)
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -98,6 +106,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     state.backend.detach(model)
     unbind_saving(model)
     if state.sequence is not None:
+        for name in state.sequence.overlapped:
+            state.backend.gather_together(model.get_submodule(name), False)
         state.sequence.detach()
     unbind_blocks(model, state.bound_blocks)
     for name, original in state.originals.items():

@@ -147,13 +147,16 @@ class FluidState:
     def record_events(self) -> Iterator[list[tuple[str, str]]]:
         """Collect `(layer name, event)` in the order in which the host issues them."""
         events: list[tuple[str, str]] = []
-        for name, layer in self.layers.items():
-            layer.context.record = lambda event, name=name: events.append((name, event))  # type: ignore[misc]
+        contexts: dict[str, Any] = {name: layer.context for name, layer in self.layers.items()}
+        if self.sequence is not None:
+            contexts |= {name: forward.context for name, forward in self.sequence.overlapped.items()}
+        for name, context in contexts.items():
+            context.record = lambda event, name=name: events.append((name, event))  # type: ignore[misc]
         try:
             yield events
         finally:
-            for layer in self.layers.values():
-                layer.context.record = None
+            for context in contexts.values():
+                context.record = None
 
     @torch.no_grad()
     def reduce_gradients(self, model: nn.Module) -> None:

@@ -35,6 +35,7 @@ from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import CheckpointError, ConfigError
+from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer
@@ -160,6 +161,9 @@ class DeepSpeedBackend(TorchBackend):
         partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
         return deepspeed.zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext()
 
+    def gather_together(self, module: nn.Module, together: bool) -> None:
+        set_z3_leaf_module(module, together)
+
     def attach(self, model: nn.Module) -> None:
         _PATCHED.add(model)
         if not hasattr(deepspeed.initialize, "__wrapped__"):
@@ -222,9 +226,10 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         settings = json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config
         _refuse_autoep(settings)
         _refuse_frozen_experts(settings, state)
-        if bound.arguments.get("optimizer") is not None:
-            bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
-        result = initialize(*bound.args, **bound.kwargs)
+        with sequence_parallel_engine(bound.arguments, settings, state):
+            if bound.arguments.get("optimizer") is not None:
+                bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
+            result = initialize(*bound.args, **bound.kwargs)
         _bind_engine(result[0], model, state)
         return result
 

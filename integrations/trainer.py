@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import CallbackHandler
 
 from fluid_hf.config import FluidConfig
+from fluid_hf.integrations.accelerate import agree_on_sp_size, check_sp_size
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
@@ -56,8 +58,14 @@ class FluidCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Patch the model unless it is patched, and take a place before the reporters."""
         model: nn.Module = kwargs["model"]
+        parallelism = getattr(args, "parallelism_config", None)
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
-            patch_model(model, self.config)
+            active = deepspeed_config()
+            block = active.get("fluid", {}) if isinstance(active, dict) else {}
+            requested = self.config if self.config is not None else FluidConfig.from_dict(block)
+            patch_model(model, agree_on_sp_size(requested, parallelism))
+        check_sp_size(get_state(model).groups.sp_size, parallelism)
+        get_state(model).staging_folder = args.output_dir
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:

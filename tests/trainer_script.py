@@ -13,9 +13,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DeepSpeedSequenceParallelConfig
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from families import batch, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fluid_hf import FluidCallback
 
@@ -50,8 +54,17 @@ def deepspeed_json(options: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def parallelism(options: dict[str, Any]) -> ParallelismConfig | None:
+    if not options.get("parallelism_sp_size"):
+        return None
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+    return ParallelismConfig(sp_size=options["parallelism_sp_size"], sp_backend="deepspeed", sp_handler=handler)
+
+
 def run(options: dict[str, Any]) -> dict[str, Any]:
     args = TrainingArguments(
+        parallelism_config=parallelism(options),
+        gradient_checkpointing=options.get("checkpointing", False),
         output_dir=options["output"],
         deepspeed=deepspeed_json(options),
         use_cpu=True,
@@ -72,6 +85,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     )
     model = tiny_model(options.get("family", "qwen3_moe"))
     data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96)]
+    if options.get("positions"):
+        data = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in data]
     callbacks: list[TrainerCallback] = (
         [FluidCallback(**options.get("callback", {}))] if options.get("fluid") is not None else []
     )
@@ -97,6 +112,9 @@ def main() -> None:
             result = {"error": type(error).__name__, "message": str(error)}
         path = Path(sys.argv[2]) / f"{options['name']}-{torch.distributed.get_rank()}.json"
         path.write_text(json.dumps(result), encoding="utf-8")
+        parallel_state_sp._release_sequence_parallel_groups()
+        deepspeed.utils.groups.mpu = None
+        ALL_ATTENTION_FUNCTIONS._local_mapping.clear()  # accelerate puts DeepSpeed's Ulysses here
         AcceleratorState._reset_state()
         PartialState._reset_state()
 

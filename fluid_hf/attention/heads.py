@@ -81,8 +81,9 @@ class HeadLayout:
         """Cut every rank's heads into at most `wanted` equal chunks.
 
         With several key/value heads per rank each chunk has its own; with one, it travels with the first chunk.
+        Several per rank that are replicas stay together.
         """
-        heads = self.local_kv if self.local_kv > 1 else self.local_q
+        heads = self.local_q if self.local_kv == 1 else 1 if self.replicated else self.local_kv
         count = max(n for n in range(1, max(1, wanted) + 1) if heads % n == 0)
         size = self.local_q // count
         chunks = []

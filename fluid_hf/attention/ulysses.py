@@ -52,8 +52,9 @@ def scatter_heads_gather_seq(
     """
     size, batch, _, length, dim = exchange.size, *q_BNLD.shape
     if layout.replicated:
-        index = torch.tensor(layout.kv_index(), device=q_BNLD.device)
-        k_BNLD, v_BNLD = k_BNLD.index_select(1, index), v_BNLD.index_select(1, index)
+        k_BNLD, v_BNLD = (
+            torch.cat([tensor[:, head : head + 1] for head in layout.kv_index()], dim=1) for tensor in (k_BNLD, v_BNLD)
+        )
     parts = [tensor.unflatten(1, (size, -1)) for tensor in (q_BNLD, k_BNLD, v_BNLD)]
     sent = torch.cat(parts, dim=2).transpose(0, 1)  # [S, B, n, L, D], one message per rank
     received = _AllToAll.apply(sent, exchange)  # type: ignore[no-untyped-call]

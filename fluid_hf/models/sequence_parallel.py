@@ -9,7 +9,7 @@ what the first run had.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +18,25 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from fluid_hf.attention.attention_call import AttentionContext
+from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.heads import HeadLayout
+from fluid_hf.attention.overlapped import overlapped_attention
+from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
-from fluid_hf.models.attention import AttentionSite
+from fluid_hf.models.attention import PROJECTIONS, AttentionSite
+from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
+from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["SequenceParallel"]
 
 INTERFACE = "fluid_sequence_parallel"
 KEYWORD = "fluid_sequence"
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+LAYER_ARGUMENTS = (KEYWORD, "position_embeddings", "attention_mask", "past_key_values")
 PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -130,6 +137,68 @@ class LayerAttention:
         return output
 
 
+class OverlappedForward:
+    """Stands in for the forward of a layer whose code is known: projections overlap with their exchange.
+
+    Args:
+        module: the layer.
+        form: what its own forward does.
+        attention: what hangs on the layer.
+        scheduler: weight gradient scheduler.
+        chunks: pieces the heads are cut into; `None` lets the planner choose.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        form: AttentionForm,
+        attention: LayerAttention,
+        scheduler: WgradScheduler,
+        chunks: int | None,
+    ) -> None:
+        self._module: Any = module
+        self._own = module.forward
+        self._form, self._attention, self._chunks = form, attention, chunks
+        head_dim: Any = module.head_dim
+        self.context = AttentionContext(attention.exchange, attention.layout, head_dim, scheduler)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward."""
+        sequence = kwargs.get(KEYWORD)
+        if args or not isinstance(sequence, ShardedSequence) or sequence.rotary is None or not self._plain():
+            return self._own(hidden_states, *args, **kwargs)
+        module, form = self._module, self._form
+        extra = {name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS}
+        extra |= {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
+        extra |= form.window(module)
+
+        def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return self._attention.call_core(module, sequence, q, k, v, extra)
+
+        chunks = self._chunks or choose_head_chunks(sequence.position_ids.shape[1] * hidden_states.shape[0])
+        norms = (_norm(module.q_norm), _norm(module.k_norm)) if form.normed else None
+        output = overlapped_attention(hidden_states, self.context, self._read, chunks, sequence.rotary, core, norms)
+        return output, None
+
+    def _plain(self) -> bool:
+        """Whether the projections are what they were when the layer was made (no adapters, for one)."""
+        return all(type(getattr(self._module, name)) is nn.Linear for name in PROJECTIONS)
+
+    def _read(self) -> Projections:
+        layers = {name[0]: getattr(self._module, name) for name in PROJECTIONS}
+        return Projections(
+            {name: layer.weight for name, layer in layers.items()}, {name: layer.bias for name, layer in layers.items()}
+        )
+
+
+def _norm(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def norm(heads: torch.Tensor) -> torch.Tensor:
+        weight = layer.weight.to(heads.dtype)
+        return nn.functional.rms_norm(heads, (heads.shape[-1],), weight, layer.variance_epsilon)
+
+    return norm
+
+
 def _interface(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module.fluid_attention.run(module, *args, **kwargs)
 
@@ -141,23 +210,45 @@ class SequenceParallel:
         model: the model.
         sites: its attention layers.
         exchange: exchange of the sequence-parallel group, of size 2 or more.
+        scheduler: weight gradient scheduler.
+        overlap: `False` runs every layer's own forward, with plain all-to-alls around the core.
+        chunks: pieces the heads are cut into; `None` lets the planner choose.
+
+    Attributes:
+        overlapped: layers whose projections overlap with their exchange, by module name.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], exchange: PeerExchange) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[AttentionSite],
+        exchange: PeerExchange,
+        scheduler: WgradScheduler,
+        *,
+        overlap: bool = True,
+        chunks: int | None = None,
+    ) -> None:
+        self.overlapped: dict[str, OverlappedForward] = {}
         self.exchange = exchange
         self._model: Any = model
         self._sites = list(sites)
+        self._scheduler, self._chunks, self._overlap = scheduler, chunks, overlap
         self._kinds = sorted({site.kind for site in sites})
         self._hooks: list[Any] = []
 
     def attach(self) -> None:
         """Change the layers and hook the model."""
         AttentionInterface.register(INTERFACE, _interface)
+        body = self._model.base_model
         for site in self._sites:
             module: Any = site.module
             module.fluid_attention = LayerAttention(site, self.exchange)
+            form = find_attention_form(module) if self._overlap and _rotary(body) is not None else None
+            if form is not None:
+                forward = OverlappedForward(module, form, module.fluid_attention, self._scheduler, self._chunks)
+                self.overlapped[site.name] = module.forward = forward
+                self._hooks.append(module.register_forward_pre_hook(_by_position, with_kwargs=True))
             module.config = _InterfaceConfig(module.config)
-        body = self._model.base_model
         self._hooks.append(body.register_forward_pre_hook(self._prepare, with_kwargs=True))
         if body is not self._model:
             self._hooks.append(self._model.register_forward_pre_hook(self._check_labels, with_kwargs=True))
@@ -170,7 +261,10 @@ class SequenceParallel:
         for site in self._sites:
             module: Any = site.module
             module.config = module.config.original
+            if site.name in self.overlapped:
+                del module.forward
             del module.fluid_attention
+        self.overlapped = {}
 
     def _check_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _named(model, args, kwargs)
@@ -196,7 +290,10 @@ class SequenceParallel:
         self._check_shapes(tokens, positions, mask)
         positions = gather_sequence(positions, self.exchange)
         mask = gather_sequence(mask, self.exchange) if mask is not None else None
-        sequence = ShardedSequence(positions, self._masks(tokens, positions, mask))
+        embeds = self._stand_in(tokens, positions)
+        rotary = _rotary(body)
+        tables = rotary(embeds, positions) if rotary is not None and self.overlapped else None
+        sequence = ShardedSequence(positions, self._masks(embeds, positions, mask), tables)
         given["use_cache"] = False
         # transformers takes a 4-D mask as it is, and ours are used instead: no mask is made for the piece alone.
         given["attention_mask"] = tokens.new_empty((1, 1, 1, 1), dtype=torch.bool)
@@ -215,16 +312,36 @@ class SequenceParallel:
                     f"attention_mask for {shapes[0][2:]} and {shape[2:]} sequences); use model.fluid.shard_batch."
                 )
 
-    @torch.no_grad()
-    def _masks(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+    def _stand_in(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """For the embeddings of the whole sequences, where only their sizes, type and device are read."""
         dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
-        # Only the sizes, type and device are read: one element stands for all.
-        embeds = torch.empty((), dtype=dtype, device=tokens.device).expand(tokens.shape[0], positions.shape[1], 1)
+        one = torch.empty((), dtype=dtype, device=tokens.device)
+        return one.expand(tokens.shape[0], positions.shape[1], 1)
+
+    @torch.no_grad()
+    def _masks(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         common: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
         config = self._model.config
         return {kind: MASKS[kind](config=config, past_key_values=None, **common) for kind in self._kinds}
+
+
+def _rotary(body: nn.Module) -> Any:
+    """The model's rotary embedding, if it is called as transformers' Llama-like models call it."""
+    rotary = getattr(body, "rotary_emb", None)
+    if rotary is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+        return None
+    return rotary
+
+
+def _by_position(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand the input over by position: hooks for the end of a module's backward (ZeRO-3) look at such inputs only."""
+    if args or "hidden_states" not in kwargs:
+        return args, kwargs
+    return (kwargs["hidden_states"],), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

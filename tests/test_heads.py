@@ -1,0 +1,83 @@
+"""Which heads go to which rank, and how they are cut into chunks; the fused projection against the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fluid_hf.attention.fused_projection import FusedChunk
+from fluid_hf.attention.heads import HeadChunk, plan_heads
+from fluid_hf.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "expected"),
+    [
+        (8, 8, 2, ((0, 1, 2, 3), (4, 5, 6, 7))),  # multi-head
+        (8, 4, 2, ((0, 1), (2, 3))),
+        (8, 2, 2, ((0,), (1,))),
+        (8, 2, 4, ((0,), (0,), (1,), (1,))),  # fewer than ranks: replicas
+        (8, 1, 4, ((0,), (0,), (0,), (0,))),  # multi-query
+        (6, 3, 2, ((0, 0, 1), (1, 2, 2))),  # no even groups: one replica for each query head
+    ],
+)
+def test_key_value_heads_of_each_rank(
+    heads: int, kv_heads: int, size: int, expected: tuple[tuple[int, ...], ...]
+) -> None:
+    layout = plan_heads(heads, kv_heads, size)
+    assert layout.kv_heads == expected
+    assert layout.replicated == (len(layout.kv_index()) != kv_heads)
+    for rank in range(size):  # every query head finds its own key/value head
+        for q in range(layout.local_q):
+            assert layout.kv_heads[rank][q // layout.group] == (rank * layout.local_q + q) * kv_heads // heads
+
+
+def test_indivisible_heads_name_the_remedy() -> None:
+    with pytest.raises(
+        ConfigError, match=r"num_attention_heads \(6\) must be divisible by sp_size \(4\); use sp_size 2"
+    ):
+        plan_heads(6, 6, 4)
+
+
+def test_chunks() -> None:
+    assert plan_heads(16, 8, 2).chunks(2) == (HeadChunk((0, 4), (0, 2), (0, 2)), HeadChunk((4, 8), (2, 4), (2, 4)))
+    assert plan_heads(16, 8, 2).chunks(3) == plan_heads(16, 8, 2).chunks(2)  # 3 does not divide 4
+    first, second = plan_heads(8, 2, 2).chunks(2)  # one key/value head: it comes first
+    assert (first.num_q, first.num_kv, second.num_q, second.num_kv, second.used) == (2, 1, 2, 0, (0, 1))
+    assert len(plan_heads(6, 3, 2).chunks(3)) == 1
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 8, 2), (8, 4, 2), (8, 2, 4), (8, 1, 4), (6, 3, 2)])
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> None:
+    """Products by rank, and the gradients of weights and input, against autograd on the plain projections."""
+    dim, hidden, tokens = 4, 10, 7
+    torch.manual_seed(0)
+    layout = plan_heads(heads, kv_heads, size)
+    weights = {
+        name: torch.randn(n * dim, hidden, dtype=torch.double)
+        for name, n in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
+    }
+    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    x = torch.randn(tokens, hidden, dtype=torch.double, requires_grad=True)
+    into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    grad_x = torch.zeros_like(x)
+    q, k, v = ((x @ leaves[name].t()).unflatten(1, (-1, dim)) for name in "qkv")
+    loss = torch.zeros((), dtype=torch.double)
+    for chunk in layout.chunks(chunks):
+        fused = FusedChunk(layout, chunk, dim)
+        found = torch.bmm(x.detach().expand(size, -1, -1), fused.by_rank(weights).mT)
+        grad = torch.randn_like(found)
+        for rank in range(size):
+            start = rank * layout.local_q
+            kv = list(layout.kv_heads[rank][chunk.kv[0] : chunk.kv[1]])
+            wanted = torch.cat([q[:, start + chunk.q[0] : start + chunk.q[1]], k[:, kv], v[:, kv]], dim=1).flatten(1)
+            torch.testing.assert_close(found[rank], wanted)
+            loss = loss + (wanted * grad[rank]).sum()
+        packed = fused.pack_gradient(grad)
+        grad_x += packed @ fused.flat(weights)
+        fused.unpack(packed.t() @ x.detach(), into)
+    loss.backward()
+    torch.testing.assert_close(grad_x, x.grad)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(into[name], leaf.grad)

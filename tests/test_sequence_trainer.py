@@ -1,0 +1,96 @@
+"""Sequence parallelism through HF Trainer's ParallelismConfig, and with DeepSpeed engines, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import RankPool, rank_pool
+from families import batch, tiny_model
+from test_deepspeed import Curve, assert_near, settings
+from test_trainer import assert_equal, curve, train
+
+import fluid_hf
+from fluid_hf import FluidConfig
+
+pool4 = rank_pool(4)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("one")
+    return train(
+        [{"name": "plain", "stage": 1, "positions": True, "save_model": str(folder / "saved")}], folder, nproc=1
+    )
+
+
+def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """Whole Trainer runs: its loader, its loss, clipping at 1.0, evaluation on whole sequences."""
+    base = {"positions": True, "parallelism_sp_size": 2, "json_optimizer": False}
+    runs: list[dict[str, Any]] = [
+        {**base, "name": f"{stage}", "stage": stage, "fluid": {"ep_size": 1 if stage == 2 else 2}} for stage in range(4)
+    ]
+    runs[2] |= {"checkpointing": True, "save_model": str(tmp_path / "saved")}
+    runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
+    runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
+    found = train(runs, tmp_path)
+    for stage in range(4):
+        for result in found[str(stage)]:
+            assert_equal(curve(result), curve(expected["plain"][0]))
+            assert len(curve(result)) == 10
+    assert found["2"][0]["eval_loss"] == pytest.approx(expected["plain"][0]["eval_loss"], rel=1e-4)
+    for name in ("differ", "alone"):
+        assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
+    assert "sp_size (1) of the fluid settings must equal sp_size (2)" in found["differ"][0]["message"]
+
+
+def run_engine(rank: int, world: int, stage: int, sp_size: int, ep_size: int) -> Curve:
+    """Losses and gradient norms of 4 clipped steps; groups of `sp_size` ranks share a batch."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=ep_size, sp_size=sp_size, waves=2))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    # The batch size counts sequences: sp_size ranks share each.
+    config = {**settings(stage), "train_batch_size": world // sp_size}
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    curve = []
+    for step in range(4):
+        ids = batch(rank // sp_size, 1, step=step)
+        shard = model.fluid.shard_batch({"input_ids": ids, "labels": ids})
+        loss = model.fluid.sequence_loss(engine(**shard).logits, shard["shift_labels"])
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        curve.append((float(total) / world, float(engine.get_global_grad_norm() or 0.0)))
+    model.fluid.finish_batch()
+    engine.destroy()
+    return curve
+
+
+def one_process(groups: int) -> Curve:
+    model = tiny_model("qwen3_moe")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    curve = []
+    for step in range(4):
+        batches = [batch(group, 1, step=step) for group in range(groups)]
+        loss = torch.stack([model(input_ids=ids, labels=ids).loss for ids in batches]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings(0)["gradient_clipping"])
+        optimizer.step()
+        curve.append((float(loss), float(norm)))
+    return curve
+
+
+@pytest.mark.parametrize(
+    ("stage", "sp_size", "ep_size"), [(0, 2, 2), (1, 2, 2), (2, 2, 2), (3, 2, 2), (2, 2, 4), (3, 4, 2)]
+)
+def test_engine_at_every_stage(pool4: RankPool, stage: int, sp_size: int, ep_size: int) -> None:
+    expected = one_process(4 // sp_size)
+    for found in pool4.run(run_engine, stage, sp_size, ep_size):
+        assert_near(found, expected)
