@@ -22,40 +22,77 @@ class FluidError(Exception):
 
 
 class ConfigError(FluidError, ValueError):
-    """A setting is unknown, out of range, or at odds with another setting, the world size or the model."""
+    """A setting is unknown, out of range, or at odds with another setting, the world size or the model.
+
+    Remedy: Set the field that the message names to one of the values it names. All settings are checked before
+    anything is changed.
+    """
 
 
 class UnsupportedModelError(FluidError, ValueError):
-    """The model has no experts module that can be patched; the message names the class and what is missing."""
+    """The model has no experts module that can be patched; the message names the class and what is missing.
+
+    Remedy: Use a model of a supported family, load it without quantisation and without transformers' own tensor or
+    expert parallelism, or train it without fluid_hf.
+    """
 
 
 class AlreadyPatchedError(FluidError, ValueError):
-    """The model is patched already, with another configuration."""
+    """The model is patched already, with another configuration.
+
+    Remedy: Patch once with the settings you want, or call `fluid_hf.unpatch_model(model)` before patching again.
+    """
 
 
 class NotPatchedError(FluidError, ValueError):
-    """The call needs a model that `fluid_hf.patch_model` has patched."""
+    """The call needs a model that `fluid_hf.patch_model` has patched.
+
+    Remedy: Call `fluid_hf.patch_model(model)` first, or add `FluidCallback()` to the Trainer's callbacks.
+    """
 
 
 class RankMismatchError(FluidError, RuntimeError):
-    """Ranks disagree on what must be equal on all of them, or another rank found an error of its own."""
+    """Ranks disagree on what must be equal on all of them, or another rank found an error of its own.
+
+    Remedy: Give every rank the same settings, model and files. If the message quotes an error of another rank, that
+    one is the cause.
+    """
 
 
 class CollectiveError(FluidError, RuntimeError):
-    """A call that all ranks must make together was not made by all of them in time."""
+    """A call that all ranks must make together was not made by all of them in time.
+
+    Remedy: Make the call on every rank, never inside `if rank == 0`; look at the output of the ranks that are
+    missing.
+    """
 
 
 class CheckpointError(FluidError, RuntimeError):
-    """A checkpoint cannot be written or read as asked: missing or unwritable files, or another parallel layout."""
+    """A checkpoint cannot be written or read as asked: missing or unwritable files, or another parallel layout.
+
+    Remedy: Look at the folder, file or layout that the message names; to resume with another `ep_size`, start from
+    the plain weights, which every layout can read.
+    """
 
 
 class WgradPendingError(FluidError, RuntimeError):
-    """Weight gradients were left uncomputed at the end of a batch."""
+    """Weight gradients were left uncomputed at the end of a batch.
+
+    Remedy: Call `loss.backward()` without `inputs`, or turn the scheduler off around partial backward passes:
+    `model.fluid.scheduler.disable()`.
+    """
 
 
 class TraceError(FluidError, ValueError):
-    """A file given as a profile is not a trace of torch.profiler, or holds no step of a patched model."""
+    """A file given as a profile is not a trace of torch.profiler, or holds no step of a patched model.
+
+    Remedy: Trace a whole step of a patched model, with `FluidCallback(profile_steps=(10, 12))` or torch.profiler's
+    `export_chrome_trace`.
+    """
 
 
 class MissingPackageError(FluidError, ImportError):
-    """What was asked for needs an optional package that is not installed; the message has the command."""
+    """What was asked for needs an optional package that is not installed; the message has the command.
+
+    Remedy: Run the command in the message.
+    """
