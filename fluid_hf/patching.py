@@ -18,6 +18,7 @@ from fluid_hf.checkpoint.saving import bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
+from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
@@ -71,8 +72,11 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     state = FluidState(config, requested, groups, backend, control)
     wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
+        adapters = adapters_of(model, site.module)
         _swap(site, state, wave_choice)
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
+        if config.ep_size > 1 and adapters:
+            split_adapters(adapters, state.layers[site.name])
     if config.ep_size > 1:
         state.bound_blocks = bind_blocks(model, state.layers)
     if config.sp_size > 1:
@@ -112,6 +116,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_blocks(model, state.bound_blocks)
     for name, original in state.originals.items():
         layer = state.layers[name]
+        join_adapters(adapters_of(model, layer))
         if state.groups.ep_size > 1:
             with state.gathering():
                 whole = gather_experts(layer, state, to_all=True)

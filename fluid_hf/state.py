@@ -16,6 +16,7 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
 from fluid_hf.metrics import global_load, imbalance, read_loads
+from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.sampler import OverlapSampler
@@ -165,6 +166,7 @@ class FluidState:
         Dense gradients become the mean over the world; expert gradients, which already hold every token of their
         expert-parallel group, are summed over the expert-data-parallel group and divided by the world size.
         """
+        check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
             return
         expert = (
@@ -179,6 +181,30 @@ class FluidState:
                 group = self.groups.expert_data_group if id(parameter) in expert else None
                 dist.all_reduce(parameter.grad, group=group)
                 parameter.grad /= self.groups.world_size
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> torch.Tensor:
+        """Clip by the norm over all experts of all ranks, which `torch.nn.utils.clip_grad_norm_` cannot see.
+
+        For a loop without DeepSpeed, after `reduce_gradients`. Collective over all ranks.
+
+        Returns:
+            The norm before clipping, float64, equal on all ranks up to rounding.
+        """
+        several = self.groups.ep_size > 1
+        expert = {id(p) for layer in self.layers.values() for p in layer.split_parameters()} if several else set()
+        gradients = [(p.grad, id(p) in expert) for p in model.parameters() if p.grad is not None]
+        device = gradients[0][0].device if gradients else None
+        squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
+        for gradient, is_expert in gradients:
+            squares[is_expert] += gradient.double().square().sum()
+        if several:
+            dist.all_reduce(squares[1], group=self.groups.ep_group)
+        norm = (squares[0] + squares[1]).sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient, _ in gradients:
+            gradient.mul_(scale.to(gradient.dtype))
+        return norm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FluidState:
         return self  # process groups cannot be copied; a copied model shares them

@@ -35,6 +35,7 @@ from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import CheckpointError, ConfigError
+from fluid_hf.integrations.deepspeed_checks import check_training
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.moe.general_experts import GeneralMath
@@ -106,6 +107,13 @@ class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
             constants.AUTOEP_PARAM_EP_RANK: self.ep_rank,
             constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
         }
+
+
+class FrozenExperts(ExpertParallelLayer):
+    """What `DeepSpeedExperts` become when they were frozen after patching (by PEFT): without an optimizer group."""
+
+    experts: SplitExperts
+    expert_parameters = DeepSpeedExperts.expert_parameters
 
 
 class DeepSpeedBackend(TorchBackend):
@@ -225,7 +233,7 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         config = bound.arguments.get("config") or bound.arguments.get("config_params")
         settings = json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config
         _refuse_autoep(settings)
-        _refuse_frozen_experts(settings, state)
+        check_training(settings, model, state, split=DeepSpeedExperts, frozen=FrozenExperts)
         with sequence_parallel_engine(bound.arguments, settings, state):
             if bound.arguments.get("optimizer") is not None:
                 bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
@@ -346,18 +354,6 @@ def _refuse_autoep(config: Any) -> None:
         raise ConfigError(
             "expert_parallel.enabled (true) in the DeepSpeed JSON must be false for a patched model; remove the "
             '"expert_parallel" block and keep the "fluid" block.'
-        )
-
-
-def _refuse_frozen_experts(config: Any, state: FluidState) -> None:
-    """At stage 3 DeepSpeed would partition frozen experts over all ranks, as if every rank held the same ones."""
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    frozen = [name for name, layer in state.layers.items() if not isinstance(layer, DeepSpeedExperts)]
-    if stage == 3 and state.groups.ep_size > 1 and frozen:
-        raise ConfigError(
-            f"zero_optimization.stage (3) must be below 3 when experts are frozen ({frozen[0]}) and ep_size "
-            f"({state.groups.ep_size}) is over 1; use stage 2, or ep_size 1."
         )
 
 

@@ -169,6 +169,7 @@ def launch(
     launcher: str = "deepspeed",
     timeout: float = 240,
     cwd: Path | None = None,
+    capture: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script under `deepspeed` or `torchrun` on CPU ranks; kill it and all its ranks at the timeout."""
     bin_dir = Path(sys.executable).parent
@@ -184,8 +185,8 @@ def launch(
         cwd=cwd,
         env=environment,
         text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.PIPE if capture else None,
         start_new_session=True,
     )
     try:

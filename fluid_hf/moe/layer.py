@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.comm.peer_exchange import PeerExchange
@@ -79,6 +80,8 @@ class ExpertParallelLayer(nn.Module):
         wave_choice: number of waves, shared between layers.
     """
 
+    adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
+
     def __init__(
         self,
         num_experts: int,
@@ -148,6 +151,7 @@ class ExpertParallelLayer(nn.Module):
         whole = {id(parameter) for parameter in self.extra_parameters().values()}
         return [parameter for parameter in self.parameters() if id(parameter) not in whole]
 
+    @torch.compiler.disable  # the exchange is host code between autograd nodes: the compiled parts end here
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -162,8 +166,20 @@ class ExpertParallelLayer(nn.Module):
         self.context.waves = self.wave_choice.get(
             self, hidden_states.shape[0], top_k_index.shape[1], hidden_states.device
         )
-        parameters = self.expert_parameters
+        parameters = self._readable_parameters()
         return expert_parallel(hidden_states, top_k_index, top_k_weights, parameters, self.context, between)
+
+    def _readable_parameters(self) -> Callable[[], dict[str, torch.Tensor]]:
+        """How backward reads the weights again. Those that an adapter computes exist during forward only: kept."""
+        if not parametrize.is_parametrized(self):
+            return self.expert_parameters
+        if self.ep_size > 1 and not self.adapters_are_split:
+            raise ConfigError(
+                f"adapters on the experts (target_parameters) were added with ep_size ({self.ep_size}) over 1 in force "
+                "and would differ between ranks; call get_peft_model first and patch_model after it."
+            )
+        computed = self.expert_parameters()
+        return lambda: computed
 
     def extra_repr(self) -> str:
         """Shown by `repr(model)`."""

@@ -1,0 +1,68 @@
+"""PEFT's LoRA on expert weights (`target_parameters`) when the experts are split over ranks.
+
+PEFT wraps the experts module in one `ParamWrapper` per weight, which adds the low-rank product to the weight for the
+time of a forward. The factors, small beside the experts, stay whole on every rank, where engines treat them as dense
+parameters: each rank's gradient is that of the experts it holds, summed over all tokens of the expert-parallel group,
+so the mean over ranks is the gradient of the mean loss. Only the product is restricted to the experts held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from fluid_hf.errors import ConfigError
+from fluid_hf.moe.layer import ExpertParallelLayer
+
+__all__ = ["adapters_of", "check_adapters", "join_adapters", "split_adapters"]
+
+METHODS = ("get_delta_factors", "get_delta_weight")
+
+
+def adapters_of(model: nn.Module, experts: nn.Module) -> list[Any]:
+    """PEFT's wrappers around the weights of an experts module."""
+    wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    return [wrapper for wrapper in wrappers if wrapper.get_base_layer() is experts]
+
+
+def split_adapters(wrappers: list[Any], layer: ExpertParallelLayer) -> None:
+    """Let the wrappers add only the rows of the experts that `layer` holds."""
+    start = layer.ep_rank * layer.num_local_experts
+    held = slice(start, start + layer.num_local_experts)
+    for wrapper in wrappers:
+        own = type(wrapper)
+
+        def factors(adapter_name: str, wrapper: Any = wrapper, own: Any = own) -> tuple[Any, Any, float]:
+            left, right, scaling = own.get_delta_factors(wrapper, adapter_name)
+            return left[held], right[held], scaling
+
+        def product(adapter_name: str, *args: Any, wrapper: Any = wrapper, own: Any = own, **kwargs: Any) -> Any:
+            return own.get_delta_weight(wrapper, adapter_name, *args, **kwargs)[held]
+
+        wrapper.get_delta_factors, wrapper.get_delta_weight = factors, product
+    layer.adapters_are_split = True
+
+
+def check_adapters(model: nn.Module, layers: Iterable[ExpertParallelLayer]) -> None:
+    """Raise if PEFT was asked for adapters on experts that were split already: it finds no such weights, silently.
+
+    Raises:
+        ConfigError: `target_parameters` names expert weights, and the model was patched before PEFT wrapped it.
+    """
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        names = [name for name in getattr(config, "target_parameters", None) or () if "experts" in name]
+        if names and any(layer.ep_size > 1 and not layer.adapters_are_split for layer in layers):
+            raise ConfigError(
+                f"target_parameters ({names[0]}) must be adapted before the experts are split over ranks; call "
+                "get_peft_model first and patch_model after it."
+            )
+
+
+def join_adapters(wrappers: list[Any]) -> None:
+    """Give the wrappers their class's own methods back."""
+    for wrapper in wrappers:
+        for name in METHODS:
+            vars(wrapper).pop(name, None)

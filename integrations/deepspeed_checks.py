@@ -1,0 +1,76 @@
+"""What DeepSpeed would do wrongly without a word, refused before the engine is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fluid_hf.errors import ConfigError
+from fluid_hf.models.adapters import check_adapters
+from fluid_hf.state import FluidState
+
+__all__ = ["check_training"]
+
+
+def check_training(config: Any, model: nn.Module, state: FluidState, *, split: type, frozen: type) -> None:
+    """Bring split experts in line with what is trained now, and refuse what would train wrongly.
+
+    Args:
+        config: DeepSpeed's settings.
+        model: the patched model, or what wraps it.
+        state: its state.
+        split: class of layers for which DeepSpeed makes optimizer groups.
+        frozen: what such layers become when nothing in them is trained any more.
+
+    Raises:
+        ConfigError: see the functions below.
+    """
+    if state.groups.ep_size == 1:
+        return
+    check_adapters(model, state.layers.values())
+    _match_training(state, split, frozen)
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    _refuse_frozen_experts(stage, state, split)
+    _refuse_unclipped_experts(stage, config, state)
+
+
+def _match_training(state: FluidState, split: type, frozen: type) -> None:
+    """Bring the layers in line with what was frozen, or not, since the model was patched."""
+    for name, layer in state.layers.items():
+        trained = any(parameter.requires_grad for parameter in layer.split_parameters())
+        if isinstance(layer, split) and not trained:
+            layer.__class__ = frozen
+        elif trained and not isinstance(layer, split):
+            raise ConfigError(
+                f"requires_grad (true) of the experts ({name}) must be what it was when the model was patched (false); "
+                "set it before patch_model."
+            )
+
+
+def _refuse_frozen_experts(stage: Any, state: FluidState, split: type) -> None:
+    """At stage 3 DeepSpeed would partition frozen experts over all ranks, as if every rank held the same ones."""
+    frozen = [name for name, layer in state.layers.items() if not isinstance(layer, split)]
+    if stage == 3 and frozen:
+        raise ConfigError(
+            f"zero_optimization.stage (3) must be below 3 when experts are frozen ({frozen[0]}) and ep_size "
+            f"({state.groups.ep_size}) is over 1; use stage 2, or ep_size 1."
+        )
+
+
+def _refuse_unclipped_experts(stage: Any, config: Any, state: FluidState) -> None:
+    """At stage 0 in 16-bit types DeepSpeed 0.19 leaves the experts out of the norm that it clips by."""
+    settings = config if isinstance(config, dict) else {}
+    reduced = [name for name in ("bf16", "bfloat16", "fp16") if _enabled(settings.get(name))]
+    trained = any(p.requires_grad for layer in state.layers.values() for p in layer.split_parameters())
+    clipping = settings.get("gradient_clipping", 0)
+    if stage == 0 and reduced and trained and isinstance(clipping, (int, float)) and clipping > 0:
+        raise ConfigError(
+            f"gradient_clipping ({clipping}) at zero_optimization.stage (0) in {reduced[0]} leaves the experts out of "
+            f"the norm when ep_size ({state.groups.ep_size}) is over 1; use stage 1."
+        )
+
+
+def _enabled(block: Any) -> bool:
+    return isinstance(block, dict) and bool(block.get("enabled", False))

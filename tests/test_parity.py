@@ -1,0 +1,106 @@
+"""Pairs of settings against one process, and the tool that compares them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+from distributed import ROOT, launch
+
+from fluid_hf.bench.parity import CellResult, _deviation, markdown_summary, run
+from fluid_hf.bench.parity_cells import FACTORS, Cell, all_cells, covering_cells, impossible
+from fluid_hf.bench.parity_train import train_plain
+
+SCRIPT = ROOT / "tests" / "parity.py"
+
+
+def run_matrix(folder: Path, world: int, *options: str) -> list[CellResult]:
+    path = folder / "cells.json"
+    launch(SCRIPT, *options, "--json", str(path), nproc=world, launcher="torchrun", timeout=280)
+    return parity.read_results(path)
+
+
+def check(results: list[CellResult]) -> None:
+    bad = [f"{result.status}: {result.cell.name}\n    {result.detail}" for result in results if not result.good]
+    assert not bad, "\n".join(bad)
+
+
+def test_every_pair_of_settings_on_two_ranks(tmp_path: Path) -> None:
+    results = run_matrix(tmp_path, 2, "--fixed", "compiled=False")
+    check(results)
+    wanted = covering_cells(2, fixed={"compiled": False})
+    assert [result.cell for result in results] == wanted
+    assert sum(result.status == "equal" for result in results) >= 0.7 * len(wanted)
+    assert all("ConfigError" in result.detail for result in results if result.status == "refused")
+
+
+def test_every_setting_on_four_ranks(tmp_path: Path) -> None:
+    results = run_matrix(tmp_path, 4, "--strength", "1", "--fixed", "compiled=False", "ep_size=4")
+    check(results)
+    assert {result.cell.ep_size for result in results} == {4}
+
+
+def test_compiled_model(tmp_path: Path) -> None:
+    results = run_matrix(tmp_path, 2, "--cell", "family=qwen3_moe", "ep_size=2", "engine=zero2", "compiled=True")
+    check(results)
+    assert [result.status for result in results] == ["equal"]
+
+
+def test_one_process_without_a_launcher() -> None:
+    seen: list[CellResult] = []
+    cells = [Cell(family="qwen2_moe", aux_loss=True), Cell(trained="no_down", recompute=True)]
+    results = run(cells, report=seen.append)
+    assert seen == results
+    check(results)
+    assert "| family | qwen2_moe | 1 | 0 | 0 | 0 | 0 |" in markdown_summary(results)
+
+
+@pytest.mark.parametrize("damage", ["loss", "norm", "weight", "missing", "nan"])
+def test_deviations_are_seen(damage: str) -> None:
+    exact = train_plain(Cell(), torch.device("cpu"), 1, exact=True)
+    found = copy.deepcopy(exact)
+    assert _deviation(found, exact, {})[0] == 0
+    name = "model.layers.0.mlp.experts.down_proj"
+    if damage == "loss":
+        found.losses[1] *= 1 + 2e-5
+    elif damage == "norm":
+        found.norms[0] *= 1 + 2e-5
+    elif damage == "weight":  # a gradient that is off by 1e-4
+        found.after[name] += 1e-4 * (found.after[name] - found.before[name])
+    elif damage == "missing":
+        del found.after[name]
+    else:
+        found.losses[0] = math.nan
+    worst, place = _deviation(found, exact, {})
+    assert worst > 1, place
+
+
+def test_covering_cells_hold_every_possible_pair() -> None:
+    cells = covering_cells(2, seed=3)
+    assert len(cells) < 60
+    for one, other in itertools.combinations(FACTORS, 2):
+        held = {(getattr(cell, one), getattr(cell, other)) for cell in cells}
+        for pair in itertools.product(FACTORS[one], FACTORS[other]):
+            possible = impossible({one: pair[0], other: pair[1]}, 2, float16=False) is None
+            if possible and not (one, other) == ("engine", "dtype"):
+                assert pair in held or _contradictory(one, other, pair), (one, other, pair)
+
+
+def _contradictory(one: str, other: str, pair: tuple[object, object]) -> bool:
+    """Pairs that no whole cell can hold: each side asks for another value of a third setting."""
+    return not any(
+        getattr(cell, one) == pair[0] and getattr(cell, other) == pair[1]
+        for cell in itertools.islice(all_cells(2, float16=False, fixed={one: pair[0], other: pair[1]}), 1)
+    )
+
+
+def test_impossible_combinations() -> None:
+    assert "ZeRO" in str(impossible({"offload": "cpu", "engine": "torch"}, 2, float16=False))
+    assert "Mixtral" in str(impossible({"jitter": True, "family": "qwen3_moe"}, 2, float16=False))
+    assert impossible({"dtype": "float16", "engine": "zero1"}, 2, float16=True) is None
+    assert impossible({"ep_size": 4}, 2, float16=True) is not None
