@@ -26,12 +26,16 @@ __all__ = ["LayerBench", "Timing"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call of one variant: median and spread (90th less 10th percentile), forward and both passes."""
+    """Milliseconds per call of one variant: median and spread (90th less 10th percentile), forward and both passes.
+
+    `peak_mb` is the most memory that both passes of one call need beyond weights and inputs, in MB.
+    """
 
     forward: float
     forward_spread: float
     both: float
     both_spread: float
+    peak_mb: float = 0.0
 
 
 class LayerBench:
@@ -142,8 +146,20 @@ class LayerBench:
                 for parameter in module.parameters():
                     parameter.grad = None
 
-        times = [*measure(forward, repeats, self.device), *measure(both, repeats, self.device)]
-        return Timing(*(time / len(stack) for time in times))
+        (f, fs), (b, bs) = measure(forward, repeats, self.device), measure(both, repeats, self.device)
+        calls = len(stack)
+        return Timing(f / calls, fs / calls, b / calls, bs / calls, self._peak(*stack[0]))
+
+    def _peak(self, layer: Layer, module: nn.Module) -> float:
+        """Peak memory of one forward and backward pass, less what was there before; gradients of weights included."""
+        if self.device.type != "cuda":
+            return 0.0
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.gradients(layer, module)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
 
     def gradients(self, layer: Layer, module: nn.Module) -> dict[str, torch.Tensor]:
         """Output and gradients of one forward and backward pass; module gradients are cleared."""

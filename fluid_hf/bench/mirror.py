@@ -124,6 +124,7 @@ class MirrorGroup(dist.ProcessGroup):
     """The process group of rank 0; `bytes_on_wire` counts what all groups sent."""
 
     bytes_on_wire = 0
+    plays_all_ranks = True
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)

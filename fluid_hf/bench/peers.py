@@ -29,7 +29,7 @@ class _Mesh:
         return self._size
 
     def get_local_rank(self) -> int:
-        return 0
+        return dist.get_rank(self._group)
 
 
 class _FixedRouter(nn.Module):
@@ -66,13 +66,19 @@ def transformers_experts(shape: LayerShape, gate_up: torch.Tensor, down: torch.T
     return experts
 
 
+def _alone() -> Any:
+    """A group of this rank only; collective over all ranks."""
+    groups = [dist.new_group([rank]) for rank in range(1 if dist.get_backend() == "mirror" else dist.get_world_size())]
+    return groups[dist.get_rank()]
+
+
 def transformers_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Layer, nn.Module]:
     """transformers' AllToAllEP over the default group; the weights are those held here."""
     from transformers.distributed.expert_parallel import AllToAllEP
 
     experts = transformers_experts(shape, gate_up, down)
     experts._is_expert_parallel = True
-    meshes: list[Any] = [_Mesh(dist.group.WORLD, dist.get_world_size()), _Mesh(dist.new_group([0]), 1)]
+    meshes: list[Any] = [_Mesh(dist.group.WORLD, dist.get_world_size()), _Mesh(_alone(), 1)]
     layer = AllToAllEP(experts, *meshes)
     return layer, experts
 
@@ -111,10 +117,12 @@ def autoep_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -
     source = nn.Module()
     source.gate = nn.Linear(shape.hidden, shape.experts, bias=False, device=gate_up.device, dtype=gate_up.dtype)
     source.experts = nn.Module()
-    # Only rank 0's slice is read: a view of the right length stands in for the other ranks' experts.
+    # Only this rank's slice is read: a view of the right length stands in for the other ranks' experts.
     full = [w.expand(size, *w.shape).reshape(-1, *w.shape[1:]) if size > 1 else w for w in (gate_up, down)]
     source.experts.gate_up_proj, source.experts.down_proj = (nn.Parameter(w) for w in full)
-    layer = AutoEPMoELayer(spec, source, size, 0, AutoEPConfig(enabled=True, autoep_size=size, gate_up_impl="fused"))
+    layer = AutoEPMoELayer(
+        spec, source, size, dist.get_rank(), AutoEPConfig(enabled=True, autoep_size=size, gate_up_impl="fused")
+    )
     layer.to(gate_up.device)
     layer.ep_group = dist.group.WORLD
     router = _FixedRouter(shape.experts)

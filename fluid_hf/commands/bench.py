@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_hf.commands import bench_layer, bench_table
+from fluid_hf.commands import bench_layer, bench_model, bench_table
 
-BENCHMARKS: dict[str, Any] = {"layer": bench_layer, "table": bench_table}
+BENCHMARKS: dict[str, Any] = {"layer": bench_layer, "model": bench_model, "table": bench_table}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its benchmarks."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench", help="time one MoE layer beside DeepSpeed AutoEP and transformers"
+        "bench", help="time a layer or a slice of a model beside DeepSpeed AutoEP and transformers"
     )
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for benchmark in BENCHMARKS.values():

@@ -1,0 +1,56 @@
+"""Kernels of one layer call on a GPU: what the README states, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fluid_hf.bench.layer import LayerBench
+from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.shapes import SHAPES
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.fixture
+def mirror() -> Iterator[None]:
+    init_mirror(2)
+    yield
+    dist.destroy_process_group()
+
+
+def kernels(run: Callable[[], object]) -> int:
+    """Kernels that a call queues, copies over the link left out."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum("Memcpy" not in event.name and "Memset" not in event.name for event in events)
+
+
+def counts(ranks: int, waves: int) -> tuple[int, int]:
+    bench = LayerBench(SHAPES["small"], ranks, 512, torch.device("cuda"))
+    layer = bench.ours(overlap=True, waves=waves)
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(bench.hidden, bench.index, bench.weights)
+
+    return kernels(forward), kernels(lambda: bench.gradients(layer, layer))
+
+
+def test_kernels_without_communication() -> None:
+    forward, both = counts(1, 1)
+    assert forward <= 9 and both <= 23, (forward, both)
+
+
+@pytest.mark.parametrize(("waves", "forward_limit", "both_limit"), [(1, 20, 50), (2, 29, 71)])
+def test_kernels_with_communication(mirror: None, waves: int, forward_limit: int, both_limit: int) -> None:
+    forward, both = counts(2, waves)
+    assert forward <= forward_limit and both <= both_limit, (forward, both)
