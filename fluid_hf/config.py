@@ -30,6 +30,8 @@ class FluidConfig:
             before the input gradients are sent.
         waves: number of pieces the exchange is cut into. `None` lets the planner choose.
         recompute: keep only the received rows for backward and compute the gate and up projections again.
+        nccl_max_ctas: most thread blocks that NCCL takes from the GPU for an exchange. `None` leaves it to NCCL; fewer
+            leave more of the GPU to the computation beside it.
 
     Raises:
         ConfigError: a value is out of range; the message names the field, its value and what is allowed.
@@ -41,9 +43,10 @@ class FluidConfig:
     wgrad: str = "layer"
     waves: int | None = None
     recompute: bool = False
+    nccl_max_ctas: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ep_size", "sp_size", "waves"):
+        for name in ("ep_size", "sp_size", "waves", "nccl_max_ctas"):
             value = getattr(self, name)
             if value is not None and not _is_positive_int(value):
                 raise ConfigError(f"{name} ({value!r}) must be a positive integer, or null to choose by itself.")

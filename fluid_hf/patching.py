@@ -25,7 +25,13 @@ from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.shared_experts import bind_blocks, unbind_blocks
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
-from fluid_hf.process_groups import resolve_ep_size, resolve_sp_size, with_sequence_groups
+from fluid_hf.process_groups import (
+    release_exchange_groups,
+    resolve_ep_size,
+    resolve_sp_size,
+    with_exchange_groups,
+    with_sequence_groups,
+)
 from fluid_hf.state import FluidState
 
 __all__ = ["get_state", "patch_model", "requested_config", "unpatch_model"]
@@ -69,6 +75,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
         return model
     assert config.ep_size is not None and config.sp_size is not None
     groups = with_sequence_groups(backend.create_groups(config.ep_size), config.sp_size)
+    groups = with_exchange_groups(groups, config.nccl_max_ctas)
     state = FluidState(config, requested, groups, backend, control)
     wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
@@ -125,6 +132,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, original)
     state.control.close()
+    release_exchange_groups(state.groups)
     del model.fluid
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     return model

@@ -20,16 +20,21 @@ __all__ = [
     "create_groups",
     "expert_data_parallel_ranks",
     "expert_parallel_ranks",
+    "release_exchange_groups",
     "resolve_ep_size",
     "resolve_sp_size",
     "sequence_parallel_ranks",
+    "with_exchange_groups",
     "with_sequence_groups",
 ]
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The process groups of a patched model; every group is `None` when its size is 1 without torch.distributed."""
+    """The process groups of a patched model; every group is `None` when its size is 1 without torch.distributed.
+
+    `exchange_groups` are communicators of their own for the exchanges, over the ranks of `ep_group` (and `sp_group`).
+    """
 
     ep_size: int
     ep_rank: int
@@ -39,6 +44,17 @@ class ParallelGroups:
     sp_size: int = 1
     sp_rank: int = 0
     sp_group: dist.ProcessGroup | None = None
+    exchange_groups: tuple[dist.ProcessGroup, ...] = ()
+
+    @property
+    def ep_exchange(self) -> dist.ProcessGroup | None:
+        """The group whose communicator carries the rows."""
+        return self.exchange_groups[0] if self.exchange_groups else self.ep_group
+
+    @property
+    def sp_exchange(self) -> dist.ProcessGroup | None:
+        """The group whose communicator carries the heads."""
+        return self.exchange_groups[-1] if len(self.exchange_groups) > 1 else self.sp_group
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
@@ -118,3 +134,29 @@ def with_sequence_groups(groups: ParallelGroups, sp_size: int) -> ParallelGroups
 
 def _choices(values: list[int]) -> str:
     return " or ".join(map(str, values))
+
+
+def with_exchange_groups(groups: ParallelGroups, max_ctas: int | None) -> ParallelGroups:
+    """Give the exchanges NCCL communicators of their own, on streams of high priority; collective over all ranks.
+
+    A kernel of the exchange then starts before the GEMM that was queued earlier has ended. Other backends need none.
+
+    Args:
+        max_ctas: most thread blocks that NCCL takes from the GPU for one exchange; `None` for NCCL's choice.
+    """
+    if groups.ep_size * groups.sp_size == 1 or dist.get_backend() != "nccl":
+        return groups
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
+    layouts = [expert_parallel_ranks(groups.world_size, groups.ep_size)]
+    if groups.sp_size > 1:
+        layouts.append(sequence_parallel_ranks(groups.world_size, groups.sp_size))
+    made = [dist.new_subgroups_by_enumeration(ranks, pg_options=options)[0] for ranks in layouts]
+    return dataclasses.replace(groups, exchange_groups=tuple(made))
+
+
+def release_exchange_groups(groups: ParallelGroups) -> None:
+    """Give back what `with_exchange_groups` made."""
+    for group in groups.exchange_groups:
+        dist.destroy_process_group(group)

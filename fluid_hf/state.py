@@ -59,8 +59,8 @@ class FluidState:
         self.backend = backend
         self.control = control
         self.scheduler = WgradScheduler(config.wgrad)
-        self.exchange = PeerExchange(groups.ep_group, groups.ep_rank, groups.ep_size)
-        self.sequence_exchange = PeerExchange(groups.sp_group, groups.sp_rank, groups.sp_size)
+        self.exchange = PeerExchange(groups.ep_exchange, groups.ep_rank, groups.ep_size)
+        self.sequence_exchange = PeerExchange(groups.sp_exchange, groups.sp_rank, groups.sp_size)
         self.sequence: SequenceParallel | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}

@@ -83,7 +83,6 @@ class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
         for name, module in modules.items():
             setattr(self, name, module)
         self.ep_group_name = group_name
-        self.ep_group = self.context.exchange.group
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             self.num_experts, self.num_local_experts, self.ep_size
         )
@@ -152,6 +151,7 @@ class DeepSpeedBackend(TorchBackend):
                 experts = SplitExperts(take_local_experts(source, settings), trainable, transposed)
                 modules = extra_modules(source) if math is not None else {}
                 layer = DeepSpeedExperts(settings, name, experts, modules)
+                layer.ep_group = groups.ep_group  # type: ignore[assignment]
         split = layer.split_parameters()
         for parameter in split:
             _mark_expert_parameter(parameter, name)

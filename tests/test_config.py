@@ -19,7 +19,7 @@ from fluid_hf.process_groups import (
     resolve_ep_size,
 )
 
-FIELDS = ["ep_size", "sp_size", "overlap", "wgrad", "waves", "recompute"]
+FIELDS = ["ep_size", "sp_size", "overlap", "wgrad", "waves", "recompute", "nccl_max_ctas"]
 CHANGED: dict[str, Any] = {"ep_size": 4, "overlap": True, "wgrad": "off", "waves": 3, "recompute": True}
 
 
@@ -31,6 +31,7 @@ CHANGED: dict[str, Any] = {"ep_size": 4, "overlap": True, "wgrad": "off", "waves
         ({"ep_size": 2.0}, r"^ep_size \(2\.0\) must be a positive integer"),
         ({"ep_size": "2"}, r"^ep_size \('2'\) must be a positive integer"),
         ({"ep_size": True}, r"^ep_size \(True\) must be a positive integer"),
+        ({"nccl_max_ctas": 0}, r"^nccl_max_ctas \(0\) must be a positive integer"),
         ({"waves": 0}, r"^waves \(0\) must be a positive integer"),
         ({"waves": "auto"}, r"^waves \('auto'\) must be a positive integer"),
         ({"waves": False}, r"^waves \(False\) must be a positive integer"),
@@ -82,6 +83,7 @@ def test_defaults() -> None:
         "wgrad": "layer",
         "waves": None,
         "recompute": False,
+        "nccl_max_ctas": None,
     }
     assert FluidConfig.from_dict({}) == FluidConfig()
 
