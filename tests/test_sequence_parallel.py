@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import RankPool, rank_pool
+from distributed import ROOT, RankPool, rank_pool
 from families import FAMILIES, batch, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_equivalence import check, gradient_errors
@@ -286,3 +291,24 @@ def test_order_of_events_and_bytes(pool2: RankPool) -> None:
             tokens, layers, heads = 2 * 6, 2, 4 // 2 + 2 * 2 // 2 + 4 // 2  # q, k and v, results to the other rank
             assert sent == layers * tokens * heads * 8 * 4
             assert inside >= 2 * layers  # o_proj, and the early part of q, k and v
+
+
+def test_benchmark_checks_every_variant(tmp_path: Path) -> None:
+    """Outputs and gradients of all variants, DeepSpeed's UlyssesSPAttentionHF among them, on a mirror world."""
+    file = tmp_path / "attention.json"
+    command = [sys.executable, "-m", "fluid_hf.cli", "bench", "attention", "--shapes", "tiny", "tiny-normed"]
+    command += ["--sp", "1", "2", "8", "--tokens", "64", "--layers", "2", "--json", str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    cells = json.loads(file.read_text())["cells"]
+    assert [(cell["shape"], cell["sp_size"]) for cell in cells] == [
+        (shape, size) for size in (1, 2, 8) for shape in ("tiny", "tiny-normed")
+    ]
+    for cell in cells:
+        wanted = {"serial", "overlap 1", "UlyssesSPAttentionHF"} if cell["sp_size"] > 1 else {"transformers"}
+        assert wanted <= set(cell["errors"])
+        assert all(isinstance(error, float) and error <= 1e-5 for error in cell["errors"].values()), cell["errors"]
+    table = [*command[:4], "table", "--json", str(file)]
+    done = subprocess.run(table, check=True, capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + len(cells) and lines[2].startswith("| tiny SP1")

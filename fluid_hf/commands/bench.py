@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_hf.commands import bench_layer, bench_model, bench_table
+from fluid_hf.commands import bench_attention, bench_layer, bench_model, bench_table
 
-BENCHMARKS: dict[str, Any] = {"layer": bench_layer, "model": bench_model, "table": bench_table}
+BENCHMARKS: dict[str, Any] = {
+    "layer": bench_layer,
+    "attention": bench_attention,
+    "model": bench_model,
+    "table": bench_table,
+}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

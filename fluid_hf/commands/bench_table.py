@@ -1,4 +1,4 @@
-"""`fluid-hf bench table`: results of `fluid-hf bench layer` as a table in Markdown."""
+"""`fluid-hf bench table`: results of `fluid-hf bench layer` or `bench attention` as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.report import markdown_table
 
 
@@ -19,5 +20,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table."""
-    print(markdown_table(json.loads(Path(options.json).read_text(encoding="utf-8"))))
+    report = json.loads(Path(options.json).read_text(encoding="utf-8"))
+    print(attention_table(report) if report.get("what") == "attention" else markdown_table(report))
     return 0

@@ -31,7 +31,7 @@ from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.overlap.wgrad import WgradScheduler
 
-__all__ = ["SequenceParallel"]
+__all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_interface"]
 
 INTERFACE = "fluid_sequence_parallel"
 KEYWORD = "fluid_sequence"
@@ -203,6 +203,14 @@ def _interface(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module.fluid_attention.run(module, *args, **kwargs)
 
 
+def take_interface(module: nn.Module, attention: Any) -> None:
+    """Let a layer's attention interface be `attention.run`, for this layer alone."""
+    AttentionInterface.register(INTERFACE, _interface)
+    layer: Any = module
+    layer.fluid_attention = attention
+    layer.config = _InterfaceConfig(layer.config)
+
+
 class SequenceParallel:
     """Sequence parallelism of one model; `attach` turns it on, `detach` off.
 
@@ -238,17 +246,16 @@ class SequenceParallel:
 
     def attach(self) -> None:
         """Change the layers and hook the model."""
-        AttentionInterface.register(INTERFACE, _interface)
         body = self._model.base_model
         for site in self._sites:
             module: Any = site.module
-            module.fluid_attention = LayerAttention(site, self.exchange)
+            attention = LayerAttention(site, self.exchange)
             form = find_attention_form(module) if self._overlap and _rotary(body) is not None else None
             if form is not None:
-                forward = OverlappedForward(module, form, module.fluid_attention, self._scheduler, self._chunks)
+                forward = OverlappedForward(module, form, attention, self._scheduler, self._chunks)
                 self.overlapped[site.name] = module.forward = forward
                 self._hooks.append(module.register_forward_pre_hook(_by_position, with_kwargs=True))
-            module.config = _InterfaceConfig(module.config)
+            take_interface(module, attention)
         self._hooks.append(body.register_forward_pre_hook(self._prepare, with_kwargs=True))
         if body is not self._model:
             self._hooks.append(self._model.register_forward_pre_hook(self._check_labels, with_kwargs=True))

@@ -1,0 +1,43 @@
+"""Tables from the JSON that `fluid-hf bench attention` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["attention_table"]
+
+
+def attention_table(report: dict[str, Any]) -> str:
+    """One line per shape, length and group size: milliseconds of forward / forward and backward."""
+    heads = ["layer", "tokens", "compute", "link", "limit", "serial", "fluid_hf (chunks)", "UlyssesSPAttentionHF"]
+    heads += ["over DeepSpeed", "over limit", "host", "peak MiB, ours / DeepSpeed"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for cell in report["cells"]:
+        variants, limits = cell["variants"], cell["limits"]
+        ours = variants.get(f"overlap {cell['planned_chunks']}") or variants.get("transformers")
+        theirs = variants.get("UlyssesSPAttentionHF")
+        share = {"forward": limits["limit"], "both": limits["limit_both"]}
+        columns = [
+            f"{cell['shape']} SP{cell['sp_size']}",
+            str(cell["tokens"]),
+            *(f"{limits[name]:.2f} / {limits[name + '_both']:.2f}" for name in ("compute", "link", "limit")),
+            _times(variants.get("serial")),
+            _times(ours) + f" ({cell['planned_chunks']})",
+            _times(theirs),
+            _ratio(theirs, ours),
+            _ratio(ours, share),
+            "-" if ours is None else f"{ours['host_forward']:.2f} / {ours['host_both']:.2f}",
+            " / ".join("-" if found is None else f"{found['peak_mib']:.0f}" for found in (ours, theirs)),
+        ]
+        lines.append("| " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def _times(variant: dict[str, float] | None) -> str:
+    return "-" if variant is None else f"{variant['forward']:.2f} / {variant['both']:.2f}"
+
+
+def _ratio(over: dict[str, float] | None, under: dict[str, float] | None) -> str:
+    if over is None or under is None or not under["forward"] or not under["both"]:
+        return "-"
+    return f"{over['forward'] / under['forward']:.2f}x / {over['both'] / under['both']:.2f}x"

@@ -1,0 +1,120 @@
+"""`fluid-hf bench attention`: one sequence-parallel attention layer beside DeepSpeed's UlyssesSPAttentionHF."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_hf.attention.planner import choose_head_chunks
+from fluid_hf.bench.attention import AttentionBench
+from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
+from fluid_hf.bench.attention_report import attention_table
+from fluid_hf.bench.mirror import init_mirror
+
+ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "attention",
+        help="time one sequence-parallel attention layer beside DeepSpeed's",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    shapes = ["mixtral-8x7b", "qwen3-30b-a3b"]
+    add("--shapes", nargs="+", default=shapes, choices=sorted(ATTENTION_SHAPES), help="models by name")
+    add("--sp", nargs="+", type=int, default=[2, 8], help="sequence parallel sizes; 1 for the layer alone")
+    add("--tokens", nargs="+", type=int, default=[8192, 32768], help="tokens of the whole sequence")
+    add("--chunks", nargs="+", type=int, default=[1, 2, 4], help="chunks of heads to time beside the planner's choice")
+    add("--layers", type=int, default=4, help="calls in a row; times are per call")
+    add("--repeats", type=int, default=20, help="timed runs of each variant")
+    add("--variants", nargs="+", help="only variants whose name contains one of these")
+    add("--json", help="file for the results")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Time every shape on every group size; print as they come, and write the file. 1 if variants disagree."""
+    cells = [cell for sp_size in options.sp for cell in _bench(options, sp_size)]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    about: dict[str, Any] = {"what": "attention", "device": device, "torch": torch.__version__}
+    about |= {"date": datetime.date.today().isoformat(), "command": vars(options), "link": "mirror"}
+    report = {**about, "cells": cells}
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    print("\n" + attention_table(report))
+    return int(any(isinstance(error, str) for cell in cells for error in cell["errors"].values()))
+
+
+def _bench(options: Any, sp_size: int) -> list[dict[str, Any]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if sp_size > 1:
+        init_mirror(sp_size)
+    cells = []
+    for name in options.shapes:
+        for tokens in options.tokens:
+            if ATTENTION_SHAPES[name].heads % sp_size == 0 and tokens % sp_size == 0:
+                bench = AttentionBench(
+                    ATTENTION_SHAPES[name], sp_size, tokens, device, dtype=dtype, layers=options.layers
+                )
+                cells.append(_cell(options, bench, name))
+    if sp_size > 1:
+        dist.destroy_process_group()
+    return cells
+
+
+def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
+    planned = len(bench.layout.chunks(choose_head_chunks(bench.tokens)))
+    chunks = sorted({planned, *(len(bench.layout.chunks(count)) for count in options.chunks)})
+    cell: dict[str, Any] = {"shape": name, "sp_size": bench.sp_size, "tokens": bench.tokens, "layers": bench.layers}
+    cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}
+    cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}}
+    limits = {key: round(value, 3) for key, value in cell["limits"].items()}
+    print(f"\n{name} SP{bench.sp_size} T={bench.tokens} planned chunks {planned} limits {limits}", flush=True)
+    reference: dict[str, torch.Tensor] = {}
+    for variant, build in bench.variants(chunks).items():
+        if options.variants and not any(part in variant for part in options.variants):
+            continue
+        try:
+            stack = [build() for _ in range(bench.layers)]
+            found = bench.gradients(*stack[0])
+            reference = reference or found
+            worst = max((_difference(found[key], reference[key]), key) for key in reference)
+            cell["errors"][variant] = worst[0]
+            if not worst[0] <= ALLOWED[bench.dtype]:
+                cell["errors"][variant] = f"{worst[1]} differs by {worst[0]:.1e}"
+                print(f"  {variant:<24} {cell['errors'][variant]}", flush=True)
+                continue
+            timing = asdict(bench.time(stack, options.repeats))
+            cell["variants"][variant] = timing
+            _print(variant, timing, cell)
+            del stack
+        except Exception as error:
+            cell["errors"][variant] = f"{type(error).__name__}: {error}"[:300]
+            print(f"  {variant:<24} {cell['errors'][variant]}", flush=True)
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return cell
+
+
+def _difference(found: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((found.float() - reference.float()).norm() / reference.float().norm().clamp(min=1e-12))
+
+
+def _print(variant: str, timing: dict[str, float], cell: dict[str, Any]) -> None:
+    parts = []
+    for label, key, limit in (("fwd", "forward", "limit"), ("fwd+bwd", "both", "limit_both")):
+        share = timing[key] / max(cell["limits"][limit], 1e-9)
+        spread, host = timing[f"{key}_spread"], timing[f"host_{key}"]
+        parts.append(f"{label} {timing[key]:7.3f} (+-{spread:.3f}) {share:5.2f}x limit, host {host:.3f}")
+    parts.append(f"peak {timing['peak_mib']:.0f} MiB   differs {cell['errors'][variant]:.1e}")
+    print(f"  {variant:<24} {'   '.join(parts)}", flush=True)
