@@ -128,6 +128,7 @@ class LayerBench:
         found[f"overlap {waves[-1]} wgrad off"] = build(overlap=True, waves=waves[-1], wgrad="off")
         found["AutoEP"] = lambda: autoep_layer(self.shape, self.gate_up, self.down)
         found["AllToAllEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down)
+        found["FluidEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down, "fluid")
         return found
 
     def time(self, stack: list[tuple[Layer, nn.Module]], repeats: int) -> Timing:

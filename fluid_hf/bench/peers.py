@@ -72,14 +72,18 @@ def _alone() -> Any:
     return groups[dist.get_rank()]
 
 
-def transformers_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Layer, nn.Module]:
-    """transformers' AllToAllEP over the default group; the weights are those held here."""
-    from transformers.distributed.expert_parallel import AllToAllEP
+def transformers_layer(
+    shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor, implementation: str = "all_to_all"
+) -> tuple[Layer, nn.Module]:
+    """transformers' AllToAllEP (or another registered one) over the default group; the weights are those held here."""
+    from transformers.distributed.expert_parallel import EPImplementationInterface
+
+    from fluid_hf.integrations import transformers_ep  # noqa: F401 - registers "fluid"
 
     experts = transformers_experts(shape, gate_up, down)
     experts._is_expert_parallel = True
     meshes: list[Any] = [_Mesh(dist.group.WORLD, dist.get_world_size()), _Mesh(_alone(), 1)]
-    layer = AllToAllEP(experts, *meshes)
+    layer = EPImplementationInterface()[implementation](experts, *meshes)
     return layer, experts
 
 

@@ -10,7 +10,7 @@ __all__ = ["markdown_table"]
 def markdown_table(report: dict[str, Any]) -> str:
     """One line per shape and group size: milliseconds of forward / forward and backward of the main variants."""
     heads = ["layer", "limit", "row per expert", "serial", "fluid_hf (waves)", "AutoEP", "transformers"]
-    heads += ["over AutoEP", "over limit"]
+    heads += ["over AutoEP", "over limit", "transformers with FluidEP", "over transformers"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for cell in report["cells"]:
         variants, limits = cell["variants"], cell["limits"]
@@ -30,6 +30,8 @@ def markdown_table(report: dict[str, Any]) -> str:
             _times(theirs),
             faster,
             _ratio(ours, share),
+            _times(variants.get("FluidEP")),
+            _ratio(theirs, variants.get("FluidEP")),
         ]
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
