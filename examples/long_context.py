@@ -96,7 +96,10 @@ def main() -> None:
     trainer.train()
     if training_args.process_index == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, {args.seq_len} tokens a sequence, sp_size {args.sp}", flush=True)
+        print(
+            f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, sequences of {args.seq_len} tokens, sp_size {args.sp}",
+            flush=True,
+        )
         if torch.cuda.is_available() and not training_args.use_cpu:
             print(f"peak memory of rank 0: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", flush=True)
         if not losses[-1] < losses[0]:
