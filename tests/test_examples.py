@@ -1,0 +1,84 @@
+"""The examples as a user starts them, on 2 CPU ranks; each is short and explains its arguments."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import ROOT, launch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = ["pretrain.py", "finetune_lora.py", "plain_loop.py", "generate.py"]
+SMALL = ["--steps", "12", "--max-mb", "0.15", "--seq-len", "32", "--batch-size", "2"]
+PROMPTS = ["def main(", "import"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_examples_are_short_and_explain_every_argument(name: str) -> None:
+    source = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 120
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    arguments = [call for call in calls if call.args and getattr(call.args[0], "value", "").__class__ is str]
+    added = [
+        call
+        for call in arguments
+        if getattr(call.func, "id", getattr(call.func, "attr", "")) in ("add", "add_argument")
+    ]
+    assert len(added) >= 2
+    for call in added:
+        assert any(keyword.arg == "help" for keyword in call.keywords), ast.unparse(call)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pretrain")
+    done = launch(EXAMPLES / "pretrain.py", *SMALL, "--profile-steps", "5", "6", "--output", str(output))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "reloaded              yes" in done.stdout
+    return output
+
+
+def test_pretraining_saves_a_model_and_a_profile(checkpoint: Path) -> None:
+    assert (checkpoint / "checkpoint" / "config.json").is_file()
+    summary = json.loads((checkpoint / "fluid_profile" / "timeline.json").read_text())
+    assert len(summary["layers"]) == 4 and 0 < summary["overlap_ratio"] < 1
+
+
+def test_generated_text_is_that_of_transformers(checkpoint: Path) -> None:
+    folder = checkpoint / "checkpoint"
+    arguments = [str(folder), "--new-tokens", "8", "--prompt", *PROMPTS]
+    done = launch(EXAMPLES / "generate.py", *arguments, launcher="torchrun")
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs.pop("token_type_ids", None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = tokenizer.batch_decode(
+        model.generate(**inputs, max_new_tokens=8, do_sample=False), skip_special_tokens=True
+    )
+    assert done.stdout == "".join(f"--- {text}\n" for text in expected)
+
+
+def test_lora_trains_and_saves_an_adapter(tmp_path: Path) -> None:
+    done = launch(EXAMPLES / "finetune_lora.py", *SMALL, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "weights trained" in done.stdout
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+
+
+def test_api_pages_build(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    text = (EXAMPLES / "guides" / "api.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith("pdoc "))
+    command = [sys.executable, "-m", "pdoc", *line.split()[1:]]
+    command[command.index("api")] = str(tmp_path)
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    page = (tmp_path / "fluid_hf.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in page for name in ("patch_model", "FluidConfig", "ExpertParallelExperts"))
+    assert 'id="FluidCallback"' in (tmp_path / "fluid_hf/integrations/trainer.html").read_text(encoding="utf-8")
