@@ -41,6 +41,7 @@ class StepMetrics:
         self.peak = peak if peak is not None else peak_tflops()
         self._tokens, self._seq_len, self._steps = 0, 0, 0
         self._begin: float | None = None
+        self._last_end, self._interrupted = 0.0, False
         self._sampler: OverlapSampler | None = None
         self._unread: OverlapSampler | None = None
         self._since_sample = SAMPLE_EVERY
@@ -50,8 +51,12 @@ class StepMetrics:
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
+        now = time.perf_counter()
         if self._begin is None:
-            self._begin = time.perf_counter()
+            self._begin = now
+        elif self._interrupted:
+            self._begin += now - self._last_end
+        self._interrupted = False
         self._since_sample += 1
         if self._since_sample > SAMPLE_EVERY and self.fluid.groups.ep_size * self.fluid.groups.sp_size > 1:
             device = next(self.model.parameters()).device
@@ -60,9 +65,14 @@ class StepMetrics:
     def end_step(self) -> None:
         """An optimizer step ended; its samples are read when the next log waits for the device anyway."""
         self._steps += 1
+        self._last_end = time.perf_counter()
         if self._sampler is not None:
             self.fluid.stop_sampling()
             self._unread, self._sampler = self._sampler, None
+
+    def interrupt(self) -> None:
+        """Evaluation or saving came between two steps: their time does not count."""
+        self._interrupted = True
 
     def collect(self) -> dict[str, float]:
         """The metrics since the last call. Collective over all ranks, waits for the device."""

@@ -110,6 +110,16 @@ class FluidCallback(TrainerCallback):
             if self._history is not None:
                 self._history.add(state.global_step, self._step_metrics.fluid.expert_load)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluation is no part of the training speed."""
+        if self._step_metrics is not None:
+            self._step_metrics.interrupt()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Saving is no part of the training speed."""
+        if self._step_metrics is not None:
+            self._step_metrics.interrupt()
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the metrics to the log entry of this step, for the history and for the reporters that follow."""
         logs = kwargs.get("logs")

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidCallback
+from fluid_hf.integrations.step_metrics import StepMetrics
 from fluid_hf.metrics import global_load, imbalance, model_flops_per_token
 from fluid_hf.overlap.sampler import OverlapSampler
 
@@ -76,3 +77,30 @@ def test_sampler_unites_flights_and_sums_waits(monkeypatch: pytest.MonkeyPatch) 
 def test_profiled_steps_are_checked(steps: Any) -> None:
     with pytest.raises(ConfigError, match="profile_steps"):
         FluidCallback(profile_steps=steps)
+
+
+def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("fluid_hf.integrations.step_metrics.time.perf_counter", lambda: clock[0])
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    metrics = StepMetrics(model, model.fluid, peak=2.0)
+    ids = batch(0, 2)
+    for step in range(2):
+        metrics.begin_step()
+        model.train()
+        model(input_ids=ids)
+        clock[0] += 4.0
+        metrics.end_step()
+        if step == 0:
+            model.eval()
+            model(input_ids=ids)  # evaluation: neither its tokens nor its time count
+            clock[0] += 1000.0
+            metrics.interrupt()
+    found = metrics.collect()
+    metrics.close()
+    assert found["fluid/tokens"] == 2 * ids.numel()
+    assert found["fluid/tokens_per_second"] == pytest.approx(2 * ids.numel() / 8.0)
+    flops = model_flops_per_token(model, model.fluid.layers, ids.shape[1])
+    assert found["fluid/model_tflops"] == pytest.approx(found["fluid/tokens_per_second"] * flops / 1e12)
+    assert found["fluid/mfu"] == pytest.approx(found["fluid/model_tflops"] / 2.0)
+    assert not model._forward_pre_hooks
