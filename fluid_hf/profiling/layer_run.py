@@ -18,7 +18,7 @@ from fluid_hf.profiling.session import StepTrace
 
 __all__ = ["LayerRun"]
 
-WARM_UP = 3
+WARM_UP, TRACED = 3, 5
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LayerRun:
             )
             layer.context.name = self.shape
             trace = StepTrace(self.trace_path(overlap))
-            for step in range(WARM_UP + 1):
+            for step in range(WARM_UP + TRACED):
                 if step == WARM_UP:
                     if device.type == "cuda":
                         torch.cuda.synchronize()

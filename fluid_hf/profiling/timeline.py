@@ -57,7 +57,7 @@ def layer_names(trace: Trace) -> list[str]:
 
 
 def layer_passes(trace: Trace, layer: str | None = None) -> list[PassTimeline]:
-    """The last forward and the last backward pass of a layer (by default the one in the middle).
+    """The forward and the backward pass of median length of a layer (by default the one in the middle).
 
     Raises:
         TraceError: the trace has no such layer, or no whole pass of it.
@@ -71,7 +71,8 @@ def layer_passes(trace: Trace, layer: str | None = None) -> list[PassTimeline]:
     for backward in (False, True):
         calls = _calls(trace, layer, backward)
         if calls:
-            found.append(_pass_timeline(trace, calls[-1], layer, backward, gaps))
+            calls.sort(key=lambda call: length([_window(trace, call)]))
+            found.append(_pass_timeline(trace, calls[(len(calls) - 1) // 2], layer, backward, gaps))
     if not found:
         raise TraceError(f"layer ({layer}) must have run a whole pass in the trace; profile a whole step.")
     return found
