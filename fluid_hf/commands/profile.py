@@ -15,8 +15,9 @@ from fluid_hf.profiling.session import draw_traces
 from fluid_hf.profiling.timeline import summarize
 from fluid_hf.profiling.trace import read_trace
 
-DESCRIPTION = """Traces one layer's forward and backward pass (serial, then overlapped) and draws both under each other,
-of five passes the one of median length; or, with --from, draws a trace that FluidCallback(profile_steps=...) or torch.profiler made anywhere.
+DESCRIPTION = """Traces one layer's forward and backward pass, serial and overlapped, and draws both under each other,
+of five passes the one of median length; or, with --from, draws a trace made anywhere by FluidCallback(profile_steps=...) or
+torch.profiler.
 
 Writes OUT.png, OUT.svg and OUT.json; without --from also the two traces, for https://ui.perfetto.dev."""
 
