@@ -16,7 +16,7 @@ from fluid_hf.profiling.timeline import summarize
 from fluid_hf.profiling.trace import read_trace
 
 DESCRIPTION = """Traces one layer's forward and backward pass, serial and overlapped, and draws both under each other,
-of five passes the one of median length; or, with --from, draws a trace made anywhere by FluidCallback(profile_steps=...) or
+of five passes the one of median length; or, with --from, draws a trace made anywhere by FluidCallback or
 torch.profiler.
 
 Writes OUT.png, OUT.svg and OUT.json; without --from also the two traces, for https://ui.perfetto.dev."""
