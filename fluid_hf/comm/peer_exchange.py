@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_hf.comm.host_reader import HostReader
+from fluid_hf.comm.side_stream import SideStream
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.ranges import span
 
@@ -59,6 +60,7 @@ class PeerExchange:
     Attributes:
         bytes_sent: bytes handed to the process group for other ranks since construction.
         host_reader: reads counts that arrived on the device.
+        side_stream: posts what was ready at a mark, behind work that was queued since.
         num_posted: exchanges started since construction.
         name: tells the exchanges of a process apart in a profile.
         sampler: measures the exchanges of a step, while one is sampled.
@@ -70,6 +72,7 @@ class PeerExchange:
         self.size = size
         self.bytes_sent = 0
         self.host_reader = HostReader()
+        self.side_stream = SideStream()
         self.num_posted = 0
         self.name = f"{id(self):x}"
         self.sampler: OverlapSampler | None = None
@@ -107,8 +110,8 @@ class PeerExchange:
         row_bytes = input[:1].numel() * input.element_size() if input.shape[0] else 0
         with self._posting(row_bytes * (sum(input_splits) - input_splits[self.rank])):
             assert self.group is not None
-        # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
-        work = self.group.alltoall_base(output, input, output_splits, input_splits, self._all_to_all_options)
+            # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
+            work = self.group.alltoall_base(output, input, output_splits, input_splits, self._all_to_all_options)
         return self._track([work], [output, input])
 
     def drain(self) -> None:

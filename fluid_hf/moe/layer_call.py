@@ -29,7 +29,7 @@ from fluid_hf.moe.statistics import LayerStats
 from fluid_hf.overlap.wgrad import WgradScheduler
 from fluid_hf.ranges import mark, ranged
 
-__all__ = ["LayerCall", "LayerContext", "pack_pieces", "unpack_pieces"]
+__all__ = ["LayerCall", "LayerContext"]
 
 
 @dataclass
@@ -108,6 +108,7 @@ class LayerCall:
         self._own: torch.Tensor | None = None
         self._own_weights: torch.Tensor | None = None
         self._own_plan: PairPlan | None = None
+        self._own_first: tuple[Piece, tuple[torch.Tensor, ...]] | None = None
         self.returns_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class LayerCall:
         hits, handle = self._count(index_TK)
         # Packed while the counts travel, into a buffer for the most rows there can be.
         packed = self._pack_most(hidden_TH, weights_TK, index_TK, hits) if hits.from_kernels else None
+        context.exchange.side_stream.mark(self.device)
         counts = context.exchange.host_reader.start(hits.counts_2PC, handle)()
         plan = self._plan(hits, counts, index_TK.shape[0])
         route = self.route
@@ -130,10 +132,22 @@ class LayerCall:
         sent = self._pack(hidden_TH, weights_TK, index_TK, plan) if packed is None else packed[: route.num_sent]
         received = self.format.new_rows(route.num_received, self.device)
         self._rows = received
-        self._post_out(sent, received, "dispatch")
+        if packed is None:
+            self._post_out(sent, received, "dispatch")
+            return plan
+        # Posting takes the host a while. The GPU gets the own tokens' projections before it, and the rows go behind the
+        # mark, so they do not wait for them. `received` was allocated before anything was queued after the mark.
+        self._start_own(hidden_TH, weights_TK, index_TK)
+        with context.exchange.side_stream.posting():
+            self._post_out(sent, received, "dispatch")
         return plan
 
-    @ranged("plan")
+    def _start_own(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> None:
+        """Queue the projections of the own tokens, unless all rows travel alike."""
+        if self.route is None or not self.route.serial:
+            piece = self._own_piece(hidden_TH, weights_TK, index_TK)
+            self._own_first = piece, self.math.project(piece, self._weights())
+
     def _count(self, index_TK: torch.Tensor) -> tuple[HitMap, ExchangeHandle]:
         """Count the rows and send every peer its counts."""
         context, exchange = self.context, self.context.exchange
@@ -188,17 +202,20 @@ class LayerCall:
         """Compute own tokens and every wave as it arrives; post each wave's combine at once.
 
         Own tokens fill both ends: their projections run before the first wave is waited for, the rest after the last
-        combine was posted.
+        combine was posted. With `keep` the projections are returned too, for backward.
         """
         context, route = self.context, self.route
         weights = self._weights()
         pieces: list[Piece] = []
         projections: list[tuple[torch.Tensor, ...]] = []
         own_first: tuple[torch.Tensor, ...] = ()
-        if route is None or not route.serial:
-            pieces.append(self._own_piece(hidden_TH, weights_TK, index_TK))
-            own_first = self.math.project(pieces[0], weights)
-            projections.append(own_first)
+        if self._own_first is None:
+            self._start_own(hidden_TH, weights_TK, index_TK)
+        if self._own_first is not None:
+            piece, own_first = self._own_first
+            self._own_first = None
+            pieces.append(piece)
+            projections += [own_first] if keep else []
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
         for wave in range(route.num_waves if route is not None else 0):
@@ -213,7 +230,7 @@ class LayerCall:
             combine.append(route.post_back(wave, out_QH, returned))
             context.event(f"post combine {wave}")
             pieces.append(piece)
-            projections.append(first)
+            projections += [first] if keep else []
         self._own = None
         if own_first:
             self._own = self._new_hidden(hidden_TH.shape[0])
@@ -359,27 +376,3 @@ class LayerCall:
         self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: Any
     ) -> tuple[torch.Tensor, ...]:
         return kept[index] if kept else self.math.project(piece, weights)
-
-
-def pack_pieces(pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """Flatten what backward needs into tensors for `save_for_backward`."""
-    flat: list[torch.Tensor] = []
-    for index, piece in enumerate(pieces):
-        plan = piece.plan
-        flat += [piece.rows_RH, piece.weights_RK, plan.pair_row_S, plan.pair_slot_S, plan.row_pair_RK, plan.offsets_E]
-        flat += projections[index] if projections else ()
-    return flat
-
-
-def unpack_pieces(
-    flat: Sequence[torch.Tensor], num_projections: int
-) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
-    """Inverse of `pack_pieces`; `num_projections` tensors per piece (0 when they were not kept)."""
-    pieces, projections = [], []
-    step = 6 + num_projections
-    for start in range(0, len(flat), step):
-        rows, weights, *plan = flat[start : start + 6]
-        pieces.append(Piece(rows, weights, PairPlan(*plan)))
-        if num_projections:
-            projections.append(tuple(flat[start + 6 : start + step]))
-    return pieces, projections

@@ -1,0 +1,37 @@
+"""Communication that need not wait for what the computing stream was given after its data were ready."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+__all__ = ["SideStream"]
+
+
+class SideStream:
+    """A process group makes communication wait for all that the current stream holds; here, for what it held at a mark.
+
+    Buffers that the communication writes must have been allocated before anything was queued after the mark: memory
+    that the computing stream gets back later is free in its own order only. On the CPU both calls do nothing.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._mark: torch.cuda.Event | None = None
+
+    def mark(self, device: torch.device) -> None:
+        """All that was queued on the current stream until now is what the next `posting()` waits for."""
+        if device.type != "cuda":
+            return
+        if self._mark is None:
+            self._mark, self._stream = torch.cuda.Event(), torch.cuda.Stream(device, priority=-1)
+        self._mark.record()
+
+    def posting(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which communication is posted behind the mark only."""
+        if self._stream is None or self._mark is None:
+            return contextlib.nullcontext()
+        self._stream.wait_event(self._mark)
+        return torch.cuda.stream(self._stream)
