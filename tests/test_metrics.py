@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from families import batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import fluid_hf
-from fluid_hf import ConfigError, FluidCallback
+from fluid_hf import ConfigError, FluidCallback, cli
 from fluid_hf.integrations.step_metrics import StepMetrics
 from fluid_hf.metrics import global_load, imbalance, model_flops_per_token
 from fluid_hf.overlap.sampler import OverlapSampler
@@ -104,3 +106,23 @@ def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPa
     assert found["fluid/model_tflops"] == pytest.approx(found["fluid/tokens_per_second"] * flops / 1e12)
     assert found["fluid/mfu"] == pytest.approx(found["fluid/model_tflops"] / 2.0)
     assert not model._forward_pre_hooks
+
+
+def test_cost_of_the_metrics_is_measured(tmp_path: Path) -> None:
+    arguments = [
+        "bench",
+        "metrics",
+        "--shape",
+        "tiny",
+        "--ep",
+        "2",
+        "--layers",
+        "2",
+        "--tokens",
+        "16",
+        "--repeats",
+        "2",
+    ]
+    assert cli.main([*arguments, "--json", str(tmp_path / "cost.json")]) == 0
+    report = json.loads((tmp_path / "cost.json").read_text())
+    assert 0 < report["step_ms"] and 0 < report["sampled_step_ms"] and 0 < report["read_loads_ms"]

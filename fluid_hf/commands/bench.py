@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fluid_hf.commands import bench_attention, bench_layer, bench_model, bench_table
+from fluid_hf.commands import bench_attention, bench_layer, bench_metrics, bench_model, bench_table
 
 BENCHMARKS: dict[str, Any] = {
     "layer": bench_layer,
     "attention": bench_attention,
     "model": bench_model,
+    "metrics": bench_metrics,
     "table": bench_table,
 }
 
