@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
-from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.config import FluidConfig
-from fluid_hf.errors import CheckpointError, ConfigError
+from fluid_hf.errors import ConfigError
+from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
 from fluid_hf.integrations.deepspeed_checks import check_training
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
@@ -44,8 +44,6 @@ from fluid_hf.process_groups import ParallelGroups
 from fluid_hf.state import FluidState
 
 __all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "init_communication", "split_expert_groups"]
-
-LAYOUT_FILE = "fluid.json"
 
 
 class SplitExperts(nn.Module):
@@ -270,31 +268,8 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     """Make the engine save whole models and refuse checkpoints of another layout."""
     state.engine_bound = True
     state.gathering = functools.partial(_quiet_optimizer, engine)
-    layout = {"ep_size": state.groups.ep_size, "world_size": state.groups.world_size}
-    save, load = engine.save_checkpoint, engine.load_checkpoint
-
-    @functools.wraps(save)
-    def save_checkpoint(save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
-        if dist.get_rank() == 0:
-            folder = Path(save_dir) / tag
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
-        return save(save_dir, tag, *args, **kwargs)
-
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not engine.load_universal_checkpoint():
-            _check_layout(Path(load_dir), tag, layout)
-        return load(load_dir, tag, *args, **kwargs)
-
-    def consolidated(exclude_frozen_parameters: bool = False) -> Mapping[str, torch.Tensor]:
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        return stage_weights(model, state, frozen if exclude_frozen_parameters else ())
-
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+    bind_checkpoints(engine, model, state)
     if state.groups.ep_size > 1:
-        engine._zero3_consolidated_16bit_state_dict = consolidated
         engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
 
 
@@ -325,27 +300,6 @@ def _clip_gradients(engine: Any, model: nn.Module, state: FluidState) -> None:
     for gradient in gradients:
         gradient.mul_(scale.to(gradient.dtype))
     engine._global_grad_norm = float(norm)  # host synchronisation, once a step, as in the other stages
-
-
-def _check_layout(folder: Path, tag: Any, layout: dict[str, int]) -> None:
-    """Refuse what DeepSpeed would load wrongly without a word: optimizer state of another expert layout."""
-    latest = folder / "latest"
-    if tag is None:
-        if not latest.is_file():
-            return  # DeepSpeed says what is missing
-        tag = latest.read_text(encoding="utf-8").strip()
-    path = folder / str(tag) / LAYOUT_FILE
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if saved is None and layout["ep_size"] > 1:
-        raise CheckpointError(
-            f"checkpoint ({folder / str(tag)}) has no {LAYOUT_FILE}: it was not saved by a patched model; load the "
-            f"plain weights with from_pretrained before patch_model instead, or resume with ep_size 1."
-        )
-    if saved is not None and saved["ep_size"] != layout["ep_size"]:
-        raise CheckpointError(
-            f"ep_size ({layout['ep_size']}) must equal the ep_size ({saved['ep_size']}) of the checkpoint "
-            f"({folder / str(tag)}); set ep_size {saved['ep_size']}, or start from the plain weights saved beside it."
-        )
 
 
 def _refuse_autoep(config: Any) -> None:

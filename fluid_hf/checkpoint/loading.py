@@ -21,13 +21,12 @@ from fluid_hf.checkpoint.reading import (
     open_share,
     read_headers,
     select_share,
-    split_tensors,
 )
 from fluid_hf.checkpoint.saving import quiet_progress
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CheckpointError, FluidError, UnsupportedModelError
-from fluid_hf.models.registry import find_experts
+from fluid_hf.models.registry import ExpertsSite, find_experts
 from fluid_hf.patching import patch_model, requested_config
 from fluid_hf.process_groups import resolve_ep_size
 
@@ -111,14 +110,14 @@ class _ShareLoader:
             held = site.num_experts // ep_size
             start = (dist.get_rank() % ep_size if world > 1 else 0) * held
             share = ExpertShare(site.num_experts, start, start + held)
-            split.update(split_tensors(site.name, site.module, share))
-            shares.append((site.module, share))
+            split.update({f"{site.name}.{key}": share for key in site.weight_names})
+            shares.append((site, share))
         matched = match_tensors(model, stored, load_config.weight_mapping or [])
         self._check_names(model, expected, matched, files)
         wanted = select_share(expected, matched, split)
         self.agree(None)  # nobody starts to read gigabytes before all have found their files in order
-        for module, share in shares:
-            _shrink(module, share)
+        for site, share in shares:
+            _shrink(site, share)
         with _one_tensor_at_a_time():
             return load(model, open_share(stored, wanted), files, load_config)
 
@@ -222,15 +221,15 @@ def _with_shares(model_class: Any, loader: _ShareLoader) -> Any:
     return type(model_class.__name__, (model_class,), members)
 
 
-def _shrink(module: nn.Module, share: ExpertShare) -> None:
-    """Leave room for this rank's experts only; `module` is on the meta device."""
+def _shrink(site: ExpertsSite, share: ExpertShare) -> None:
+    """Leave room for this rank's experts only; the module is on the meta device."""
     if share.stop - share.start == share.num_experts:
         return
-    for key, value in list(module.named_parameters(recurse=False)):
-        if value.shape[0] == share.num_experts:
-            data = value.data.new_empty((share.stop - share.start, *value.shape[1:]))
-            setattr(module, key, nn.Parameter(data, requires_grad=value.requires_grad))
-    setattr(module, LOADED_SHARE, share.num_experts)
+    for key in site.weight_names:
+        value = getattr(site.module, key)
+        data = value.data.new_empty((share.stop - share.start, *value.shape[1:]))
+        setattr(site.module, key, nn.Parameter(data, requires_grad=value.requires_grad))
+    setattr(site.module, LOADED_SHARE, share.num_experts)
 
 
 @contextlib.contextmanager

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fluid_hf.checkpoint.files import DTYPES, TensorSpec
 from fluid_hf.checkpoint.memory import MemoryReturner
 from fluid_hf.errors import CheckpointError
 
-__all__ = ["ExpertShare", "LazyTensor", "StoredTensor", "match_tensors", "read_headers", "select_share"]
+__all__ = ["ExpertShare", "LazyTensor", "StoredTensor", "match_tensors", "open_share", "read_headers", "select_share"]
 
 FLOATING = {name for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
@@ -236,9 +235,3 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="pt", backend="pread")
     except TypeError:  # safetensors below 0.8
         return safe_open(file, framework="pt")
-
-
-def split_tensors(name: str, module: nn.Module, share: ExpertShare) -> dict[str, ExpertShare]:
-    """Names of an experts module's parameters that have the experts first."""
-    parameters = module.named_parameters(recurse=False)
-    return {f"{name}.{key}": share for key, value in parameters if value.shape[0] == share.num_experts}

@@ -1,0 +1,192 @@
+"""DeepSpeed's checkpoints of a patched model: whole or not there, refused or converted at another expert layout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.checkpoint import constants
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from torch import nn
+
+from fluid_hf.checkpoint.files import sync_folder
+from fluid_hf.checkpoint.saving import stage_weights
+from fluid_hf.errors import CheckpointError
+from fluid_hf.integrations.universal import convert_universal
+from fluid_hf.state import FluidState
+
+__all__ = ["bind_checkpoints"]
+
+LAYOUT_FILE = "fluid.json"
+CONFIG_FILE = "config.json"
+RECOVERY_SCRIPT = """#!/usr/bin/env python
+# Writes a complete Hugging Face model in float32 from this checkpoint: python zero_to_fp32.py . output_dir
+from fluid_hf.integrations.zero_to_fp32 import main
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def bind_checkpoints(engine: Any, model: nn.Module, state: FluidState) -> None:
+    """Give an engine of a patched model `save_checkpoint` and `load_checkpoint` that know its layout."""
+    layout = {"ep_size": state.groups.ep_size, "world_size": state.groups.world_size}
+    engine.save_checkpoint = _wrap_save(engine, engine.save_checkpoint, model, state, layout)
+    engine.load_checkpoint = _wrap_load(engine, engine.load_checkpoint, model, state, layout)
+
+    def consolidated(exclude_frozen_parameters: bool = False) -> Mapping[str, torch.Tensor]:
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        return stage_weights(model, state, frozen if exclude_frozen_parameters else ())
+
+    if state.groups.ep_size > 1:
+        engine._zero3_consolidated_16bit_state_dict = consolidated
+
+
+def _wrap_save(
+    engine: Any, save: Callable[..., Any], model: Any, state: FluidState, layout: dict[str, int]
+) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def save_checkpoint(
+        save_dir: Any, tag: Any = None, client_state: Any = None, save_latest: bool = True, **kwargs: Any
+    ) -> Any:
+        tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
+        folder, is_main = Path(save_dir), dist.get_rank() == 0
+        # Other engines write in the background or on several file systems; theirs is the order of events.
+        at_once = type(engine.checkpoint_engine) is TorchCheckpointEngine and not engine.use_node_local_storage()
+        name = f"{tag}.incomplete" if at_once else tag
+        if is_main:
+            shutil.rmtree(folder / f"{tag}.incomplete", ignore_errors=True)
+            _describe(folder / name, model, layout)
+        result = save(save_dir, name, client_state or {}, save_latest=save_latest and not at_once, **kwargs)
+        if at_once:
+            state.control.gather(None, "engine.save_checkpoint")  # all ranks' files are there
+        error = None
+        if is_main:
+            try:
+                if at_once:
+                    _put_in_place(folder, name, tag, save_latest)
+                if layout["ep_size"] > 1:
+                    (folder / "zero_to_fp32.py").write_text(RECOVERY_SCRIPT, encoding="utf-8")
+            except OSError as failure:
+                error = CheckpointError(f"checkpoint ({folder / tag}) cannot be written: {failure}")
+        state.control.agree(error, None, "engine.save_checkpoint")
+        return result
+
+    return save_checkpoint
+
+
+def _describe(folder: Path, model: Any, layout: dict[str, int]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
+    config = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        text = config.to_json_string()
+        architectures = {"architectures": [type(model).__name__]}
+        (folder / CONFIG_FILE).write_text(json.dumps({**json.loads(text), **architectures}), encoding="utf-8")
+
+
+def _put_in_place(folder: Path, name: str, tag: str, save_latest: bool) -> None:
+    """Name a complete checkpoint, then make it the latest."""
+    for path in (folder / name).rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+    sync_folder(folder / name)
+    replaced = folder / f"{tag}.replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if (folder / tag).exists():
+        os.rename(folder / tag, replaced)
+    os.rename(folder / name, folder / tag)
+    sync_folder(folder)
+    if save_latest:
+        with (folder / "latest.incomplete").open("w", encoding="utf-8") as handle:
+            handle.write(tag)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(folder / "latest.incomplete", folder / "latest")
+        sync_folder(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _wrap_load(
+    engine: Any, load: Callable[..., Any], model: nn.Module, state: FluidState, layout: dict[str, int]
+) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(load_dir)
+        if not engine.load_universal_checkpoint():
+            _check_layout(folder, tag, layout)
+            return load(load_dir, tag, *args, **kwargs)
+        shapes = {
+            name: _whole_shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        options = [dict(group) for group in engine.optimizer.param_groups]
+        error = None
+        if dist.get_rank() == 0:
+            try:
+                tag = convert_universal(folder, tag, shapes, options, ep_size=layout["ep_size"])
+            except (OSError, KeyError, RuntimeError) as failure:
+                error = failure if isinstance(failure, CheckpointError) else CheckpointError(f"{folder}: {failure}")
+        tag = next(iter(state.control.gather(tag, "engine.load_checkpoint")))
+        state.control.agree(error, None, "engine.load_checkpoint")
+        result = load(load_dir, tag, *args, **kwargs)
+        _repair_optimizer(engine, options)
+        return result
+
+    return load_checkpoint
+
+
+def _whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape over all ranks that hold a share or a partition."""
+    metadata = getattr(parameter, constants.DS_AUTOEP_UC_META, None)
+    if metadata is not None:
+        return tuple(metadata[constants.AUTOEP_PARAM_LOGICAL_SHAPE])
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _repair_optimizer(engine: Any, options: list[dict[str, Any]]) -> None:
+    """What DeepSpeed 0.19.8 gets wrong with several groups when it loads a universal checkpoint at stage 3.
+
+    All groups would share one step counter, which each of them then advances; and all would get the first one's
+    options, such as its weight decay.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    for values in getattr(optimizer, "state", {}).values():
+        if isinstance(values.get("step"), torch.Tensor):
+            values["step"] = values["step"].clone()
+    mixed_up = engine.zero_optimization_stage() == 3
+    for group, held in zip(optimizer.param_groups, options, strict=True):
+        kept = set(held) - {"params", "lr"} if mixed_up else {"moe", "name"} & set(held)
+        group.update({key: held[key] for key in kept})
+
+
+def _check_layout(folder: Path, tag: Any, layout: dict[str, int]) -> None:
+    """Refuse what DeepSpeed would load wrongly without a word: optimizer state of another expert layout."""
+    latest = folder / "latest"
+    if tag is None:
+        if not latest.is_file():
+            return  # DeepSpeed says what is missing
+        tag = latest.read_text(encoding="utf-8").strip()
+    path = folder / str(tag) / LAYOUT_FILE
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if saved is None and layout["ep_size"] > 1:
+        raise CheckpointError(
+            f"checkpoint ({folder / str(tag)}) has no {LAYOUT_FILE}: it was not saved by a patched model; load the "
+            f"plain weights with from_pretrained before patch_model instead, or resume with ep_size 1."
+        )
+    for field in ("ep_size", "world_size"):
+        if saved is not None and saved[field] != layout[field] and max(saved["ep_size"], layout["ep_size"]) > 1:
+            raise CheckpointError(
+                f"{field} ({layout[field]}) must equal the {field} ({saved[field]}) of the checkpoint "
+                f"({folder / str(tag)}); set {field} {saved[field]}, or convert it: python -m "
+                f"deepspeed.checkpoint.ds_to_universal --input_folder {folder / str(tag)} --output_folder "
+                f'{folder / str(tag)}_universal, then resume with {{"checkpoint": {{"load_universal": true}}}} in '
+                "the DeepSpeed JSON; or start from the plain weights saved beside it."
+            )

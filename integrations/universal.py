@@ -1,0 +1,196 @@
+"""DeepSpeed's universal checkpoints at other layouts of the experts' parameters, with their optimizer state.
+
+A universal checkpoint has a folder per parameter with its whole float32 value and its optimizer's moments. Names and
+shapes differ between layouts: experts split over ranks are w1 (gate), w3 (up) and w2 (down); unsplit ones are
+transformers' gate_up_proj and down_proj; DeepSpeed's own AutoEP names its blocks' children in another way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.checkpoint import constants
+
+from fluid_hf.errors import CheckpointError
+
+__all__ = ["convert_universal", "find_source"]
+
+# Keys of the values in a parameter's files.
+PARAM, CAT_DIM, IS_EXPERT, NUM_EXPERTS = (
+    constants.PARAM,
+    constants.CAT_DIM,
+    constants.EP_IS_EXPERT_PARAM,
+    constants.EP_NUM_EXPERTS,
+)
+# transformers' names of what AutoEP renames in a block.
+AUTOEP_NAMES = (
+    (r"\.gate\.(weight|bias)$", r".router.gate.\1"),
+    (r"\.shared_expert\.", ".shared_experts."),
+    (r"\.shared_expert_gate\.", ".shared_experts_gate."),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How to make a parameter: two folders side by side, or one half of a folder."""
+
+    names: tuple[str, ...]
+    half: int | None = None
+
+
+def find_source(name: str, held: set[str]) -> Source | None:
+    """Where a parameter is among the folders of a universal checkpoint; `None` if it is not there."""
+    for candidate in _candidates(name):
+        if all(part in held for part in candidate.names):
+            return candidate
+    return None
+
+
+def _candidates(name: str) -> Iterable[Source]:
+    yield Source((name,))
+    for pattern, replacement in AUTOEP_NAMES:
+        if re.search(pattern, name):
+            yield Source((re.sub(pattern, replacement, name),))
+    layer, _, kind = name.rpartition(".")
+    block = layer.removesuffix(".experts")
+    if kind == "gate_up_proj":
+        for prefix in (f"{layer}.experts", layer):  # ours, AutoEP's
+            yield Source((f"{prefix}.w1", f"{prefix}.w3"))
+    elif kind == "down_proj":
+        for prefix in (f"{layer}.experts", layer):
+            yield Source((f"{prefix}.w2",))
+    elif kind in ("w1", "w2", "w3") and layer.endswith(".experts"):
+        # Ours is block.experts.experts.w1; AutoEP's is block.experts.w1, without a level.
+        yield Source((f"{block}.{kind}",))
+        yield Source((f"{layer}.experts.{kind}",))
+        half = None if kind == "w2" else int(kind == "w3")
+        for prefix in (block, layer):
+            yield Source((f"{prefix}.{'down_proj' if kind == 'w2' else 'gate_up_proj'}",), half)
+
+
+def convert_universal(folder: Path, tag: Any, names: list[str], groups: list[dict[str, Any]], *, ep_size: int) -> Any:
+    """Make a universal checkpoint that has parameters of these names, if it has not; not collective.
+
+    Args:
+        folder: where the checkpoint's folder is.
+        tag: its name; `None` for the latest.
+        shapes: whole shapes of the trainable parameters of the model to load, by name.
+        groups: those of the model's optimizer.
+        ep_size: of the model to load.
+
+    Returns:
+        The tag to load. A converted checkpoint stays beside the other.
+
+    Raises:
+        CheckpointError: parameters are missing; names the first and the folder.
+    """
+    if tag is None:
+        latest = folder / "latest_universal"
+        if not latest.is_file():
+            raise CheckpointError(
+                f"file ({latest}) is missing: {folder} has no universal checkpoint; run ds_to_universal."
+            )
+        tag = latest.read_text(encoding="utf-8").strip()
+    source = folder / str(tag)
+    if not (source / "zero").is_dir():
+        raise CheckpointError(f"folder ({source / 'zero'}) is missing: {source} is no universal checkpoint.")
+    held = {path.name for path in (source / "zero").iterdir() if path.is_dir()}
+    sources = {name: find_source(name, held) for name in shapes}
+    lost = [name for name, found in sources.items() if found is None]
+    if lost:
+        raise CheckpointError(f"tensor ({lost[0]}) must be in {source / 'zero'} but is not, as {len(lost) - 1} others.")
+    wanted = {name: found for name, found in sources.items() if found is not None}
+    if all(found == Source((name,)) for name, found in wanted.items()):
+        return tag
+    target = folder / f"{tag}_ep{ep_size}"
+    if not target.exists():
+        _convert(source, target, wanted, shapes, groups)
+    return target.name
+
+
+def _convert(
+    source: Path,
+    target: Path,
+    wanted: dict[str, Source],
+    shapes: dict[str, tuple[int, ...]],
+    groups: list[dict[str, Any]],
+) -> None:
+    aside = target.with_name(f"{target.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / "zero").mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file():
+            _link(path, aside / path.name)
+    for name, found in wanted.items():
+        (aside / "zero" / name).mkdir()
+        for path in (source / "zero" / found.names[0]).glob("*.pt"):
+            where = aside / "zero" / name / path.name
+            if found == Source((name,)) or path.name == "step.pt":
+                _link(path, where)
+            else:
+                paths = [source / "zero" / part / path.name for part in found.names]
+                torch.save(_convert_value(paths, found, shapes[name]), where)
+    state = torch.load(source / "zero" / "optimizer_state.pt", weights_only=False)
+    _convert_groups(state, groups)
+    torch.save(state, aside / "zero" / "optimizer_state.pt")
+    os.rename(aside, target)
+
+
+def _convert_value(paths: list[Path], source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
+    values = [torch.load(path, weights_only=False) for path in paths]
+    tensors = [(value[PARAM] if isinstance(value, dict) else value).detach() for value in values]
+    tensor = _arrange(tensors, source, shape)
+    if tensor is None:
+        raise CheckpointError(
+            f"tensor in {paths[0]} has shape {list(tensors[0].shape)}, which cannot be made {list(shape)} for this layout "
+            "of the experts; start from the plain weights instead."
+        )
+    converted: dict[str, Any] = {PARAM: tensor, CAT_DIM: 0}
+    if tensor.dim() == 3:
+        converted.update({IS_EXPERT: True, NUM_EXPERTS: tensor.shape[0]})
+    return converted
+
+
+def _arrange(tensors: list[torch.Tensor], source: Source, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Side by side along the dimension that gives the shape: 1, or 2 where weights are stored transposed."""
+    for dim in (1, 2) if len(shape) == 3 else (0,):
+        if any(tensor.dim() <= dim for tensor in tensors):
+            break
+        if source.half is not None:
+            made = tensors[0].chunk(2, dim=dim)[source.half].contiguous()
+        else:
+            made = torch.cat(tensors, dim=dim) if len(tensors) > 1 else tensors[0]
+        if tuple(made.shape) == shape:
+            return made
+    return None
+
+
+def _convert_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """One saved group per group of the optimizer: a group of split experts has its dense neighbour's options."""
+    saved = state.get("param_groups")
+    if saved is None:
+        return
+    dense = [group for group in saved if not group.get("moe")] or saved
+    kinds = ("moe", "name")
+    converted, position = [], -1
+    for group in groups:
+        if not group.get("moe") or position < 0:
+            position = min(position + 1, len(dense) - 1)
+        options = {key: value for key, value in dense[position].items() if key not in kinds}
+        converted.append({**options, **{key: group[key] for key in kinds if key in group}})
+    state["param_groups"] = converted
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where there are no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
