@@ -64,6 +64,9 @@ def _wrap_save(
         if is_main:
             shutil.rmtree(folder / f"{tag}.incomplete", ignore_errors=True)
             _describe(folder / name, model, layout)
+        if layout["ep_size"] == 1:  # ds_to_universal asks for it; of split experts the engine writes more
+            version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+            client_state = {constants.UNIVERSAL_CHECKPOINT_INFO: version, **(client_state or {})}
         result = save(save_dir, name, client_state or {}, save_latest=save_latest and not at_once, **kwargs)
         if at_once:
             state.control.gather(None, "engine.save_checkpoint")  # all ranks' files are there
@@ -85,7 +88,7 @@ def _wrap_save(
 def _describe(folder: Path, model: Any, layout: dict[str, int]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYOUT_FILE).write_text(json.dumps(layout), encoding="utf-8")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         text = config.to_json_string()
         architectures = {"architectures": [type(model).__name__]}
@@ -132,7 +135,7 @@ def _wrap_load(
         if dist.get_rank() == 0:
             try:
                 tag = convert_universal(folder, tag, shapes, options, ep_size=layout["ep_size"])
-            except (OSError, KeyError, RuntimeError) as failure:
+            except Exception as failure:
                 error = failure if isinstance(failure, CheckpointError) else CheckpointError(f"{folder}: {failure}")
         tag = next(iter(state.control.gather(tag, "engine.load_checkpoint")))
         state.control.agree(error, None, "engine.load_checkpoint")

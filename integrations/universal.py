@@ -20,7 +20,7 @@ from deepspeed.checkpoint import constants
 
 from fluid_hf.errors import CheckpointError
 
-__all__ = ["convert_universal", "find_source"]
+__all__ = ["Source", "convert_universal", "find_source", "read_value", "recorded_shapes"]
 
 # Keys of the values in a parameter's files.
 PARAM, CAT_DIM, IS_EXPERT, NUM_EXPERTS = (
@@ -75,7 +75,9 @@ def _candidates(name: str) -> Iterable[Source]:
             yield Source((f"{prefix}.{'down_proj' if kind == 'w2' else 'gate_up_proj'}",), half)
 
 
-def convert_universal(folder: Path, tag: Any, names: list[str], groups: list[dict[str, Any]], *, ep_size: int) -> Any:
+def convert_universal(
+    folder: Path, tag: Any, shapes: dict[str, tuple[int, ...]], groups: list[dict[str, Any]], *, ep_size: int
+) -> Any:
     """Make a universal checkpoint that has parameters of these names, if it has not; not collective.
 
     Args:
@@ -111,7 +113,7 @@ def convert_universal(folder: Path, tag: Any, names: list[str], groups: list[dic
         return tag
     target = folder / f"{tag}_ep{ep_size}"
     if not target.exists():
-        _convert(source, target, wanted, shapes, groups)
+        _convert(source, target, wanted, shapes, groups, split=ep_size > 1)
     return target.name
 
 
@@ -121,6 +123,8 @@ def _convert(
     wanted: dict[str, Source],
     shapes: dict[str, tuple[int, ...]],
     groups: list[dict[str, Any]],
+    *,
+    split: bool,
 ) -> None:
     aside = target.with_name(f"{target.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
@@ -128,6 +132,7 @@ def _convert(
     for path in source.iterdir():
         if path.is_file():
             _link(path, aside / path.name)
+    recorded = recorded_shapes(source)
     for name, found in wanted.items():
         (aside / "zero" / name).mkdir()
         for path in (source / "zero" / found.names[0]).glob("*.pt"):
@@ -136,26 +141,56 @@ def _convert(
                 _link(path, where)
             else:
                 paths = [source / "zero" / part / path.name for part in found.names]
-                torch.save(_convert_value(paths, found, shapes[name]), where)
+                value = read_value(paths, found, shapes[name], recorded)
+                torch.save(_described(value, split=split), where)
     state = torch.load(source / "zero" / "optimizer_state.pt", weights_only=False)
     _convert_groups(state, groups)
     torch.save(state, aside / "zero" / "optimizer_state.pt")
     os.rename(aside, target)
 
 
-def _convert_value(paths: list[Path], source: Source, shape: tuple[int, ...]) -> dict[str, Any]:
+def recorded_shapes(source: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the saved model's parameters: values saved at stage 3 are flat."""
+    path = next(iter(sorted(source.glob("*_model_states.pt"))), None)
+    groups = torch.load(path, weights_only=False).get("param_shapes") if path is not None else None
+    return {name: tuple(shape) for group in groups or () for name, shape in group.items()}
+
+
+def read_value(
+    paths: list[Path], source: Source, shape: tuple[int, ...], recorded: dict[str, tuple[int, ...]]
+) -> torch.Tensor:
+    """A parameter's value, or one of its optimizer's, from the files of its parts.
+
+    Args:
+        paths: a file in each folder of `source`.
+        source: how to make the parameter.
+        shape: its whole shape.
+        recorded: shapes of the saved parameters, for values that are saved flat.
+
+    Raises:
+        CheckpointError: the files hold something of another shape.
+    """
     values = [torch.load(path, weights_only=False) for path in paths]
     tensors = [(value[PARAM] if isinstance(value, dict) else value).detach() for value in values]
+    tensors = [
+        tensor.view(recorded[path.parent.name]) if tensor.dim() == 1 and path.parent.name in recorded else tensor
+        for tensor, path in zip(tensors, paths, strict=True)
+    ]
     tensor = _arrange(tensors, source, shape)
     if tensor is None:
         raise CheckpointError(
-            f"tensor in {paths[0]} has shape {list(tensors[0].shape)}, which cannot be made {list(shape)} for this layout "
-            "of the experts; start from the plain weights instead."
+            f"tensor in {paths[0]} has shape {list(tensors[0].shape)}, which cannot be made {list(shape)} "
+            "for this layout of the experts; start from the plain weights instead."
         )
-    converted: dict[str, Any] = {PARAM: tensor, CAT_DIM: 0}
-    if tensor.dim() == 3:
-        converted.update({IS_EXPERT: True, NUM_EXPERTS: tensor.shape[0]})
-    return converted
+    return tensor
+
+
+def _described(tensor: torch.Tensor, *, split: bool) -> dict[str, Any]:
+    """A value as the universal checkpoint's loader wants it."""
+    value: dict[str, Any] = {PARAM: tensor, CAT_DIM: 0}
+    if split and tensor.dim() == 3:
+        value.update({IS_EXPERT: True, NUM_EXPERTS: tensor.shape[0]})
+    return value
 
 
 def _arrange(tensors: list[torch.Tensor], source: Source, shape: tuple[int, ...]) -> torch.Tensor | None:

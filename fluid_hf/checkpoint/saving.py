@@ -68,9 +68,8 @@ def write_checkpoint(
         CheckpointError: the directory cannot be written.
     """
     _refuse_push(kwargs)
-    if isinstance(weights, StagedWeights):
-        specs = weights.specs
-    else:
+    specs: dict[str, TensorSpec] | None = getattr(weights, "specs", None)  # of weights that are read when asked for
+    if specs is None:
         specs = {name: TensorSpec.of(tensor) for name, tensor in weights.items()}
     attempt = _Attempt(True)
     attempt.run(lambda: _ModelWriter(model, Path(directory), specs, kwargs))

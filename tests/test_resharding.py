@@ -1,0 +1,227 @@
+"""Training goes on at another layout: DeepSpeed checkpoints, universal ones, AutoEP's, and plain Hugging Face files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import LAUNCH_ENV, ROOT, RankPool, rank_pool
+from families import FAMILIES, batch, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import fluid_hf
+from fluid_hf import FluidConfig
+
+pool1 = rank_pool(1)
+pool2 = rank_pool(2)
+pool4 = rank_pool(4)
+
+ROWS = 4  # of the global batch, the same for every number of ranks
+
+
+def start_engine(model: Any, stage: int, world: int, **checkpoint: Any) -> Any:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    decayed = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
+    settings = {
+        "train_micro_batch_size_per_gpu": ROWS // world,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "checkpoint": checkpoint,
+    }
+    return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config=settings)[0]
+
+
+def train(engine: Any, rank: int, world: int, steps: range) -> list[float]:
+    losses, share = [], ROWS // world
+    for step in steps:
+        ids = batch(0, ROWS, step=step)[rank * share : (rank + 1) * share]
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / world)
+    return losses
+
+
+def run_and_save(rank: int, world: int, folder: str, stage: int, ep_size: int, family: str) -> list[float]:
+    """Losses of steps 5 to 8, after a checkpoint and the plain files of step 4."""
+    model = fluid_hf.patch_model(tiny_model(family), FluidConfig(ep_size=ep_size))
+    engine = start_engine(model, stage, world)
+    train(engine, rank, world, range(4))
+    engine.save_checkpoint(folder)
+    model.save_pretrained(f"{folder}/plain")
+    losses = train(engine, rank, world, range(4, 8))
+    engine.destroy()
+    return losses
+
+
+def run_resume(
+    rank: int, world: int, folder: str, stage: int, ep_size: int, family: str, universal: bool = True
+) -> list[float]:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    model = fluid_hf.patch_model(tiny_model(family, seed=9), FluidConfig(ep_size=ep_size))
+    engine = start_engine(model, stage, world, load_universal=universal)
+    engine.load_checkpoint(folder)
+    losses = train(engine, rank, world, range(4, 8))
+    engine.save_checkpoint(f"{folder}/again-{world}-{ep_size}")
+    engine.destroy()
+    return losses
+
+
+def to_universal(folder: Path, tag: str = "global_step4") -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = Namespace(
+        input_folder=str(folder / tag),
+        output_folder=str(folder / f"{tag}_universal"),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=False,
+    )
+    ds_to_universal.main(options)
+
+
+def assert_near(found: list[float], expected: list[float]) -> None:
+    assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+
+
+@pytest.mark.parametrize(("stage", "family"), [(1, "qwen3_moe"), (2, "qwen2_moe"), (3, "mixtral")])
+def test_resume_at_other_layouts(
+    pool1: RankPool, pool2: RankPool, pool4: RankPool, tmp_path: Path, stage: int, family: str
+) -> None:
+    folder = str(tmp_path)
+    expected = pool2.run(run_and_save, folder, stage, 2, family)[0]
+    same = pool2.run(run_resume, folder, stage, 2, family, universal=False)[0]
+    assert same == expected, "the same layout goes on bit-equal"
+    assert (
+        "python -m deepspeed.checkpoint.ds_to_universal"
+        in (pool2.expect("CheckpointError", run_resume, folder, stage, 1, family, universal=False)[0])
+    )
+    assert (
+        "world_size (4) must equal the world_size (2)"
+        in (pool4.expect("CheckpointError", run_resume, folder, stage, 2, family, universal=False)[0])
+    )
+    to_universal(tmp_path)
+    for pool, ep_sizes in ((pool2, (2, 1)), (pool4, (4,)), (pool1, (1,))):
+        for ep_size in ep_sizes:
+            assert_near(pool.run(run_resume, folder, stage, ep_size, family)[0], expected)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_resume_from_unsplit_experts(pool2: RankPool, tmp_path: Path, stage: int) -> None:
+    expected = pool2.run(run_and_save, str(tmp_path), stage, 1, "qwen3_moe")[0]
+    to_universal(tmp_path)
+    assert_near(pool2.run(run_resume, str(tmp_path), stage, 2, "qwen3_moe")[0], expected)
+
+
+def test_resume_from_autoep(pool2: RankPool, tmp_path: Path) -> None:
+    """AutoEP replaces the block: its experts are one level higher, its router and shared expert have other names."""
+    expected = pool2.run(run_and_save, str(tmp_path), 1, 2, "qwen2_moe")[0]
+    to_universal(tmp_path)
+    zero = tmp_path / "global_step4_universal" / "zero"
+    for path in list(zero.iterdir()):
+        name = path.name.replace(".mlp.experts.experts.", ".mlp.experts.").replace(".mlp.gate.", ".mlp.router.gate.")
+        name = name.replace(".shared_expert.", ".shared_experts.").replace(
+            ".shared_expert_gate.", ".shared_experts_gate."
+        )
+        path.rename(zero / name)
+    assert (zero / "model.layers.0.mlp.experts.w1").is_dir()
+    for ep_size in (2, 1):
+        assert_near(pool2.run(run_resume, str(tmp_path), 1, ep_size, "qwen2_moe")[0], expected)
+
+
+def test_universal_checkpoint_with_a_hole(pool2: RankPool, tmp_path: Path) -> None:
+    pool2.run(run_and_save, str(tmp_path), 1, 2, "mixtral")
+    message = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral")[0]
+    assert "latest_universal" in message
+    to_universal(tmp_path)
+    shutil.rmtree(tmp_path / "global_step4_universal" / "zero" / "model.norm.weight")
+    message = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral")[0]
+    assert "tensor (model.norm.weight)" in message and "global_step4_universal" in message
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_to_fp32_writes_a_whole_model(pool2: RankPool, tmp_path: Path, stage: int) -> None:
+    pool2.run(run_and_save, str(tmp_path), stage, 2, "qwen2_moe")
+    command = [sys.executable, "zero_to_fp32.py", ".", "out", "--max_shard_size", "20KB"]
+    env = {**os.environ, **LAUNCH_ENV, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=env)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()  # trained in float32
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+    (tmp_path / "latest").unlink()
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert failed.returncode != 0 and "CheckpointError: file (latest) is missing" in failed.stderr
+
+
+def run_round_trip(rank: int, world: int, folder: str, ep_size: int, stages: tuple[int, ...]) -> dict[str, float]:
+    """Load by shares, train a step, save; the weights in the files are those of the model, bit for bit."""
+    losses = {}
+    for stage in stages:
+        for family in FAMILIES:
+            model = fluid_hf.from_pretrained(f"{folder}/{family}", FluidConfig(ep_size=ep_size))
+            engine = start_engine(model, stage, world)
+            train(engine, rank, world, range(1))
+            out = f"{folder}/{family}-{world}-{ep_size}-{stage}"
+            model.save_pretrained(out)
+            model.eval()
+            with torch.no_grad():
+                ids = batch(0, 2)
+                losses[out] = float(model(input_ids=ids, labels=ids).loss)
+            again = fluid_hf.from_pretrained(out, FluidConfig(ep_size=ep_size))
+            with model.fluid.backend.full(model.parameters()):
+                held, found = dict(model.named_parameters()), dict(again.named_parameters())
+                assert held.keys() == found.keys() and all(torch.equal(held[name], found[name]) for name in held)
+            engine.destroy()
+    return losses
+
+
+FRESH = """
+import json, sys, torch
+sys.path.insert(0, sys.argv[1])
+from families import batch
+from transformers import AutoModelForCausalLM
+losses = {}
+for folder in sys.argv[2:]:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        losses[folder] = model(input_ids=batch(0, 2), labels=batch(0, 2)).loss.item()
+assert "fluid_hf" not in sys.modules
+print(json.dumps(losses))
+"""
+
+
+def test_round_trips(pool2: RankPool, pool4: RankPool, tmp_path: Path) -> None:
+    for family in FAMILIES:
+        tiny_model(family).save_pretrained(tmp_path / family)
+    folder, losses = str(tmp_path), {}
+    for pool, ep_size, stages in ((pool2, 2, (1, 2, 3)), (pool2, 1, (1, 3)), (pool4, 4, (2, 3)), (pool4, 2, (1,))):
+        losses.update(pool.run(run_round_trip, folder, ep_size, stages)[0])
+    assert len(losses) == 8 * len(FAMILIES)
+    command = [sys.executable, "-c", FRESH, str(Path(__file__).parent), *losses]
+    env = {**os.environ, **LAUNCH_ENV}
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+    assert found == pytest.approx(losses, rel=1e-6)
+    first = load_file(f"{folder}/mixtral-2-2-1/model.safetensors")
+    assert not torch.equal(first["lm_head.weight"], load_file(tmp_path / "mixtral/model.safetensors")["lm_head.weight"])
