@@ -87,8 +87,13 @@ class AttentionCall:
         """Chunks of heads."""
         return len(self.fused)
 
+    @property
+    def complete(self) -> bool:
+        """Whether the gradients of all chunks are on their way back."""
+        return all(returned is not None for returned in self._returns)
+
     def projections(self) -> Projections:
-        """The weights, detached, in the type the call computes in."""
+        """The weights in the type the call computes in; called inside autograd nodes, without gradients."""
         return self._read().to(self.dtype)
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ class AttentionCall:
     def post_context(self, index: int, context_BTnD: torch.Tensor) -> None:
         """Send the results of a chunk to the ranks that own the tokens."""
         by_rank = context_BTnD.flatten(2).unflatten(1, (-1, self.length)).transpose(0, 1)
-        self._post(index, by_rank.reshape(by_rank.shape[0], -1, by_rank.shape[-1]))
+        self._post(index, by_rank.reshape(by_rank.shape[0], -1, by_rank.shape[-1]).contiguous())
         self.context.event(f"post results {index}")
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -271,8 +276,8 @@ class AttentionCall:
 
     def _by_sequence(self, received_SMC: torch.Tensor) -> torch.Tensor:
         """[S, M, heads * D] to [B, S, L, heads, D], without a copy."""
-        split = received_SMC.unflatten(2, (-1, self.context.head_dim)).unflatten(1, (self.batch, self.length))
-        return split.transpose(0, 1)
+        ranks = received_SMC.shape[0]
+        return received_SMC.view(ranks, self.batch, self.length, -1, self.context.head_dim).transpose(0, 1)
 
     def _output_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """o_proj with its columns in the order in which chunks arrive: [H, N * D]."""

@@ -24,7 +24,9 @@ class Projections:
     biases: Mapping[str, torch.Tensor | None]
 
     def to(self, dtype: torch.dtype) -> Projections:
-        """The same in another type."""
+        """The same in another type. To be called without gradients only: the weights are not detached."""
+        if self.weights["q"].dtype == dtype:
+            return self
         weights = {name: weight.detach().to(dtype) for name, weight in self.weights.items()}
         biases = {name: None if bias is None else bias.detach().to(dtype) for name, bias in self.biases.items()}
         return Projections(weights, biases)
@@ -93,6 +95,8 @@ class FusedChunk:
 
     def _view(self, rows: torch.Tensor, local: int, heads: tuple[int, int]) -> torch.Tensor:
         """Rows of some heads of every rank: [S, heads * D, H]."""
+        if heads == (0, local):
+            return rows.unflatten(0, (self.layout.sp_size, -1))
         by_rank = rows.unflatten(0, (self.layout.sp_size, local * self.head_dim))
         return by_rank[:, heads[0] * self.head_dim : heads[1] * self.head_dim]
 

@@ -73,6 +73,10 @@ class HeadLayout:
         """Whether a key/value head goes to more than one place."""
         return self.sp_size * self.local_kv != self.num_kv_heads
 
+    def bytes_sent(self, tokens: int, head_dim: int, element_size: int) -> int:
+        """Bytes that a rank with `tokens` tokens sends in a forward pass: queries, keys, values, and results back."""
+        return (self.sp_size - 1) * tokens * 2 * (self.local_q + self.local_kv) * head_dim * element_size
+
     def kv_index(self) -> list[int]:
         """The key/value heads in the order in which they travel: by rank."""
         return [head for heads in self.kv_heads for head in heads]

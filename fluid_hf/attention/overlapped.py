@@ -27,7 +27,7 @@ import torch
 
 from fluid_hf.attention.attention_call import AttentionCall, AttentionContext
 from fluid_hf.attention.fused_projection import Projections
-from fluid_hf.attention.rotary import rotate, rotate_back
+from fluid_hf.attention.rotary import RotaryTables, rotate, rotate_back
 from fluid_hf.attention.ulysses import CoreAttention
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 
@@ -54,8 +54,9 @@ class _Scatter(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         call: AttentionCall = ctx.call
         scheduler, x = call.context.scheduler, hidden.flatten(0, 1).to(call.dtype)
-        weights = {name: _parameter(call.projections(), name) for name in ctx.names}
-        into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        new = torch.empty_like if call.complete else torch.zeros_like
+        projections = call.projections()
+        into = {name: new(_parameter(projections, name)) for name in ctx.names}
         done: set[int] = set()
 
         def early(packed: dict[int, torch.Tensor]) -> None:
@@ -100,17 +101,15 @@ class _Rotate(torch.autograd.Function):
     """Rotary embedding from [B, S, L, n, D] to [B, n, T, D]."""
 
     @staticmethod
-    def forward(ctx: Any, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.shape = heads.shape
-        return _rotated(heads, cos, sin).transpose(1, 2)
+    def forward(ctx: Any, heads: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+        ctx.tables, ctx.shape = tables, heads.shape
+        return rotate(heads, tables).flatten(1, 2).transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grads[0].new_empty(ctx.shape)
-        cos, sin = ctx.saved_tensors
-        rotate_back(grads[0].transpose(1, 2), cos, sin, grad)
-        return grad, None, None
+        rotate_back(grads[0].transpose(1, 2).unflatten(1, ctx.shape[1:3]), ctx.tables, grad)
+        return grad, None
 
 
 class _ArriveRotated(torch.autograd.Function):
@@ -118,31 +117,30 @@ class _ArriveRotated(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, link: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, call: AttentionCall, index: int
+        ctx: Any, link: torch.Tensor, tables: RotaryTables, call: AttentionCall, index: int
     ) -> tuple[torch.Tensor, ...]:
-        ctx.call, ctx.index = call, index
-        ctx.save_for_backward(cos, sin)
+        ctx.tables, ctx.call, ctx.index = tables, call, index
         heads, chunk = call.arrive(index), call.fused[index].chunk
-        rotated = chunk.num_q + chunk.num_kv
-        q_k = _rotated(heads[..., :rotated, :], cos, sin).transpose(1, 2)
         if not chunk.num_kv:
-            return (q_k,)
-        v = heads[..., rotated:, :].flatten(1, 2).transpose(1, 2)
-        return q_k[:, : chunk.num_q], q_k[:, chunk.num_q :], v
+            return (rotate(heads, tables).flatten(1, 2).transpose(1, 2),)
+        q_k, v = heads.split([chunk.num_q + chunk.num_kv, chunk.num_kv], dim=3)
+        q, k = rotate(q_k, tables).flatten(1, 2).transpose(1, 2).split([chunk.num_q, chunk.num_kv], dim=1)
+        return q, k, v.flatten(1, 2).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.needs_input_grad[0]:
             buffer, view = _new_heads(ctx.call, ctx.index, grads[0])
-            chunk = ctx.call.fused[ctx.index].chunk
-            rotated = chunk.num_q + chunk.num_kv
-            q_k = torch.cat([grad.transpose(1, 2) for grad in grads[:2]], dim=2)
-            cos, sin = ctx.saved_tensors
-            rotate_back(q_k, cos, sin, view[..., :rotated, :])
+            ranks, chunk = view.shape[1:3], ctx.call.fused[ctx.index].chunk
             if chunk.num_kv:
-                view[..., rotated:, :].copy_(grads[2].transpose(1, 2).unflatten(1, view.shape[1:3]))
+                q_k, v = view.split([chunk.num_q + chunk.num_kv, chunk.num_kv], dim=3)
+                grad = torch.cat(grads[:2], dim=1)
+                v.copy_(grads[2].transpose(1, 2).unflatten(1, ranks))
+            else:
+                q_k, grad = view, grads[0]
+            rotate_back(grad.transpose(1, 2).unflatten(1, ranks), ctx.tables, q_k)
             ctx.call.post_return(ctx.index, buffer)
-        return grads[0].new_empty(0), None, None, None, None
+        return grads[0].new_empty(0), None, None, None
 
 
 class _PostResults(torch.autograd.Function):
@@ -189,7 +187,7 @@ def overlapped_attention(
     context: AttentionContext,
     read: Callable[[], Projections],
     chunks: int,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    rotary: RotaryTables,
     core: CoreAttention,
     norms: tuple[HeadNorm, HeadNorm] | None = None,
 ) -> torch.Tensor:
@@ -200,7 +198,7 @@ def overlapped_attention(
         context: settings of the layer.
         read: returns the projections' parameters as they are now. Called in forward and again in backward.
         chunks: pieces the heads are cut into at most, equal on all ranks.
-        rotary: cosines and sines [B or 1, T, D] of all tokens.
+        rotary: tables of the rotary embedding of all tokens.
         core: attention of [B, n, T, D] queries, keys, values; returns [B, T, n, D].
         norms: applied to queries and to keys along D.
 
@@ -212,6 +210,7 @@ def overlapped_attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameters.weights["q"].dtype
     call = AttentionCall(context, read, hidden_BLH.shape, chunks, dtype)
     works: Works = {}
+    rotary = rotary.to(dtype)
     plain = torch.autocast(device, enabled=False)
     with plain:
         qkv = _tokens(parameters, QKV, works, context)
@@ -236,25 +235,18 @@ def _arrived(
     link: torch.Tensor,
     call: AttentionCall,
     index: int,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    rotary: RotaryTables,
     norms: tuple[HeadNorm, HeadNorm] | None,
 ) -> tuple[torch.Tensor, ...]:
     """Queries, and keys and values if the chunk has any, as the core takes them: [B, n, T, D]."""
     if norms is None:
-        return _ArriveRotated.apply(link, *rotary, call, index)  # type: ignore[no-any-return, no-untyped-call]
+        return _ArriveRotated.apply(link, rotary, call, index)  # type: ignore[no-any-return, no-untyped-call]
     q, *kv = _Arrive.apply(link, call, index)  # type: ignore[no-untyped-call]
     if not kv:
-        return (_Rotate.apply(norms[0](q), *rotary),)  # type: ignore[no-untyped-call]
+        return (_Rotate.apply(norms[0](q), rotary),)  # type: ignore[no-untyped-call]
     num_q = q.shape[3]
-    q_k = _Rotate.apply(torch.cat([norms[0](q), norms[1](kv[0])], dim=3), *rotary)  # type: ignore[no-untyped-call]
+    q_k = _Rotate.apply(torch.cat([norms[0](q), norms[1](kv[0])], dim=3), rotary)  # type: ignore[no-untyped-call]
     return q_k[:, :num_q], q_k[:, num_q:], kv[1].flatten(1, 2).transpose(1, 2)
-
-
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    batch, ranks, length, count, dim = heads.shape
-    out = heads.new_empty(batch, ranks * length, count, dim)
-    rotate(heads, cos, sin, out)
-    return out
 
 
 def _split(call: AttentionCall, index: int, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -268,8 +260,7 @@ def _new_heads(call: AttentionCall, index: int, like: torch.Tensor) -> tuple[tor
     """A buffer [S, M, C] for the wire, and the same as [B, S, L, heads, D]."""
     fused, size = call.fused[index], call.context.layout.sp_size
     buffer = like.new_empty(size, call.batch * call.length, fused.columns, dtype=call.dtype)
-    view = buffer.unflatten(2, (fused.heads, -1)).unflatten(1, (call.batch, call.length)).transpose(0, 1)
-    return buffer, view
+    return buffer, buffer.view(size, call.batch, call.length, fused.heads, -1).transpose(0, 1)
 
 
 def _parameter(projections: Projections, name: str) -> torch.Tensor:

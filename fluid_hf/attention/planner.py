@@ -4,15 +4,15 @@ from __future__ import annotations
 
 __all__ = ["choose_head_chunks"]
 
-# Below this many tokens the launches of a second chunk of attention heads cost more than it hides (an estimate).
-MIN_TOKENS_PER_CHUNK = 4096
+# A chunk costs the host about as long as this takes on a link of 50 GB/s (an estimate).
+MIN_BYTES_PER_CHUNK = 16 << 20
 MAX_CHUNKS = 4
 
 
-def choose_head_chunks(tokens: int) -> int:
+def choose_head_chunks(num_bytes: int) -> int:
     """Pieces that the heads of a sequence-parallel attention layer are cut into.
 
     Args:
-        tokens: tokens of the whole sequences, equal on all ranks.
+        num_bytes: what a rank sends in a forward pass; equal on all ranks, as pieces of sequences are.
     """
-    return 1 if tokens < MIN_TOKENS_PER_CHUNK else 2 if tokens < 4 * MIN_TOKENS_PER_CHUNK else MAX_CHUNKS
+    return max(1, min(num_bytes // MIN_BYTES_PER_CHUNK, MAX_CHUNKS))

@@ -6,35 +6,54 @@ Legend: S ranks, B sequences, L tokens of each on a rank, T = S * L, n heads, D 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-__all__ = ["rotate", "rotate_back"]
+__all__ = ["RotaryTables", "rotate", "rotate_back"]
 
 
-def rotate(x_BSLnD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, out_BTnD: torch.Tensor) -> None:
-    """Write the rotated heads to `out_BTnD`."""
-    cos, sin = _by_rank(x_BSLnD, cos_BTD, sin_BTD)
-    out, half = out_BTnD.unflatten(1, x_BSLnD.shape[1:3]), _half(x_BSLnD)
-    torch.mul(x_BSLnD, cos, out=out)
-    out[..., :half].addcmul_(x_BSLnD[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x_BSLnD[..., :half], sin[..., half:])
+@dataclass(frozen=True)
+class RotaryTables:
+    """Cosines and sines of all tokens, shaped once per forward pass.
+
+    Attributes:
+        cos: [B or 1, S, L, 1, D].
+        sin_low, sin_high: the sines' halves [B or 1, S, L, 1, D / 2].
+    """
+
+    cos: torch.Tensor
+    sin_low: torch.Tensor
+    sin_high: torch.Tensor
+
+    @classmethod
+    def shaped(cls, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, sp_size: int) -> RotaryTables:
+        """From the tables of the model's rotary embedding."""
+        cos, sin = (table.unflatten(1, (sp_size, -1)).unsqueeze(3) for table in (cos_BTD, sin_BTD))
+        return cls(cos, *sin.chunk(2, dim=-1))
+
+    def to(self, dtype: torch.dtype) -> RotaryTables:
+        """The same in another type."""
+        if self.cos.dtype == dtype:
+            return self
+        return RotaryTables(self.cos.to(dtype), self.sin_low.to(dtype), self.sin_high.to(dtype))
 
 
-def rotate_back(grad_BTnD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, out_BSLnD: torch.Tensor) -> None:
+def rotate(x_BSLnD: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
+    """The rotated heads, contiguous: [B, S, L, n, D]."""
+    out = torch.empty_like(x_BSLnD, memory_format=torch.contiguous_format)
+    torch.mul(x_BSLnD, tables.cos, out=out)
+    low, high = x_BSLnD.chunk(2, dim=-1)
+    out_low, out_high = out.chunk(2, dim=-1)
+    out_low.addcmul_(high, tables.sin_low, value=-1)
+    out_high.addcmul_(low, tables.sin_high)
+    return out
+
+
+def rotate_back(grad_BSLnD: torch.Tensor, tables: RotaryTables, out_BSLnD: torch.Tensor) -> None:
     """Write the gradient of what was rotated to `out_BSLnD`."""
-    cos, sin = _by_rank(out_BSLnD, cos_BTD, sin_BTD)
-    grad, half = grad_BTnD.unflatten(1, out_BSLnD.shape[1:3]), _half(out_BSLnD)
-    torch.mul(grad, cos, out=out_BSLnD)
-    out_BSLnD[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-    out_BSLnD[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-
-
-def _by_rank(x_BSLnD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines as [B or 1, S, L, 1, D], in the type of `x`."""
-    ranks = x_BSLnD.shape[1:3]
-    first, second = (table.to(x_BSLnD.dtype).unflatten(1, ranks).unsqueeze(3) for table in (cos, sin))
-    return first, second
-
-
-def _half(x: torch.Tensor) -> int:
-    return x.shape[-1] // 2
+    torch.mul(grad_BSLnD, tables.cos, out=out_BSLnD)
+    low, high = grad_BSLnD.chunk(2, dim=-1)
+    out_low, out_high = out_BSLnD.chunk(2, dim=-1)
+    out_low.addcmul_(high, tables.sin_high)
+    out_high.addcmul_(low, tables.sin_low, value=-1)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
+from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError
 
@@ -34,12 +35,12 @@ class ShardedSequence:
     Attributes:
         position_ids: positions [B or 1, T] of all tokens, in order.
         masks: what the core attention takes as mask, by kind of layer (`full_attention`, `sliding_attention`).
-        rotary: cosines and sines of the rotary embedding of all tokens, each [B or 1, T, D]; `None` if not needed.
+        rotary: tables of the rotary embedding of all tokens; `None` if not needed.
     """
 
     position_ids: torch.Tensor
     masks: Mapping[str, Any]
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary: RotaryTables | None = None
 
 
 def shard_batch(

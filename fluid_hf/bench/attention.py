@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fluid_hf.attention.heads import plan_heads
+from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence
 from fluid_hf.bench.attention_peers import AttentionLayer, AttentionShape, deepspeed_layer, new_layer, plain_layer
 from fluid_hf.bench.layer import measure
@@ -78,7 +79,7 @@ class AttentionBench:
         angles = torch.cat([angles, angles], dim=2)
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
         self.positions = torch.arange(self.length, device=device)[None]
-        rotary = (self.cos.repeat(1, sp_size, 1), self.sin.repeat(1, sp_size, 1))
+        rotary = RotaryTables.shaped(self.cos.repeat(1, sp_size, 1), self.sin.repeat(1, sp_size, 1), sp_size)
         masks = {"full_attention": None}
         self.sequence = ShardedSequence(self.positions.repeat(1, sp_size), masks, rotary)
 
@@ -187,8 +188,7 @@ class AttentionBench:
 
     def bytes_sent(self) -> int:
         """Bytes one forward pass sends to the other ranks."""
-        heads = 2 * self.layout.local_q + 2 * self.layout.local_kv
-        return (self.sp_size - 1) * self.length * heads * self.shape.head_dim * self.hidden.element_size()
+        return self.layout.bytes_sent(self.length, self.shape.head_dim, self.hidden.element_size())
 
     def _link(self, repeats: int) -> float:
         per = self.bytes_sent() // (self.sp_size - 1) // 2

@@ -23,6 +23,7 @@ from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.attention.overlapped import overlapped_attention
 from fluid_hf.attention.planner import choose_head_chunks
+from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
 from fluid_hf.comm.peer_exchange import PeerExchange
@@ -175,14 +176,19 @@ class OverlappedForward:
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self._attention.call_core(module, sequence, q, k, v, extra)
 
-        chunks = self._chunks or choose_head_chunks(sequence.position_ids.shape[1] * hidden_states.shape[0])
+        chunks = self._chunks or choose_head_chunks(
+            self.context.layout.bytes_sent(
+                hidden_states[..., 0].numel(), self.context.head_dim, module.q_proj.weight.element_size()
+            )
+        )
         norms = (_norm(module.q_norm), _norm(module.k_norm)) if form.normed else None
         output = overlapped_attention(hidden_states, self.context, self._read, chunks, sequence.rotary, core, norms)
         return output, None
 
     def _plain(self) -> bool:
-        """Whether the projections are what they were when the layer was made (no adapters, for one)."""
-        return all(type(getattr(self._module, name)) is nn.Linear for name in PROJECTIONS)
+        """Whether the projections are plain ones: no adapters, and no hooks that would not be called."""
+        layers = [getattr(self._module, name) for name in PROJECTIONS]
+        return all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
 
     def _read(self) -> Projections:
         layers = {name[0]: getattr(self._module, name) for name in PROJECTIONS}
@@ -299,7 +305,10 @@ class SequenceParallel:
         mask = gather_sequence(mask, self.exchange) if mask is not None else None
         embeds = self._stand_in(tokens, positions)
         rotary = _rotary(body)
-        tables = rotary(embeds, positions) if rotary is not None and self.overlapped else None
+        tables = None
+        if rotary is not None and self.overlapped:
+            cos, sin = rotary(embeds, positions)
+            tables = RotaryTables.shaped(cos, sin, self.exchange.size)
         sequence = ShardedSequence(positions, self._masks(embeds, positions, mask), tables)
         given["use_cache"] = False
         # transformers takes a 4-D mask as it is, and ours are used instead: no mask is made for the piece alone.
