@@ -32,6 +32,7 @@ class FluidConfig:
         recompute: keep only the received rows for backward and compute the gate and up projections again.
         nccl_max_ctas: most thread blocks that NCCL takes from the GPU for an exchange. `None` leaves it to NCCL; fewer
             leave more of the GPU to the computation beside it.
+        timeout_seconds: how long a rank waits for another one in an exchange before it raises `PeerError`.
 
     Raises:
         ConfigError: a value is out of range; the message names the field, its value and what is allowed.
@@ -44,6 +45,7 @@ class FluidConfig:
     waves: int | None = None
     recompute: bool = False
     nccl_max_ctas: int | None = None
+    timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         for name in ("ep_size", "sp_size", "waves", "nccl_max_ctas"):
@@ -53,6 +55,9 @@ class FluidConfig:
         for name in ("overlap", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} ({getattr(self, name)!r}) must be true or false.")
+        seconds = self.timeout_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e7:
+            raise ConfigError(f"timeout_seconds ({seconds!r}) must be a positive number of seconds.")
         if self.wgrad not in WGRAD_POLICIES:
             raise ConfigError(f"wgrad ({self.wgrad!r}) must be one of {', '.join(map(repr, WGRAD_POLICIES))}.")
         if self.waves is not None and not self.overlap:

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fluid_hf.errors import CollectiveError, FluidError, RankMismatchError
+from fluid_hf.process_groups import set_group_timeout
 
 __all__ = ["ControlGroup"]
 
@@ -25,6 +26,11 @@ class ControlGroup:
         # A mirror world (fluid_hf.bench.mirror) is one process that plays every rank.
         several = several and not getattr(dist.group.WORLD, "plays_all_ranks", False)
         self._group = dist.new_group(backend="gloo", timeout=self._timeout) if several else None
+
+    def wait_at_most(self, timeout_seconds: float) -> None:
+        """How long a rank waits for the others from now on."""
+        self._timeout = datetime.timedelta(seconds=timeout_seconds)
+        set_group_timeout(self._group, timeout_seconds)
 
     def gather(self, value: Any, what: str) -> list[Any]:
         """Every rank's value, in rank order.

@@ -10,7 +10,9 @@ __all__ = [
     "FluidError",
     "MissingPackageError",
     "NotPatchedError",
+    "PeerError",
     "RankMismatchError",
+    "RoutingError",
     "TraceError",
     "UnsupportedModelError",
     "WgradPendingError",
@@ -64,6 +66,22 @@ class CollectiveError(FluidError, RuntimeError):
 
     Remedy: Make the call on every rank, never inside `if rank == 0`; look at the output of the ranks that are
     missing.
+    """
+
+
+class PeerError(FluidError, RuntimeError):
+    """Another rank did not take part in an exchange in time: it raised, died, hangs or went another way.
+
+    Remedy: Look at the output of the rank that the message names: its error is the cause. If that rank was only slow,
+    raise `timeout_seconds`.
+    """
+
+
+class RoutingError(FluidError, ValueError):
+    """A router's output cannot be used: weights that are NaN or infinite, or expert ids out of range.
+
+    Remedy: Look for diverged weights, a too high learning rate or bad input on the rank that the message names, and
+    start again from the last checkpoint.
     """
 
 

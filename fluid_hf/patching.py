@@ -64,7 +64,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     control = ControlGroup()
     try:
         error, requested, config, backend, sites = _prepare(model, config)
-        fingerprint = (config.to_dict() if config else None, [(site.name, site.num_experts) for site in sites])
+        fingerprint = (config.to_dict() if config else None, [_description(site) for site in sites])
         control.agree(error, fingerprint, "patch_model (settings and model)")
     except BaseException:
         control.close()
@@ -74,6 +74,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
         control.close()
         return model
     assert config.ep_size is not None and config.sp_size is not None
+    control.wait_at_most(config.timeout_seconds)
     groups = with_sequence_groups(backend.create_groups(config.ep_size), config.sp_size)
     groups = with_exchange_groups(groups, config.nccl_max_ctas)
     state = FluidState(config, requested, groups, backend, control)
@@ -225,6 +226,13 @@ def _choose_backend(config: FluidConfig) -> Backend:
 
         return DeepSpeedBackend()
     return TorchBackend()
+
+
+def _description(site: ExpertsSite) -> tuple[str, int, str]:
+    """What must be equal on all ranks, shapes and types included: messages of other sizes would not match."""
+    weights = {name: getattr(site.module, name) for name in ("gate_up_proj", "down_proj") if hasattr(site.module, name)}
+    shapes = {name: (*getattr(w, "ds_shape", w.shape), str(w.dtype)) for name, w in weights.items()}
+    return site.name, site.num_experts, str(shapes)
 
 
 @torch.no_grad()

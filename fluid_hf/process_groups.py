@@ -9,6 +9,7 @@ Ranks that share one set of experts are neighbours: with world size 4 and ep_siz
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -24,6 +25,7 @@ __all__ = [
     "resolve_ep_size",
     "resolve_sp_size",
     "sequence_parallel_ranks",
+    "set_group_timeout",
     "with_exchange_groups",
     "with_sequence_groups",
 ]
@@ -160,3 +162,9 @@ def release_exchange_groups(groups: ParallelGroups) -> None:
     """Give back what `with_exchange_groups` made."""
     for group in groups.exchange_groups:
         dist.destroy_process_group(group)
+
+
+def set_group_timeout(group: dist.ProcessGroup | None, seconds: float) -> None:
+    """How long a collective of the group may take; NCCL's watchdog ends the process after it."""
+    if group is not None and group is not dist.group.WORLD:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)

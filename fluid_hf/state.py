@@ -21,7 +21,7 @@ from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
-from fluid_hf.process_groups import ParallelGroups
+from fluid_hf.process_groups import ParallelGroups, set_group_timeout
 
 __all__ = ["FluidState"]
 
@@ -61,6 +61,9 @@ class FluidState:
         self.scheduler = WgradScheduler(config.wgrad)
         self.exchange = PeerExchange(groups.ep_exchange, groups.ep_rank, groups.ep_size)
         self.sequence_exchange = PeerExchange(groups.sp_exchange, groups.sp_rank, groups.sp_size)
+        for exchange in (self.exchange, self.sequence_exchange):
+            exchange.timeout_seconds = config.timeout_seconds
+            set_group_timeout(exchange.group, config.timeout_seconds)
         self.sequence: SequenceParallel | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}

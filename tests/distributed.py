@@ -113,18 +113,23 @@ class RankPool:
         for process in self._processes:
             process.join()
 
-    def _collect(self, timeout: float) -> dict[int, Any]:
-        """What each rank sent back; a `Failure` for one that died or did not answer in time."""
+    def _collect(self, timeout: float, grace: float | None = None, until: set[int] | None = None) -> dict[int, Any]:
+        """What each rank sent back; a `Failure` for one that died or did not answer in time.
+
+        With `until`, the answers of those ranks are enough.
+        """
         waiting = {connection: rank for rank, connection in enumerate(self._connections)}
         deadline = time.monotonic() + timeout
         results: dict[int, Any] = {}
-        while waiting and (left := deadline - time.monotonic()) > 0:
+        grace = GRACE if grace is None else grace
+        wanted = set(waiting.values()) if until is None else until
+        while wanted & set(waiting.values()) and (left := deadline - time.monotonic()) > 0:
             for connection in wait(list(waiting), left):
                 assert isinstance(connection, Connection)
                 rank = waiting.pop(connection)
                 results[rank] = self._receive(rank)
                 if isinstance(results[rank], Failure):
-                    deadline = min(deadline, time.monotonic() + GRACE)
+                    deadline = min(deadline, time.monotonic() + grace)
         for rank in waiting.values():
             results[rank] = Failure("RankTimeoutError", "did not finish", "did not finish")
         return results

@@ -19,7 +19,7 @@ from fluid_hf.process_groups import (
     resolve_ep_size,
 )
 
-FIELDS = ["ep_size", "sp_size", "overlap", "wgrad", "waves", "recompute", "nccl_max_ctas"]
+FIELDS = ["ep_size", "sp_size", "overlap", "wgrad", "waves", "recompute", "nccl_max_ctas", "timeout_seconds"]
 CHANGED: dict[str, Any] = {"ep_size": 4, "overlap": True, "wgrad": "off", "waves": 3, "recompute": True}
 
 
@@ -84,6 +84,7 @@ def test_defaults() -> None:
         "waves": None,
         "recompute": False,
         "nccl_max_ctas": None,
+        "timeout_seconds": 600.0,
     }
     assert FluidConfig.from_dict({}) == FluidConfig()
 

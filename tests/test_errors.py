@@ -15,6 +15,7 @@ from torch import nn
 
 import fluid_hf
 from fluid_hf import FluidConfig, cli
+from fluid_hf.comm.faults import peer_error
 from fluid_hf.commands.errors import error_classes, explain, page
 from fluid_hf.control import ControlGroup
 from fluid_hf.profiling.picture import draw_expert_load
@@ -42,6 +43,16 @@ def missing_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ControlGroup.__init__(control)
     control._group = object()  # type: ignore[assignment]
     control.gather(1, "save_pretrained")
+
+
+def silent_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    raise peer_error([0, 1], [1], "forward dispatch, round 0, of layer experts", 4.0, "timed out")
+
+
+def bad_router(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layer = fluid_hf.ExpertParallelExperts(num_experts=4, hidden_size=8, intermediate_size=8)
+    layer(torch.randn(1, 8), torch.tensor([[0, 4]]), torch.ones(1, 2))
 
 
 def unreached_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,7 +87,9 @@ WAYS: dict[str, Callable[[pytest.MonkeyPatch, Path], Any]] = {
     "ConfigError": lambda m, p: FluidConfig(waves=0),
     "MissingPackageError": no_matplotlib,
     "NotPatchedError": lambda m, p: fluid_hf.unpatch_model(nn.Linear(2, 2)),
+    "PeerError": silent_peer,
     "RankMismatchError": differing_ranks,
+    "RoutingError": bad_router,
     "TraceError": lambda m, p: read_trace(p / "missing.json"),
     "UnsupportedModelError": lambda m, p: fluid_hf.patch_model(nn.Linear(2, 2)),
     "WgradPendingError": unreached_gradient,

@@ -23,6 +23,10 @@ class FakeExchange:
         self.rank, self.size = rank, size
         self.posts: list[tuple[list[PeerTensor], list[PeerTensor]]] = []
         self.collectives: list[tuple[torch.Tensor, torch.Tensor, list[int], list[int]]] = []
+        self.rounds: list[int] = []
+
+    def at_round(self, index: int) -> None:
+        self.rounds.append(index)
 
     def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> int:
         self.posts.append((list(sends), list(recvs)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -24,15 +25,15 @@ class HostReader:
         self._done: torch.cuda.Event | None = None
         self._pinned: torch.Tensor | None = None
 
-    def start(self, tensor: torch.Tensor, arrival: Waitable) -> Callable[[], list[Any]]:
-        """Read `tensor` once `arrival` has been; call the result for its nested lists.
+    def start(self, tensor: torch.Tensor, arrival: Waitable) -> Callable[[float], list[Any]]:
+        """Read `tensor` once `arrival` has been; call the result with a limit in seconds for its nested lists.
 
         On CUDA the copy is queued on the current stream, behind what was queued there before; what is queued after it
         runs while the host waits.
         """
         arrival.wait()
         if not tensor.is_cuda:
-            return tensor.tolist
+            return lambda seconds: tensor.tolist()
         if self._done is None:
             self._done = torch.cuda.Event()
         if self._pinned is None or self._pinned.shape != tensor.shape:
@@ -41,8 +42,13 @@ class HostReader:
         pinned.copy_(tensor, non_blocking=True)
         done.record()
 
-        def read() -> list[Any]:
-            done.synchronize()  # the one host synchronisation of the layer: receives need their sizes
+        def read(seconds: float) -> list[Any]:
+            # The one host synchronisation of the layer: receives need their sizes. Polled, so that it can end.
+            deadline = time.monotonic() + seconds
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"counts did not arrive on the device within {seconds:.0f} s")
+                time.sleep(0)  # lets other threads run
             return pinned.tolist()
 
         return read

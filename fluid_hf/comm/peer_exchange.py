@@ -7,14 +7,17 @@ counts, so a rank with nothing to send still takes part in every wave.
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from fluid_hf.comm.faults import peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
 from fluid_hf.comm.side_stream import SideStream
+from fluid_hf.errors import PeerError
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.ranges import span
 
@@ -26,9 +29,13 @@ PeerTensor = tuple[int, torch.Tensor]
 class ExchangeHandle:
     """Communication in flight. Holds every buffer until the waiting stream has seen it complete."""
 
-    def __init__(self, owner: PeerExchange, works: list[dist.Work], buffers: list[torch.Tensor]) -> None:
+    def __init__(
+        self, owner: PeerExchange, works: list[dist.Work], buffers: list[torch.Tensor], peers: Sequence[int]
+    ) -> None:
         self._owner = owner
         self._works = works
+        self._peers = peers
+        self._place = owner.place
         self._buffers = buffers
         self._number = owner.num_posted
         self._sampler = owner.sampler
@@ -39,14 +46,26 @@ class ExchangeHandle:
         if self._sampler is not None and self._flight is not None:
             self._sampler.begin_wait(self._flight)
         with span("wait", self._owner.name, self._number):
-            for work in self._works:
-                work.wait()
+            for index, work in enumerate(self._works):
+                self._wait(work, index)
         if self._sampler is not None and self._flight is not None:
             self._sampler.end_wait(self._flight)
             self._flight = None
         # Freed only now: memory reused by the current stream is ordered after the communication it waited for.
         self._works, self._buffers = [], []
         self._owner._in_flight.discard(self)
+
+    def _wait(self, work: dist.Work, index: int) -> None:
+        owner = self._owner
+        if not owner.host_waits:
+            work.wait()
+            return
+        try:
+            work.wait(datetime.timedelta(seconds=owner.timeout_seconds))
+        except RuntimeError as error:
+            self._works, self._buffers = [], []
+            owner._in_flight.clear()  # nothing of this group can arrive any more
+            raise owner.fault(error, self._peers[index : index + 1], self._place) from error
 
 
 class PeerExchange:
@@ -64,6 +83,10 @@ class PeerExchange:
         num_posted: exchanges started since construction.
         name: tells the exchanges of a process apart in a profile.
         sampler: measures the exchanges of a step, while one is sampled.
+        timeout_seconds: how long a rank waits for another one.
+        ranks: global ranks of the group.
+        place: layer, step and round of what is posted, for errors.
+        host_waits: whether `ExchangeHandle.wait` makes the host wait.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
@@ -78,8 +101,11 @@ class PeerExchange:
         self.sampler: OverlapSampler | None = None
         self._all_to_all_options = dist.AllToAllOptions()
         self._all_to_all_options.asyncOp = True
+        self.timeout_seconds = 600.0
+        self.place = ("experts", "exchange", 0)
+        self.host_waits = group is not None and dist.get_backend(group) == "gloo"
         self._in_flight: set[ExchangeHandle] = set()
-        self._global_ranks = dist.get_process_group_ranks(group) if group is not None else [0]
+        self.ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self._batched = group is not None and dist.get_backend(group) == "nccl"
 
     def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> ExchangeHandle:
@@ -89,14 +115,15 @@ class PeerExchange:
         num_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
         with self._posting(num_bytes):
             works = self._start(sends, recvs)
-        return self._track(works, [tensor for _, tensor in (*sends, *recvs)])
+        messages = (*sends, *recvs)
+        return self._track(works, [tensor for _, tensor in messages], [peer for peer, _ in messages])
 
     def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
         works: list[dist.Work] = []
         if self._batched and (sends or recvs):
             # One NCCL group call: both directions and all peers of the wave progress together.
-            ops = [dist.P2POp(dist.isend, tensor, self._global_ranks[peer], self.group) for peer, tensor in sends]
-            ops += [dist.P2POp(dist.irecv, tensor, self._global_ranks[peer], self.group) for peer, tensor in recvs]
+            ops = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self.group) for peer, tensor in sends]
+            ops += [dist.P2POp(dist.irecv, tensor, self.ranks[peer], self.group) for peer, tensor in recvs]
             works = dist.batch_isend_irecv(ops)
         elif self.group is not None:
             works = [self.group.send([tensor], peer, 0) for peer, tensor in sends]
@@ -125,7 +152,37 @@ class PeerExchange:
         self.bytes_sent += num_bytes
         return span("post", self.name, self.num_posted, num_bytes)
 
-    def _track(self, works: list[dist.Work], buffers: list[torch.Tensor]) -> ExchangeHandle:
-        handle = ExchangeHandle(self, works, buffers)
+    def fault(self, cause: object, peers: Sequence[int] = (), place: tuple[str, str, int] | None = None) -> PeerError:
+        """The error for an exchange that did not end: names peers (group ranks; all if not known), layer and round."""
+        layer, step, index = place or self.place
+        suspects = peers or [rank for rank in range(self.size) if rank != self.rank]
+        where = f"{step}, round {index}, of layer {layer}"
+        named = [self.ranks[rank] for rank in suspects]
+        return peer_error(self.ranks, named, where, self.timeout_seconds, cause)
+
+    def read_counts(self, counts_2PC: torch.Tensor, handle: ExchangeHandle, layer: str) -> list[list[list[int]]]:
+        """Wait for the peers' counts, at most `timeout_seconds`; a status among them is an error on all ranks.
+
+        Raises:
+            PeerError: they did not arrive.
+            RoutingError: see `fluid_hf.comm.faults.raise_flagged`.
+        """
+        try:
+            counts: list[list[list[int]]] = self.host_reader.start(counts_2PC, handle)(self.timeout_seconds)
+        except TimeoutError as error:
+            raise self.fault(error) from error
+        raise_flagged(counts, self.rank, self.ranks, layer)
+        return counts
+
+    def at(self, layer: str, step: str, index: int = 0) -> None:
+        """Say what is posted from now on, for errors."""
+        self.place = (layer, step, index)
+
+    def at_round(self, index: int) -> None:
+        """Say which round of the step is posted from now on, for errors."""
+        self.place = (*self.place[:2], index)
+
+    def _track(self, works: list[dist.Work], buffers: list[torch.Tensor], peers: Sequence[int] = ()) -> ExchangeHandle:
+        handle = ExchangeHandle(self, works, buffers, peers)
         self._in_flight.add(handle)
         return handle

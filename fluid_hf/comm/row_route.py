@@ -82,11 +82,13 @@ class WaveRoute:
         return sum(self._received[message.peer][1 + message.part] for message in self._waves[wave])
 
     def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        self._exchange.at_round(wave)
         sends = [(message.peer, self._outgoing_slice(message, sent)) for message in self._waves[wave]]
         low, high = self.wave_bounds(wave)
         return self._exchange.post(sends, self._incoming_slices(wave, received[low:high]))
 
     def post_back(self, wave: int, processed: torch.Tensor, returned: torch.Tensor) -> ExchangeHandle:
+        self._exchange.at_round(wave)
         recvs = [(message.peer, self._outgoing_slice(message, returned)) for message in self._waves[wave]]
         return self._exchange.post(self._incoming_slices(wave, processed), recvs)
 

@@ -46,7 +46,11 @@ class WaveChoice:
             return self._fixed or 1
         if layer.training not in self._chosen:
             total = torch.tensor([tokens], dtype=torch.int64, device=device)
-            dist.all_reduce(total, group=exchange.group)
+            exchange.at(layer.context.name, "the choice of waves")
+            try:
+                dist.all_reduce(total, group=exchange.group)
+            except RuntimeError as error:
+                raise exchange.fault(error) from error
             if self._measured is None and device.type == "cuda":
                 self._measured = measure_link(exchange, device), measure_launch(exchange, device)
             down = layer.expert_parameters()["down"]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fluid_hf.comm.faults import GOOD, flag_counts, input_status, routing_error
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
 from fluid_hf.moe.activation import Activation
@@ -47,7 +48,7 @@ class LayerContext:
         stats: counts since they were last read.
         math: what the experts compute; by default `act(gate) * up` between two projections.
         record: called with the name of each event, for tests and timelines; `None` for nothing.
-        name: of the layer, in the ranges of a profile.
+        name: of the layer, in the ranges of a profile and in errors.
     """
 
     exchange: PeerExchange
@@ -117,15 +118,22 @@ class LayerCall:
         """Plan the rows, tell every peer how many come, and post all waves of the dispatch."""
         context = self.context
         size = context.exchange.size
+        status = input_status(weights_TK, index_TK, context.num_experts) if index_TK.device.type == "cpu" else GOOD
         if size == 1:
+            if status != GOOD:
+                raise routing_error({0: status}, context.name)
             self.num_own_pairs = index_TK.numel()
             return None
         context.exchange.drain()
-        hits, handle = self._count(index_TK)
+        context.exchange.at(context.name, "forward counts")
+        if status != GOOD:  # told to the peers in place of the counts, which they wait for
+            index_TK = torch.zeros_like(index_TK)
+        hits, handle = self._count(index_TK, weights_TK, status)
         # Packed while the counts travel, into a buffer for the most rows there can be.
         packed = self._pack_most(hidden_TH, weights_TK, index_TK, hits) if hits.from_kernels else None
         context.exchange.side_stream.mark(self.device)
-        counts = context.exchange.host_reader.start(hits.counts_2PC, handle)()
+        counts = context.exchange.read_counts(hits.counts_2PC, handle, context.name)
+        context.exchange.at(context.name, "forward dispatch")
         plan = self._plan(hits, counts, index_TK.shape[0])
         route = self.route
         assert route is not None
@@ -148,13 +156,17 @@ class LayerCall:
             piece = self._own_piece(hidden_TH, weights_TK, index_TK)
             self._own_first = piece, self.math.project(piece, self._weights())
 
-    def _count(self, index_TK: torch.Tensor) -> tuple[HitMap, ExchangeHandle]:
+    def _count(self, index_TK: torch.Tensor, weights_TK: torch.Tensor, status: int) -> tuple[HitMap, ExchangeHandle]:
         """Count the rows and send every peer its counts."""
         context, exchange = self.context, self.context.exchange
         serial = not context.overlap
         parts = route_parts(exchange.size, context.waves, serial)
         skip = None if serial else exchange.rank
         hits = count_rows(index_TK, context.num_local_experts, exchange.size, skip_rank=skip, parts=parts)
+        if status != GOOD:
+            hits.counts_2PC[0, :, 0] = -status
+        elif weights_TK.is_cuda:
+            flag_counts(hits.counts_2PC[0], weights_TK)
         ones = [1] * exchange.size
         handle = exchange.all_to_all(hits.counts_2PC[1], hits.counts_2PC[0], ones, ones)
         if hits.own_pairs is not None:
@@ -216,6 +228,7 @@ class LayerCall:
             self._own_first = None
             pieces.append(piece)
             projections += [own_first] if keep else []
+        context.exchange.at(context.name, "forward combine")
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
         for wave in range(route.num_waves if route is not None else 0):
@@ -262,6 +275,7 @@ class LayerCall:
         if self.route is None or token_row_TP is None:
             return
         self.context.exchange.drain()
+        self.context.exchange.at(self.context.name, "backward output gradients")
         sent = spread_rows(self._own, row_token_R, token_row_TP, self.route.num_sent)
         self._rows = self._new_hidden(self.route.num_received)
         self._post_out(sent, self._rows, "output grad")
@@ -287,6 +301,7 @@ class LayerCall:
             first = self._projections(pieces[0], projections, 0, weights)
             grads.backward(first, own, weights, (self._own, self._own_weights))
             context.event("dgrad own")
+        context.exchange.at(context.name, "backward input gradients")
         self._returns: list[Callable[[], ExchangeHandle]] = []
         arriving, self._handles = self._handles, []
         rows, self._rows = self._rows, None

@@ -1,0 +1,101 @@
+"""What goes wrong on one rank is a named error on the others, in bounded time."""
+
+from __future__ import annotations
+
+import time
+
+import faults
+import pytest
+import torch
+from distributed import Failure
+
+from fluid_hf import ConfigError, FluidConfig, PeerError, RoutingError
+from fluid_hf.comm.faults import flag_counts, input_status, peer_error, raise_flagged
+from fluid_hf.comm.host_reader import HostReader
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("NaN in router logits", "RoutingError", ["rank 1", "model.layers.1.mlp.experts", "NaN"]),
+        ("raises in backward", "PeerError", ["rank 1", "backward", "round 0", "model.layers.0.mlp.experts", "4 s"]),
+        ("killed between counts and rows", "PeerError", ["rank 1", "forward", "round 0", "model.layers.1.mlp.experts"]),
+    ],
+)
+def test_fault_on_one_of_two_ranks(fault: str, error: str, words: list[str]) -> None:
+    failures, _ = faults.try_fault(fault, 2)
+    assert failures[0].kind == error, failures[0].text
+    assert all(word in failures[0].message for word in words), failures[0].message
+
+
+def test_all_faults_are_in_the_table() -> None:
+    assert len(faults.FAULTS) >= 18
+    assert set(faults.STEP_FAULTS) <= set(faults.FAULTS)
+    assert Failure  # the table's cells are failures of the pool
+
+
+def test_status_of_a_routers_output() -> None:
+    index, weights = torch.tensor([[0, 3]]), torch.ones(1, 2)
+    assert input_status(weights, index, 4) == 0
+    assert input_status(weights, index, 3) == input_status(weights, index - 1, 4) == 2
+    assert input_status(weights * float("nan"), index, 4) == input_status(weights / 0, index, 4) == 1
+    assert input_status(torch.ones(0, 2), torch.zeros(0, 2, dtype=torch.int64), 4) == 0
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0, float("nan")], [float("inf"), 1.0], [float("inf"), -float("inf")], [1.0, 2.0]]
+)
+def test_flagged_counts_reach_every_rank(weights: list[float]) -> None:
+    """The way of the GPU, where the host must not look."""
+    counts = torch.tensor([[[3, 4], [5, 6]], [[7, 8], [9, 9]]], dtype=torch.int32)
+    flag_counts(counts[0], torch.tensor([weights]))
+    good = weights == [1.0, 2.0]
+    assert counts.tolist() == [[[3, 4], [5, 6]], [[7, 8], [9, 9]]] if good else counts[0, :, 0].tolist() == [-1, -1]
+    theirs = counts.flip(0)  # what the peer sees: this rank's counts as received ones
+    for table, own in ((counts, 0), (theirs, 1)):
+        if good:
+            raise_flagged(table.tolist(), own, [4, 6], "layer")
+        else:
+            with pytest.raises(RoutingError, match="router output of rank 4 in layer layer"):
+                raise_flagged(table.tolist(), own, [4, 6], "layer")
+
+
+class NeverDone:
+    def query(self) -> bool:
+        return False
+
+
+def test_reading_from_the_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    class Arrived:
+        def wait(self) -> None:
+            pass
+
+    reader = HostReader()
+    tensor = torch.zeros(2, 2, dtype=torch.int32)
+    reader._pinned, reader._done = torch.zeros_like(tensor), NeverDone()  # type: ignore[assignment]
+    monkeypatch.setattr(NeverDone, "record", lambda self: None, raising=False)
+    read = reader.start(tensor.as_subclass(OnDevice), Arrived())
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="within 0 s"):
+        read(0.2)
+    assert time.monotonic() - start < 5
+    monkeypatch.setattr(NeverDone, "query", lambda self: True)
+    assert read(0.2) == [[0, 0], [0, 0]]
+
+
+def test_silent_ranks_are_named_when_there_is_no_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 3)
+    error = peer_error([2, 3, 5], [5], "forward combine, round 1, of layer x", 7.0, RuntimeError("closed\nmore"))
+    assert isinstance(error, PeerError)
+    assert str(error).startswith("rank 5 did not take part in forward combine, round 1, of layer x")
+    assert "rank 3 waited at most 7 s" in str(error) and "(closed)" in str(error)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "4", True, float("nan")])
+def test_timeout_must_be_a_number_of_seconds(seconds: object) -> None:
+    with pytest.raises(ConfigError, match="timeout_seconds"):
+        FluidConfig(timeout_seconds=seconds)  # type: ignore[arg-type]
+    assert FluidConfig(timeout_seconds=4).timeout_seconds == 4
