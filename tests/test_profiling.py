@@ -216,3 +216,25 @@ def test_trace_of_cpu_ranks(pool2: RankPool, tmp_path: Path) -> None:
             assert {"own tokens", "wave 0", "wave 1"} <= {w.label for w in forward.compute}
             assert {"own tokens", "wave 0", "wave 1", "wgrad down"} <= {w.label for w in backward.compute}
             assert forward.duration > 0 and backward.duration > 0
+
+
+def trace_long_sequence(rank: int, world: int, folder: str) -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world, sp_size=world))
+    trace = StepTrace(Path(folder) / f"sp{rank}.json")
+    trace.start()
+    piece = model.fluid.shard_batch({"input_ids": batch(0, 2), "labels": batch(0, 2)})
+    labels = piece.pop("shift_labels")
+    model.fluid.sequence_loss(model(**piece).logits, labels).backward()
+    model.fluid.finish_batch()
+    trace.stop()
+    fluid_hf.unpatch_model(model)
+
+
+def test_attention_exchanges_are_in_the_trace(pool2: RankPool, tmp_path: Path) -> None:
+    pool2.run(trace_long_sequence, str(tmp_path))
+    trace = read_trace(tmp_path / "sp0.json")
+    summary = summarize(trace)
+    assert 0 < summary["attention"]["exposed_ms"] <= summary["attention"]["communication_ms"]
+    assert {"heads", "head gradients", "dispatch 0"} <= {work.label for work in trace.communication}
+    assert len(summary["layers"]) == 2  # attention is no layer of its own
+    assert layer_passes(trace)

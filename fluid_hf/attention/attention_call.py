@@ -21,6 +21,7 @@ from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.tournament import num_rounds, round_peer
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradWork
+from fluid_hf.ranges import mark, ranged
 
 __all__ = ["AttentionCall", "AttentionContext"]
 
@@ -35,6 +36,7 @@ class AttentionContext:
         head_dim: D.
         scheduler: weight gradient scheduler.
         record: called with the name of each event, for tests and timelines; `None` for nothing.
+        name: of the layer, in the ranges of a profile.
     """
 
     exchange: PeerExchange
@@ -42,11 +44,13 @@ class AttentionContext:
     head_dim: int
     scheduler: WgradScheduler
     record: Callable[[str], None] | None = None
+    name: str = "attention"
 
     def event(self, name: str) -> None:
         """Record an event, if anybody listens."""
         if self.record is not None:
             self.record(name)
+        mark(name)
 
 
 class AttentionCall:
@@ -97,6 +101,7 @@ class AttentionCall:
         return self._read().to(self.dtype)
 
     # -- forward --------------------------------------------------------------------------------------------------
+    @ranged("forward attention")
     def scatter(self, x_MH: torch.Tensor) -> None:
         """Project for one chunk of all other ranks' heads after the other and post it; own heads last."""
         context, own = self.context, self.context.exchange.rank
@@ -114,18 +119,21 @@ class AttentionCall:
             if self.by_peer:
                 _product(x_MH, right[own], None if bias is None else bias[own], out=received[own])
 
+    @ranged("forward attention")
     def arrive(self, index: int) -> torch.Tensor:
         """Wait for a chunk: query, key and value heads of this rank for all tokens, [B, S, L, heads, D]."""
         received = self._wait(index)
         self.context.event(f"wait heads {index}")
         return self._by_sequence(received)
 
+    @ranged("forward attention")
     def post_context(self, index: int, context_BTnD: torch.Tensor) -> None:
         """Send the results of a chunk to the ranks that own the tokens."""
         by_rank = context_BTnD.flatten(2).unflatten(1, (-1, self.length)).transpose(0, 1)
         self._post(index, by_rank.reshape(by_rank.shape[0], -1, by_rank.shape[-1]).contiguous())
         self.context.event(f"post results {index}")
 
+    @ranged("forward attention")
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Multiply what has arrived with its slice of o_proj while the last chunk is on the wire.
 
@@ -153,6 +161,7 @@ class AttentionCall:
         return (output if bias is None else output.add_(bias)).to(self.dtype), full
 
     # -- backward -------------------------------------------------------------------------------------------------
+    @ranged("backward attention")
     def post_result_grads(self, grad_MH: torch.Tensor) -> None:
         """Send each head's result gradient to the rank that computed the head, the last chunk first."""
         self.context.exchange.drain()
@@ -169,12 +178,14 @@ class AttentionCall:
             if self.by_peer:
                 torch.mm(grad_MH, rights[index][own], out=self._received[index][own])
 
+    @ranged("backward attention")
     def arrive_grad(self, index: int) -> torch.Tensor:
         """Wait for the result gradients of a chunk: [B, T, n, D]."""
         received = self._wait(index)
         self.context.event(f"wait result grads {index}")
         return self._by_sequence(received).flatten(1, 2)
 
+    @ranged("backward attention")
     def post_return(self, index: int, grad_SMC: torch.Tensor) -> None:
         """Send the gradients of a chunk's query, key and value heads back to the ranks that projected them."""
         self._post(index, grad_SMC)
@@ -182,6 +193,7 @@ class AttentionCall:
         self.returns_in_flight = True
         self.context.event(f"post return {index}")
 
+    @ranged("backward attention")
     def finish_input_grad(
         self, wanted: bool, early: Callable[[dict[int, torch.Tensor]], None]
     ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:

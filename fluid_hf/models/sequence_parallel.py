@@ -161,7 +161,8 @@ class OverlappedForward:
         self._own = module.forward
         self._form, self._attention, self._chunks = form, attention, chunks
         head_dim: Any = module.head_dim
-        self.context = AttentionContext(attention.exchange, attention.layout, head_dim, scheduler)
+        name = f"attention {getattr(module, 'layer_idx', '')}".strip()
+        self.context = AttentionContext(attention.exchange, attention.layout, head_dim, scheduler, name=name)
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward."""

@@ -150,12 +150,14 @@ class LayerCall:
             self._post_out(sent, received, "dispatch")
         return plan
 
+    @ranged("own tokens")
     def _start_own(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> None:
         """Queue the projections of the own tokens, unless all rows travel alike."""
         if self.route is None or not self.route.serial:
             piece = self._own_piece(hidden_TH, weights_TK, index_TK)
             self._own_first = piece, self.math.project(piece, self._weights())
 
+    @ranged("plan")
     def _count(self, index_TK: torch.Tensor, weights_TK: torch.Tensor, status: int) -> tuple[HitMap, ExchangeHandle]:
         """Count the rows and send every peer its counts."""
         context, exchange = self.context, self.context.exchange

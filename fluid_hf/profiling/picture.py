@@ -20,6 +20,7 @@ KINDS = {
     "own tokens": "#3b82f6",
     "waves from other ranks": "#7cb8fb",
     "shared expert": "#22b8cf",
+    "attention": "#e879c6",
     "weight gradients": "#34b37a",
     "rest of the model": "#b6bcc6",
 }

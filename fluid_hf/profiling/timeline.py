@@ -52,8 +52,8 @@ def exposed(trace: Trace) -> list[Interval]:
 
 
 def layer_names(trace: Trace) -> list[str]:
-    """Layers in the order of their first forward pass."""
-    return list(dict.fromkeys(phase.layer for phase in trace.phases))
+    """Expert-parallel layers in the order of their first forward pass."""
+    return list(dict.fromkeys(phase.layer for phase in trace.phases if phase.name in FIRST.values()))
 
 
 def layer_passes(trace: Trace, layer: str | None = None) -> list[PassTimeline]:
@@ -63,7 +63,7 @@ def layer_passes(trace: Trace, layer: str | None = None) -> list[PassTimeline]:
         TraceError: the trace has no such layer, or no whole pass of it.
     """
     names = layer_names(trace)
-    layer = layer or names[len(names) // 2]
+    layer = layer or (names[len(names) // 2] if names else "")
     if layer not in names:
         raise TraceError(f"layer ({layer}) must be one of those in the trace: {', '.join(names)}.")
     gaps = exposed(trace)
@@ -84,7 +84,8 @@ def summarize(trace: Trace) -> dict[str, Any]:
     Returns:
         `overlap_ratio` (hidden communication over all communication of the layers), `communication_ms`, `exposed_ms`,
         `exposed_ms_per_layer` (one call, both passes), `bytes_sent`, `wgrad_ms`, `wgrad_in_windows` (share of the time
-        of weight gradients with an exchange in flight), `other_communication_ms`, and `layers`.
+        of weight gradients with an exchange in flight), `attention` (what sequence parallelism adds to the first
+        three), `other_communication_ms`, and `layers`.
     """
     gaps = exposed(trace)
     flight = union(_spans(work for work in trace.communication if work.phase is not None))
@@ -97,12 +98,23 @@ def summarize(trace: Trace) -> dict[str, Any]:
         "overlap_ratio": _share(flight, gaps),
         "communication_ms": _ms(length(flight)),
         "exposed_ms": _ms(length(gaps)),
-        "exposed_ms_per_layer": round(sum(per_layer) / len(per_layer), 4),
+        "exposed_ms_per_layer": round(sum(per_layer) / max(1, len(per_layer)), 4),
         "bytes_sent": sum(phase.num_bytes for phase in trace.phases),
         "wgrad_ms": _ms(length(wgrad)),
         "wgrad_in_windows": round(length(intersect(wgrad, flight)) / length(wgrad), 4) if wgrad else 0.0,
+        "attention": _attention_summary(trace, gaps),
         "other_communication_ms": _ms(length(other)),
         "layers": layers,
+    }
+
+
+def _attention_summary(trace: Trace, gaps: list[Interval]) -> dict[str, float]:
+    phases = (work for work in trace.communication if work.phase is not None and work.phase.name.endswith("attention"))
+    flight = union(_spans(phases))
+    return {
+        "overlap_ratio": _share(flight, intersect(flight, gaps)),
+        "communication_ms": _ms(length(flight)),
+        "exposed_ms": _ms(length(intersect(flight, gaps))),
     }
 
 

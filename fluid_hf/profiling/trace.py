@@ -30,6 +30,8 @@ MESSAGES = {
     "backward combine": "output grad",
     "backward experts": "input grad",
     "backward return": "input grad",
+    "forward attention": "heads",
+    "backward attention": "head gradients",
 }
 
 
@@ -170,7 +172,7 @@ class _Reader:
         if inside is None:
             return "exchange"
         label = MESSAGES.get(inside.name, "exchange")
-        if label == "counts":
+        if label in ("counts", "heads", "head gradients"):
             return label
         number = inside.num_posted
         inside.num_posted += 1
@@ -247,8 +249,10 @@ def _label(phase: Phase | None, at: float) -> str:
     """What is computed at a point of a phase, from the marks around it."""
     if phase is None:
         return "rest of the model"
-    if phase.name.startswith("wgrad") or phase.name == "shared expert":
+    if phase.name.startswith("wgrad") or phase.name in ("shared expert", "own tokens"):
         return phase.name
+    if phase.name.endswith("attention"):
+        return "attention"
     if phase.name == "forward experts":
         before = [event for time, event in phase.marks if time <= at]
         if before and before[-1].startswith("wait dispatch"):
