@@ -68,8 +68,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="random cases")
     rounds = parser.parse_args().rounds
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    device = torch.device("cuda", rank % torch.cuda.device_count())  # several ranks may share a GPU
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     dist.all_reduce(torch.ones(1, device="cuda"))
     worst = max(compare(seed, rank, world) for seed in range(rounds))
     assert worst <= 1e-5, f"rank {rank}: error {worst:.2e}"
