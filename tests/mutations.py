@@ -1,0 +1,259 @@
+"""Small faults planted one by one in a copy of the package; each must be caught by the quick test named beside it.
+
+    python tests/mutations.py                 all of them; prints what was missed, exits with 1 if any was
+    python tests/mutations.py --only wave     those whose file or text contains a word
+
+A fault whose text is not in the file any more is an error too: the list must follow the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 180
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault: in `file`, `old` (which must be there) becomes `new`; `test` must fail."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+PROPERTIES = "tests/test_properties.py::test_"
+RANKS = "tests/test_expert_parallel.py::test_two_ranks"
+MUTATIONS = (
+    # comm: wrong peers, off-by-one in splits, rows of the wrong rank
+    Mutation("comm/tournament.py", "(round_index - rank) % last", "(round_index + rank) % last", PROPERTIES + "tourn"),
+    Mutation("comm/tournament.py", "size - 1 + size % 2", "size - 1", PROPERTIES + "tournament"),
+    Mutation(
+        "comm/tournament.py", "rows * (part + 1) // parts", "(rows * part + 1) // parts", PROPERTIES + "parts_cover"
+    ),
+    Mutation(
+        "comm/tournament.py",
+        "for part in range(parts) for index",
+        "for part in range(1) for index",
+        PROPERTIES + "waves",
+    ),
+    Mutation("comm/tournament.py", "if peer is not None)", "if peer)", PROPERTIES + "waves"),
+    Mutation(
+        "comm/row_route.py",
+        "sum(self._sent_rows[: message.peer])",
+        "sum(self._sent_rows[: message.peer + 1])",
+        "tests/test_row_route.py",
+    ),
+    Mutation(
+        "comm/row_route.py",
+        "self._received[message.peer][1 + message.part]",
+        "self._received[message.peer][message.part]",
+        "tests/test_row_route.py",
+    ),
+    Mutation(
+        "comm/row_route.py",
+        "all_to_all(returned, processed, self._sent, self._received)",
+        "all_to_all(returned, processed, self._received, self._sent)",
+        "tests/test_row_route.py",
+    ),
+    Mutation("comm/peer_exchange.py", "self._wait(work, index)", "pass", RANKS),
+    Mutation(
+        "comm/faults.py",
+        "if peer != own and counts[0] < 0",
+        "if peer == own and counts[0] < 0",
+        "tests/test_faults.py::test_flagged",
+    ),
+    Mutation(
+        "comm/faults.py",
+        "total - total != 0, -NOT_FINITE",
+        "total - total == 0, -NOT_FINITE",
+        "tests/test_faults.py::test_flagged",
+    ),
+    Mutation("comm/faults.py", ">= num_experts", "> num_experts", "tests/test_faults.py::test_status"),
+    Mutation(
+        "comm/host_reader.py",
+        "time.monotonic() > deadline",
+        "time.monotonic() < deadline - 1e9",
+        "tests/test_faults.py::test_reading",
+    ),
+    # plans and permutation
+    Mutation(
+        "moe/routing_plan.py",
+        "hit_TP[:, skip_rank] = False",
+        "hit_TP[:, skip_rank] = True",
+        PROPERTIES + "routing_plan",
+    ),
+    Mutation("moe/routing_plan.py", "hit_TP.cumsum(0) - 1", "hit_TP.cumsum(0)", PROPERTIES + "routing_plan"),
+    Mutation(
+        "moe/routing_plan.py",
+        "position_TP >= rows_P * part // parts",
+        "position_TP > rows_P * part // parts",
+        PROPERTIES + "routing_plan",
+    ),
+    Mutation(
+        "moe/routing_plan.py",
+        "sum(rows[:rank]) for rank",
+        "sum(rows[: rank + 1]) for rank",
+        PROPERTIES + "routing_plan",
+    ),
+    Mutation(
+        "moe/routing_plan.py",
+        "top_k_index % num_local_experts, -1",
+        "top_k_index % num_local_experts, 0",
+        PROPERTIES + "routing_plan",
+    ),
+    Mutation(
+        "moe/permutation.py",
+        ".to(torch.int64) - first_expert",
+        ".to(torch.int64) + first_expert",
+        PROPERTIES + "permutation",
+    ),
+    Mutation(
+        "moe/permutation.py",
+        "torch.argsort(key, stable=True)",
+        "torch.argsort(key, stable=True, descending=True)",
+        PROPERTIES + "permutation",
+    ),
+    Mutation(
+        "moe/permutation.py", "(index_R < plan.num_pairs)", "(index_R <= plan.num_pairs)", PROPERTIES + "permutation"
+    ),
+    Mutation("moe/permutation.py", "(index_T < num_rows)", "(index_T <= num_rows)", PROPERTIES + "rows_return"),
+    Mutation(
+        "moe/permutation.py",
+        "total += torch.where((index_T",
+        "total -= torch.where((index_T",
+        PROPERTIES + "rows_return",
+    ),
+    Mutation("moe/rows.py", "self._ids_at + self.top_k * 2, 8", "self._ids_at + self.top_k, 8", PROPERTIES + "wire"),
+    # arithmetic: wrong signs, dropped weights, dropped pieces
+    Mutation(
+        "moe/activation.py",
+        "sigmoid * (1 + gate - activated)",
+        "sigmoid * (1 - gate + activated)",
+        "tests/test_activation.py",
+    ),
+    Mutation("moe/activation.py", "(hidden * weight_S[:, None].to(wide))", "(hidden)", "tests/test_activation.py"),
+    Mutation("moe/activation.py", "(grad * hidden).sum(-1)", "(grad * activated).sum(-1)", "tests/test_activation.py"),
+    Mutation("moe/activation.py", "grad_hidden = grad * weight", "grad_hidden = grad", "tests/test_activation.py"),
+    Mutation("moe/grouped_gemm.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "tests/test_grouped_gemm.py"),
+    Mutation(
+        "moe/grouped_gemm.py",
+        "weight[expert].addmm_(grad[start:end].t(), input[start:end])",
+        "weight[expert] = grad[start:end].t() @ input[start:end]",
+        "tests/test_grouped_gemm.py",
+    ),
+    Mutation(
+        "moe/layer_call.py",
+        "return reduce_rows(own, rows, token_row_TP, self.out_dtype)",
+        "return reduce_rows(None, rows, token_row_TP, self.out_dtype)",
+        RANKS,
+    ),
+    Mutation(
+        "moe/layer_call.py",
+        "index_TK // self.context.num_local_experts)",
+        "index_TK % self.context.exchange.size)",
+        RANKS,
+    ),
+    Mutation("moe/layer_call.py", "grad_TK if own_weights is None else grad_TK + own_weights", "grad_TK", RANKS),
+    # schedule, planner, groups, settings
+    Mutation("overlap/wgrad.py", "if not self.defers:", "if self.defers:", "tests/test_wgrad.py"),
+    Mutation("overlap/wgrad.py", "return self.enabled and self.policy", "return self.policy", "tests/test_wgrad.py"),
+    Mutation(
+        "overlap/planner.py",
+        "if time < best_time * (1 - MIN_GAIN)",
+        "if time > best_time * (1 - MIN_GAIN)",
+        "tests/test_planner.py",
+    ),
+    Mutation(
+        "process_groups.py",
+        "range(index, world_size, ep_size)",
+        "range(index, world_size, ep_size + 1)",
+        PROPERTIES + "groups",
+    ),
+    Mutation(
+        "process_groups.py",
+        "world_size % n == 0 and num_experts % n == 0",
+        "world_size % n == 0",
+        PROPERTIES + "groups",
+    ),
+    Mutation("control.py", "if value != reports[0][1]", "if value == reports[0][1]", "tests/test_errors.py"),
+    Mutation(
+        "config.py",
+        "if self.waves is not None and not self.overlap",
+        "if self.waves is not None and self.overlap",
+        "tests/test_config.py",
+    ),
+    Mutation("config.py", "not 0 < seconds < 1e7", "not 0 <= seconds < 1e7", "tests/test_faults.py::test_timeout"),
+    # the tool that judges all others
+    Mutation("bench/parity.py", "place = max(ratios", "place = min(ratios", "tests/test_parity.py::test_deviations"),
+    Mutation(
+        "bench/parity_train.py",
+        "masters[name] -= RATE",
+        "masters[name] += RATE",
+        "tests/test_parity.py::test_one_process",
+    ),
+    Mutation(
+        "state.py",
+        "gradient.mul_(scale.to(gradient.dtype))",
+        "gradient.mul_(1.0)",
+        "tests/test_parity.py::test_one_process",
+    ),
+)
+
+
+def apply(mutation: Mutation, folder: Path) -> str:
+    """Plant the fault in the copy; the file's text as it was."""
+    path = folder / "fluid_hf" / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if mutation.old not in text:
+        raise SystemExit(f"{mutation.file} has no {mutation.old!r}: update tests/mutations.py")
+    path.write_text(text.replace(mutation.old, mutation.new, 1), encoding="utf-8")
+    return text
+
+
+def fails(test: str, folder: Path) -> bool:
+    """Whether a test fails in the copy; hanging counts."""
+    file, _, name = test.partition("::")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
+    command += ["-k", name] if name else []
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{test} did not run: {done.stdout.decode()[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="faults whose file or text contains this")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.file + mutation.old]
+    missed = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "copy"
+        shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git*", "__pycache__", ".venv"))
+        for mutation in chosen:
+            start = time.monotonic()
+            text = apply(mutation, folder)
+            caught = fails(mutation.test, folder)
+            (folder / "fluid_hf" / mutation.file).write_text(text, encoding="utf-8")
+            missed += [] if caught else [mutation]
+            seconds = time.monotonic() - start
+            print(f"{'caught' if caught else 'MISSED'} {seconds:5.1f} s  {mutation.file}: {mutation.new}", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} planted faults were caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
