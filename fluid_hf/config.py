@@ -12,7 +12,7 @@ from fluid_hf.errors import ConfigError
 
 __all__ = ["FluidConfig"]
 
-WGRAD_POLICIES = ("off", "layer")
+WGRAD_POLICIES = ("off", "layer", "cross_layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class FluidConfig:
         overlap: exchange rows peer by peer and compute what has arrived while the rest is on the wire. `False` is the
             serial reference: one all-to-all each way.
         wgrad: `"layer"` computes expert weight gradients while the input gradients travel back; `"off"` computes them
-            before the input gradients are sent.
+            before the input gradients are sent; `"cross_layer"` also places those of attention's projections and of
+            the router in the windows of the MoE layer before.
         waves: number of pieces the exchange is cut into. `None` lets the planner choose.
         recompute: keep only the received rows for backward and compute the gate and up projections again.
         nccl_max_ctas: most thread blocks that NCCL takes from the GPU for an exchange. `None` leaves it to NCCL; fewer
@@ -60,6 +61,11 @@ class FluidConfig:
             raise ConfigError(f"timeout_seconds ({seconds!r}) must be a positive number of seconds.")
         if self.wgrad not in WGRAD_POLICIES:
             raise ConfigError(f"wgrad ({self.wgrad!r}) must be one of {', '.join(map(repr, WGRAD_POLICIES))}.")
+        if self.wgrad == "cross_layer" and (self.sp_size or 1) > 1:
+            raise ConfigError(
+                f"wgrad ('cross_layer') needs sp_size ({self.sp_size}) to be 1: sequence parallel attention "
+                'computes its weight gradients in windows of its own; set wgrad "layer".'
+            )
         if self.waves is not None and not self.overlap:
             raise ConfigError(
                 f"waves ({self.waves}) needs overlap (false) to be true; leave waves out or set overlap true."

@@ -20,6 +20,7 @@ from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
 from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
+from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.shared_experts import bind_blocks, unbind_blocks
@@ -87,6 +88,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
             split_adapters(adapters, state.layers[site.name])
     if config.ep_size > 1:
         state.bound_blocks = bind_blocks(model, state.layers)
+    if config.wgrad == "cross_layer":
+        _attach_cross_layer(model, state)
     if config.sp_size > 1:
         _attach_sequence(model, state)
     model.fluid = state  # type: ignore[assignment]
@@ -107,6 +110,14 @@ def _attach_sequence(model: nn.Module, state: FluidState) -> None:
         state.backend.gather_together(model.get_submodule(name), True)
 
 
+def _attach_cross_layer(model: nn.Module, state: FluidState) -> None:
+    if state.groups.ep_size == 1:
+        state.scheduler.fall_back("ep_size (1) leaves nothing to send, so there are no communication windows")
+        return
+    state.cross_layer = CrossLayerWgrad(model, state.layers, state.scheduler)
+    state.cross_layer.attach()
+
+
 def unpatch_model(model: ModelT) -> ModelT:
     """Put the original modules back, with the full current weights on every rank. Collective over all ranks.
 
@@ -121,6 +132,8 @@ def unpatch_model(model: ModelT) -> ModelT:
         for name in state.sequence.overlapped:
             state.backend.gather_together(model.get_submodule(name), False)
         state.sequence.detach()
+    if state.cross_layer is not None:
+        state.cross_layer.detach()
     unbind_blocks(model, state.bound_blocks)
     for name, original in state.originals.items():
         layer = state.layers[name]

@@ -17,6 +17,7 @@ from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
+from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.sampler import OverlapSampler
@@ -36,6 +37,7 @@ class FluidState:
         layers: expert-parallel layers by module name.
         originals: what `unpatch_model` puts back, by module name.
         sequence: the attention layers' sequence parallelism; `None` with `sp_size` 1.
+        cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
         sequence_exchange: exchange of the sequence-parallel group.
         bound_blocks: names of the blocks with a forward of `fluid_hf.models.block_forms`.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
@@ -65,6 +67,7 @@ class FluidState:
             exchange.timeout_seconds = config.timeout_seconds
             set_group_timeout(exchange.group, config.timeout_seconds)
         self.sequence: SequenceParallel | None = None
+        self.cross_layer: CrossLayerWgrad | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module] = {}
         self.bound_blocks: list[str] = []

@@ -71,7 +71,15 @@ def gradient_errors(model: torch.nn.Module, expected: torch.nn.Module, world: in
     return errors
 
 
-WAYS = [{}, {"overlap": False}, {"wgrad": "off"}, {"waves": 3}, {"recompute": True}, {"disable_scheduler": True}]
+WAYS = [
+    {},
+    {"overlap": False},
+    {"wgrad": "off"},
+    {"wgrad": "cross_layer"},
+    {"waves": 3},
+    {"recompute": True},
+    {"disable_scheduler": True},
+]
 
 
 def check(results: list[dict[str, float]]) -> None:
@@ -95,14 +103,14 @@ def test_two_ranks(pool2: RankPool, family: str, way: dict[str, Any]) -> None:
 @pytest.mark.parametrize("ep_size", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_ranks(pool4: RankPool, family: str, ep_size: int) -> None:
-    for way in ({}, {"overlap": False}, {"wgrad": "off", "waves": 3}):
+    for way in ({}, {"overlap": False}, {"wgrad": "off", "waves": 3}, {"wgrad": "cross_layer", "waves": 2}):
         check(pool4.run(run_model, family, ep_size, **way))
 
 
 @pytest.mark.parametrize("checkpointing", ["reentrant", "non_reentrant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing(pool2: RankPool, family: str, checkpointing: str) -> None:
-    for way in ({}, {"recompute": True}, {"overlap": False}):
+    for way in ({}, {"recompute": True}, {"overlap": False}, {"wgrad": "cross_layer"}):
         check(pool2.run(run_model, family, 2, checkpointing=checkpointing, **way))
 
 

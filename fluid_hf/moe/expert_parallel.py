@@ -135,10 +135,13 @@ def expert_parallel(
     parameters = read_parameters()
     dtype = _compute_dtype(hidden_TH, parameters["down"])
     call = LayerCall(context, read_parameters, hidden_TH, top_k_weights_TK, dtype)
+    if context.windows is not None:
+        context.windows.withdraw()
     if not torch.is_grad_enabled():
         return _infer(call, hidden_TH, top_k_index_TK, top_k_weights_TK, between)
     with _without_autocast(hidden_TH.device.type):
         dispatched, row_token, token_row = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
+        _offer_window(call, parameters, 1)
         works: list[WgradWork] = []
         names, tokens = _wgrad_tokens(parameters, works, context)
         computed = _Experts.apply(  # type: ignore[no-untyped-call]
@@ -151,6 +154,7 @@ def expert_parallel(
             names,
             *tokens,
         )
+        _offer_window(call, parameters, 0)
     with span(f"{context.name}::shared expert"):
         shared = between() if between is not None else None
     with _without_autocast(hidden_TH.device.type):
@@ -197,6 +201,18 @@ def _wgrad_tokens(
 
     tokens = [wgrad_token(parameters[name], lambda name=name: take(name)) for name in names]  # type: ignore[misc]
     return names, tokens
+
+
+def _offer_window(call: LayerCall, parameters: dict[str, torch.Tensor], window: int) -> None:
+    """Create the tokens of the layers after this one whose weight gradients are to run in a window of this one."""
+    context = call.context
+    if context.windows is None or call.route is None:
+        return
+    per_token = call.format.top_k * sum(p.numel() for p in parameters.values()) / context.num_local_experts
+    own = 0.0 if call.route.serial else per_token / context.exchange.size
+    context.windows.arrange(own, per_token)
+    in_flight = lambda: call.returns_in_flight or call.output_grads_in_flight  # noqa: E731
+    context.windows.offer(window, context.name, in_flight, context.event)
 
 
 def _wgrad_work(call: LayerCall, names: list[str], grads: ExpertGradients) -> WgradWork:

@@ -27,6 +27,7 @@ from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_rows, spre
 from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
 from fluid_hf.moe.statistics import LayerStats
+from fluid_hf.overlap.deferred_linear import WindowWeights
 from fluid_hf.overlap.wgrad import WgradScheduler
 from fluid_hf.ranges import mark, ranged
 
@@ -49,6 +50,7 @@ class LayerContext:
         math: what the experts compute; by default `act(gate) * up` between two projections.
         record: called with the name of each event, for tests and timelines; `None` for nothing.
         name: of the layer, in the ranges of a profile and in errors.
+        windows: weights of other layers whose gradients are computed in this layer's windows.
     """
 
     exchange: PeerExchange
@@ -62,6 +64,7 @@ class LayerContext:
     math: ExpertMath | None = None
     record: Callable[[str], None] | None = None
     name: str = "layer"
+    windows: WindowWeights | None = None
 
     @property
     def num_local_experts(self) -> int:
@@ -111,6 +114,7 @@ class LayerCall:
         self._own_plan: PairPlan | None = None
         self._own_first: tuple[Piece, tuple[torch.Tensor, ...]] | None = None
         self.returns_in_flight = False
+        self.output_grads_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
     @ranged("forward dispatch")
@@ -281,6 +285,7 @@ class LayerCall:
         sent = spread_rows(self._own, row_token_R, token_row_TP, self.route.num_sent)
         self._rows = self._new_hidden(self.route.num_received)
         self._post_out(sent, self._rows, "output grad")
+        self.output_grads_in_flight = True
 
     @ranged("backward experts")
     def backward_experts(
@@ -312,6 +317,7 @@ class LayerCall:
         for wave, handle in enumerate(arriving):
             assert route is not None and rows is not None
             handle.wait()
+            self.output_grads_in_flight = wave < len(arriving) - 1
             context.event(f"wait output grad {wave}")
             low, high = route.wave_bounds(wave)
             buffer = self.format.new_gradient_rows(high - low, self.device)

@@ -10,6 +10,7 @@ Deferring wgrad past dgrad follows Zero Bubble Pipeline Parallelism (Qi et al., 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from fluid_hf.errors import WgradPendingError
 
 __all__ = ["WgradScheduler", "WgradStats", "WgradWork", "wgrad_token"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -62,7 +65,8 @@ class WgradScheduler:
     """Decides when weight gradients are computed; owned by one patched model.
 
     Args:
-        policy: `"layer"` leaves them for the layer's communication window while enabled; `"off"` never does.
+        policy: `"layer"` leaves them for the layer's communication window while enabled; `"cross_layer"` also leaves
+            those of attention and the router for the window of the MoE layer before; `"off"` never does.
     """
 
     def __init__(self, policy: str) -> None:
@@ -71,6 +75,7 @@ class WgradScheduler:
         self.stats = WgradStats()
         self._held_bytes = 0
         self._pending: set[WgradWork] = set()
+        self._reasons: set[str] = set()
 
     def enable(self) -> None:
         """Compute weight gradients inside communication windows, as the policy says."""
@@ -90,12 +95,21 @@ class WgradScheduler:
         """Bytes held now for weight gradients that are still to be computed."""
         return self._held_bytes
 
-    def add(self, work: WgradWork) -> None:
-        """Take over the weight gradients of one layer: leave them for the window, or compute them now."""
+    def fall_back(self, reason: str) -> None:
+        """Say once that the policy `"cross_layer"` does what `"layer"` does, and why."""
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            logger.warning("wgrad ('cross_layer') works as 'layer' here: %s.", reason)
+
+    def add(self, work: WgradWork, max_held_bytes: int | None = None) -> None:
+        """Take over the weight gradients of one layer: leave them for the window, or compute them now.
+
+        With more than `max_held_bytes` held by all layers together they are computed now.
+        """
         self._pending.add(work)
         self._held_bytes += work.held_bytes
         self.stats.peak_bytes = max(self.stats.peak_bytes, self._held_bytes)
-        if not self.defers:
+        if not self.defers or (max_held_bytes is not None and self._held_bytes > max_held_bytes):
             for name in list(work.compute):
                 work.ready[name] = self._run(work, name)
 
