@@ -22,6 +22,7 @@ from fluid_hf.errors import (
     UnsupportedModelError,
     WgradPendingError,
 )
+from fluid_hf.models.catalogue import SupportedModel, supported_models
 from fluid_hf.moe.layer import ExpertParallelExperts
 from fluid_hf.patching import patch_model, unpatch_model
 from fluid_hf.state import FluidState
@@ -46,12 +47,14 @@ __all__ = [
     "PeerError",
     "RankMismatchError",
     "RoutingError",
+    "SupportedModel",
     "TraceError",
     "UnsupportedModelError",
     "WgradPendingError",
     "from_pretrained",
     "patch_model",
     "save_pretrained",
+    "supported_models",
     "unpatch_model",
 ]
 

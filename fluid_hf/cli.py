@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any, Protocol
 
-from fluid_hf.commands import bench, doctor, errors, profile
+from fluid_hf.commands import bench, doctor, errors, models, profile
 from fluid_hf.errors import FluidError
 
 __all__ = ["main"]
@@ -22,7 +22,13 @@ class Command(Protocol):
         """Run it; the exit status."""
 
 
-COMMANDS: dict[str, Command] = {"bench": bench, "doctor": doctor, "errors": errors, "profile": profile}
+COMMANDS: dict[str, Command] = {
+    "bench": bench,
+    "doctor": doctor,
+    "errors": errors,
+    "models": models,
+    "profile": profile,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

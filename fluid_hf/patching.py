@@ -86,7 +86,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
         if config.ep_size > 1 and adapters:
             split_adapters(adapters, state.layers[site.name])
-    if config.ep_size > 1:
+    if config.ep_size > 1 or any(site.format is not None and site.format.scale_input for site in sites):
         state.bound_blocks = bind_blocks(model, state.layers)
     if config.wgrad == "cross_layer":
         _attach_cross_layer(model, state)

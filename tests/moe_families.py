@@ -12,6 +12,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fluid_hf.models.expert_formats import is_experts
+
 MODELS = Path(transformers.__file__).parent / "models"
 
 # Sizes by the names that configurations use; only names that a configuration has are set.
@@ -91,10 +93,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
+# Folders whose experts are served without `use_experts_implementation`.
+UNDECORATED = ("llama4", "step3p7")
+
+
 def folders() -> list[str]:
     """Model folders whose modeling file has experts under `use_experts_implementation`."""
     found = MODELS.glob("*/modeling_*.py")
-    return sorted(path.parent.name for path in found if "@use_experts_implementation" in path.read_text("utf-8"))
+    decorated = [path.parent.name for path in found if "@use_experts_implementation" in path.read_text("utf-8")]
+    return sorted([*decorated, *(folder for folder in UNDECORATED if (MODELS / folder).is_dir())])
 
 
 def model_classes(folder: str) -> list[type[PreTrainedModel]]:
@@ -139,7 +146,7 @@ def tiny_model(folder: str, seed: int = 0) -> PreTrainedModel:
         except Exception as error:
             errors.append(f"{model_class.__name__}: {type(error).__name__}: {error}")
             continue
-        if not any(hasattr(module, "_apply_gate") for module in probe.modules()):
+        if not any(is_experts(module) for module in probe.modules()):
             errors.append(f"{model_class.__name__}: no experts")
         else:
             size = sum(parameter.numel() for parameter in probe.parameters())

@@ -354,3 +354,24 @@ def ernie_vl(
         output[mask] = flat.reshape(-1, hidden_states.shape[-1])
         logits[mask.reshape(-1)] = flat_logits.reshape(-1, self.num_experts).to(logits.dtype)
     return output if shared is None else output + shared, logits
+
+
+# Llama 4: HF gives every expert every token, scaled by its routing weight, which is zero for those not chosen.
+@register_form("""
+def forward(self, hidden_states):
+    hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+    router_scores, router_logits = self.router(hidden_states)
+    routed_in = hidden_states.repeat(router_scores.shape[1], 1)
+    routed_in = routed_in * router_scores.transpose(0, 1).reshape(-1, 1)
+    routed_out = self.experts(routed_in)
+    out = self.shared_expert(hidden_states)
+    out.add_(routed_out.reshape(router_scores.shape[1], -1, routed_out.shape[-1]).sum(dim=0))
+    return (out, router_logits)
+""")
+def llama4(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen experts only."""
+    flat = hidden_states.reshape(-1, self.hidden_dim)
+    scores, logits = self.router(flat)
+    index = torch.topk(logits, self.top_k, dim=1).indices
+    routed, shared = run_between(self, flat, index, scores.gather(1, index), lambda: self.shared_expert(flat))
+    return shared + routed, logits

@@ -6,6 +6,7 @@ of their own is the method `_apply_gate`, which is used as it is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +23,21 @@ __all__ = ["expert_format", "extra_modules", "is_experts", "weight_names"]
 EXTRA_MODULES = ("act_fn", "post_expert_norm")
 
 
+# Experts that are given every token for every expert, scaled by its routing weight; their block needs a form of ours.
+SCALED_INPUT = ("Llama4TextExperts",)
+
+
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module follows transformers' experts interface."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+    """Whether a module follows transformers' experts interface, or is known to compute the same in another way."""
+    if type(module).__name__ in SCALED_INPUT:
+        return True
+    called = inspect.signature(module.forward).parameters if hasattr(module, "_apply_gate") else {}
+    return hasattr(module, "has_gate") and hasattr(module, "_apply_gate") or "top_k_weights" in called
 
 
 def weight_names(module: Any) -> tuple[str, ...]:
     """Names of the weights with one slice per expert."""
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
     if getattr(module, "has_bias", False):
         return (first, f"{first}_bias", "down_proj", "down_proj_bias")
     return (first, "down_proj")
@@ -49,6 +57,8 @@ def expert_format(module: Any, where: str) -> ExpertFormat | None:
                 f"{where} has a parameter {name}, which is neither a projection, a bias, a norm after the experts nor "
                 "part of the activation; its gradient would be unknown."
             )
+    if type(module).__name__ in SCALED_INPUT:
+        return ExpertFormat(_gate_of(module.act_fn), transposed=True, scale_input=True)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     default_gate = type(module)._apply_gate is transformers_moe._default_apply_gate
     transposed = bool(getattr(module, "is_transposed", False))
@@ -57,10 +67,19 @@ def expert_format(module: Any, where: str) -> ExpertFormat | None:
         raise UnsupportedModelError(
             f"{where} has is_concatenated=False but no _apply_gate of its own, so its layout of gate and up is unknown."
         )
-    if module.has_gate and default_gate and len(names) == 2 and not transposed and norm is None and not extra:
+    has_gate = getattr(module, "has_gate", True)
+    if has_gate and default_gate and len(names) == 2 and not transposed and norm is None and not extra:
         return None
-    gate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    gate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if has_gate else module.act_fn
     return ExpertFormat(gate, transposed=transposed, norm=norm, extra=extra)
+
+
+def _gate_of(act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def gate(gate_up_SN: torch.Tensor) -> torch.Tensor:
+        gate_SI, up_SI = gate_up_SN.chunk(2, dim=-1)
+        return up_SI * act(gate_SI)
+
+    return gate
 
 
 def extra_modules(module: nn.Module) -> dict[str, nn.Module]:

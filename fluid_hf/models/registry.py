@@ -102,19 +102,32 @@ def _make_site(model: nn.Module, name: str, module: nn.Module) -> ExpertsSite:
     if len(biases) > 1:
         raise UnsupportedModelError(f"{where} has one frozen and one trainable bias; freeze both or neither.")
     parent, _, attribute = name.rpartition(".")
+    first_dimensions = {_shape(getattr(module, weight))[0] for weight in names}
+    if len(first_dimensions) > 1:
+        raise UnsupportedModelError(f"{where} has weights for different numbers of experts {sorted(first_dimensions)}.")
+    format = expert_format(module, where)
+    if format is not None and format.scale_input and find_form(type(model.get_submodule(parent))) is None:
+        raise UnsupportedModelError(
+            f"{where} is called in a way that is not known; patch_model knows transformers 5.23."
+        )
     block = model.get_submodule(parent.rpartition(".")[0])
     if hasattr(block, "text_moe") and hasattr(block, "vision_moe") and find_form(type(block)) is None:
         raise UnsupportedModelError(
             f"{type(block).__name__} calls its experts for some batches only, in a way that "
             "is not known; ranks would wait for each other."
         )
-    return ExpertsSite(name, model.get_submodule(parent), attribute, module, names, expert_format(module, where))
+    return ExpertsSite(name, model.get_submodule(parent), attribute, module, names, format)
+
+
+def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, also when ZeRO-3 has partitioned it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _check_weight(module: nn.Module, name: str, where: str) -> None:
     parameter = getattr(module, name, None)
     dimensions = 2 if name.endswith("_bias") else 3
-    if not isinstance(parameter, nn.Parameter) or len(getattr(parameter, "ds_shape", parameter.shape)) != dimensions:
+    if not isinstance(parameter, nn.Parameter) or len(_shape(parameter)) != dimensions:
         raise UnsupportedModelError(f"{where} has no {dimensions}-D parameter {name}.")
     if type(parameter.data) is not torch.Tensor:
         kind = type(parameter.data).__name__

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["bind_blocks", "canonical_text", "find_form", "register_form", "unbind_blocks"]
+__all__ = ["bind_blocks", "canonical_text", "find_form", "has_form", "register_form", "unbind_blocks"]
 
 Forward = Callable[..., Any]
 _FORMS: dict[str, Forward] = {}
@@ -69,6 +69,13 @@ def find_form(block: type[nn.Module]) -> Forward | None:
     except (OSError, TypeError, SyntaxError):  # no source, or not a function in a file of its own
         return None
     return None if text is None else _FORMS.get(text)
+
+
+def has_form(source: str) -> bool:
+    """Whether a forward with this source is known."""
+    from fluid_hf.models import block_forms  # noqa: F401 - registers the forms
+
+    return canonical_text(source) in _FORMS
 
 
 def bind_blocks(model: nn.Module, experts: Iterable[str]) -> list[str]:

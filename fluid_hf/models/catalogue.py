@@ -1,0 +1,94 @@
+"""Which model families of the installed transformers fluid_hf serves, read from transformers' source unloaded."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from fluid_hf.models.expert_formats import SCALED_INPUT
+from fluid_hf.models.shared_experts import has_form
+
+__all__ = ["SupportedModel", "supported_models"]
+
+# Families whose attention can run sequence parallel (`fluid_hf.models.attention` checks each model by itself).
+SEQUENCE_PARALLEL = frozenset(
+    """
+    afmoe aria beam cohere2_moe deepseek_ocr2 dots1 ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint gemma4
+    glm4_moe glm4v_moe gpt_oss granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 kolibri1 laguna
+    mellum mimo_v2_flash minimax_m2 minimax_m3_vl mixtral muse_spark olmoe phimoe qwen2_moe qwen3_moe qwen3_omni_moe
+    qwen3_vl_moe solar_open step3p7
+""".split()
+)
+
+NOT_SERVED = {
+    "dbrx": "experts are 2-D weights of all experts one below the other, cut in a loop; not the experts interface",
+    "doge": "an expert is one row of an embedding, picked among thousands: a look-up, not a projection to split",
+    "jetmoe": "experts are called on rows already sorted by expert, and attention has experts as well",
+    "longcat_flash": "identity experts among the routed ones; gate_up_proj has more experts than down_proj",
+    "nllb_moe": "encoder-decoder with one module per expert and a capacity that drops tokens over the whole batch",
+    "switch_transformers": "encoder-decoder with one module per expert and a capacity that drops tokens",
+}
+# Experts that follow transformers' interface by their shape alone.
+UNDECORATED = {"llama4": SCALED_INPUT[0], "step3p7": "Step3p7Experts"}
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    """One model family.
+
+    Attributes:
+        family: folder of transformers' models.
+        served: whether `patch_model` makes its experts expert parallel.
+        shared_expert: "overlapped" (it runs while rows travel), "not overlapped" (it runs where transformers calls
+            it), or "none".
+        sequence_parallel: whether `sp_size` over 1 is available.
+        reason: why it is not served, else empty.
+    """
+
+    family: str
+    served: bool
+    shared_expert: str
+    sequence_parallel: bool
+    reason: str = ""
+
+
+def supported_models() -> list[SupportedModel]:
+    """All families of the installed transformers with routed experts, by name.
+
+    A family that is not listed has no experts, or none that are known.
+    """
+    folder = Path(transformers.__file__).parent / "models"
+    found = []
+    for path in sorted(folder.glob("*/modeling_*.py")):
+        family = path.parent.name
+        source = path.read_text(encoding="utf-8")
+        if family in NOT_SERVED:
+            found.append(SupportedModel(family, False, "none", False, NOT_SERVED[family]))
+        elif "@use_experts_implementation" in source or family in UNDECORATED:
+            overlap = _shared_expert(source, UNDECORATED.get(family))
+            found.append(SupportedModel(family, True, overlap, family in SEQUENCE_PARALLEL))
+    return found
+
+
+def _shared_expert(source: str, undecorated: str | None) -> str:
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    experts = {
+        node.name
+        for node in classes
+        if node.name == undecorated or any("use_experts_implementation" in ast.unparse(d) for d in node.decorator_list)
+    }
+    states = set()
+    for node in classes:
+        text = ast.unparse(node)
+        forwards = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "forward"]
+        if node.name in experts or not forwards or not any(f"{name}(" in text for name in experts):
+            continue
+        forward = ast.unparse(forwards[0])
+        if "self.experts(" in forward and "self.shared_" in forward:
+            states.add("overlapped" if has_form(forward) else "not overlapped")
+    if not states:  # called by the layer around the block, or not at all
+        return "not overlapped" if "self.shared_expert" in source or "self.shared_mlp" in source else "none"
+    return "overlapped" if states == {"overlapped"} else "not overlapped"
