@@ -159,9 +159,10 @@ def with_exchange_groups(groups: ParallelGroups, max_ctas: int | None) -> Parall
 
 
 def release_exchange_groups(groups: ParallelGroups) -> None:
-    """Give back what `with_exchange_groups` made."""
-    for group in groups.exchange_groups:
-        dist.destroy_process_group(group)
+    """Give back what `with_exchange_groups` and `with_sequence_groups` made."""
+    for group in (*groups.exchange_groups, groups.sp_group):
+        if group is not None:
+            dist.destroy_process_group(group)
 
 
 def set_group_timeout(group: dist.ProcessGroup | None, seconds: float) -> None:
