@@ -1,0 +1,82 @@
+"""What the HF Trainer leaves on disk, and takes back from it, is what it does with an unpatched model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import ROOT, launch
+from families import tiny_model
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+SPLIT = {"ep_size": 2}
+RUNS: list[dict[str, Any]] = [
+    {"name": "plain", "stage": 2},
+    {"name": "stage2", "stage": 2, "fluid": SPLIT},
+    {"name": "stage3", "stage": 3, "fluid": SPLIT},
+    {"name": "lora-plain", "stage": 2, "lora": True},
+    {"name": "lora-stage2", "stage": 2, "fluid": SPLIT, "lora": True},
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("runs")
+    done = launch(ROOT / "tests" / "trainer_files_script.py", json.dumps(RUNS), str(folder), timeout=280)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {run["name"]: {**json.loads((folder / f"{run['name']}.json").read_text()), "at": folder} for run in RUNS}
+
+
+def files(folder: Path) -> set[str]:
+    """Files of a Trainer's output folder, but DeepSpeed's own."""
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in names if not re.search(r"global_step\d+/", name)}
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage3", "lora-stage2"])
+def test_same_files_and_rotation(runs: dict[str, dict[str, Any]], name: str) -> None:
+    plain = "lora-plain" if "lora" in name else "plain"
+    folder = runs[name]["at"]
+    assert files(folder / name) == files(folder / plain)
+    kept = {path.name for path in (folder / name).iterdir()}
+    assert kept == ({"checkpoint-4", "checkpoint-6"} if "lora" in name else {"checkpoint-2", "checkpoint-6"})
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage3", "lora-stage2"])
+def test_best_model_is_loaded_at_the_end(runs: dict[str, dict[str, Any]], name: str) -> None:
+    plain, found = runs["lora-plain" if "lora" in name else "plain"], runs[name]
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-4) and len(found["losses"]) == 3
+    best = found["losses"].index(min(found["losses"]))
+    assert best == (2 if "lora" in name else 0) and found["best"].endswith(f"checkpoint-{2 * best + 2}")
+    assert found["after"] == pytest.approx(found["metric"], rel=1e-6)
+    assert plain["after"] == pytest.approx(plain["metric"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage3"])
+def test_checkpoints_are_plain_models(runs: dict[str, dict[str, Any]], name: str) -> None:
+    for step in (2, 6):
+        ours, theirs = (runs[name]["at"] / run / f"checkpoint-{step}" for run in (name, "plain"))
+        found, expected = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
+        model = AutoModelForCausalLM.from_pretrained(ours)
+        tokenizer = AutoTokenizer.from_pretrained(ours)
+        GenerationConfig.from_pretrained(ours)
+        ids = tokenizer("w5", return_tensors="pt").input_ids
+        assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 4)
+
+
+def test_adapters_are_saved_as_peft_saves_them(runs: dict[str, dict[str, Any]]) -> None:
+    ours, theirs = (runs[name]["at"] / name / "checkpoint-6" for name in ("lora-stage2", "lora-plain"))
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
+    assert found.keys() == expected.keys() and all("lora_" in key for key in found)
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
+    PeftModel.from_pretrained(tiny_model("qwen2_moe"), ours)
