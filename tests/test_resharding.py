@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import LAUNCH_ENV, ROOT, RankPool, rank_pool
+from distributed import LAUNCH_ENV, ROOT, RankError, RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -148,6 +148,35 @@ def test_resume_from_autoep(pool2: RankPool, tmp_path: Path) -> None:
     assert (zero / "model.layers.0.mlp.experts.w1").is_dir()
     for ep_size in (2, 1):
         assert_near(pool2.run(run_resume, str(tmp_path), 1, ep_size, "qwen2_moe")[0], expected)
+
+
+def run_die_while_saving(rank: int, world: int, folder: str) -> None:
+    """Both ranks are killed in the middle of saving over the checkpoint of step 4."""
+    model = fluid_hf.patch_model(tiny_model("mixtral", seed=9), FluidConfig(ep_size=2))
+    engine = start_engine(model, 1, world)
+    engine.load_checkpoint(folder)
+    train(engine, rank, world, range(4, 5))
+    save, written = engine.checkpoint_engine.save, 0
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        nonlocal written
+        written += 1
+        if written == 2:
+            os._exit(9)
+        return save(*args, **kwargs)
+
+    engine.checkpoint_engine.save = die
+    engine.save_checkpoint(folder, tag="global_step4")
+
+
+def test_killed_while_saving(pool2: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    expected = pool2.run(run_and_save, folder, 1, 2, "mixtral")[0]
+    assert (tmp_path / "latest").read_text() == "global_step4" and not list(tmp_path.glob("*.incomplete"))
+    with pytest.raises(RankError):
+        pool2.run(run_die_while_saving, folder, timeout=60)
+    assert list(tmp_path.glob("*.incomplete")), "not killed while it saved"
+    assert pool2.run(run_resume, folder, 1, 2, "mixtral", universal=False)[0] == expected
 
 
 def test_universal_checkpoint_with_a_hole(pool2: RankPool, tmp_path: Path) -> None:

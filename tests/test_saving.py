@@ -23,7 +23,6 @@ from fluid_hf.checkpoint import saving
 from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec
 
 pool2 = rank_pool(2)
-pool4 = rank_pool(4)
 
 
 def same_weights(folder: Path, model: torch.nn.Module) -> bool:
@@ -62,11 +61,11 @@ def run_save_options(rank: int, world: int, folder: str, **options: Any) -> None
     fluid_hf.unpatch_model(model)
 
 
-def test_shards_over_an_older_save(pool4: RankPool, tmp_path: Path) -> None:
+def test_shards_over_an_older_save(pool2: RankPool, tmp_path: Path) -> None:
     """From one file to shards, to as many shards, to fewer, to one: one model each time, other files untouched."""
     folder = tmp_path / "out"
     for size in ("10GB", "20KB", "20KB", "60KB", "10GB"):
-        pool4.run(run_save_options, str(folder), max_shard_size=size)
+        pool2.run(run_save_options, str(folder), max_shard_size=size)
         (folder / "tokenizer.json").touch()
         assert same_weights(folder, tiny_model("mixtral"))
         files = sorted(path.name for path in folder.glob("*.safetensors*"))
@@ -156,7 +155,8 @@ def run_staged(rank: int, world: int, folder: str) -> None:
     assert set(weights) == set(expected) and len(weights) == len(expected)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert type(pickle.loads(pickle.dumps(weights))) is dict
-    assert list(Path(folder).iterdir()) == [], "the file goes with the last reference, also in a crash"
+    torch.distributed.barrier()  # rank 0 has opened it and removed its name
+    assert list(Path(folder).iterdir()) == []
     fluid_hf.unpatch_model(model)
 
 
@@ -185,7 +185,7 @@ def test_safetensors_file(tmp_path: Path) -> None:
         file.write("a", torch.zeros(2))
 
 
-def test_logits_after_a_round_trip(pool4: RankPool, tmp_path: Path) -> None:
-    pool4.run(run_save, "mixtral", str(tmp_path / "out"), torch.float32)
+def test_logits_after_a_round_trip(pool2: RankPool, tmp_path: Path) -> None:
+    pool2.run(run_save, "mixtral", str(tmp_path / "out"), torch.float32)
     loaded, model = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny_model("mixtral").eval()
     assert torch.equal(loaded(input_ids=batch(0, 2)).logits, model(input_ids=batch(0, 2)).logits)
