@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not AVAILABLE, reason="needs Triton and a GPU, or its interpreter")]
 if AVAILABLE:
-    from fluid_hf.moe import row_kernels, sort_kernels, wire_kernels
+    from fluid_hf.moe import joint_kernels, row_kernels, sort_kernels, wire_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = 1 if INTERPRETED else 40
@@ -54,7 +54,8 @@ def test_source_plan_and_pack(tokens: int, top_k: int, experts: int, ranks: int,
         hits = count_rows(index.cpu(), local, ranks, skip_rank=skip, parts=parts)
         rows = tuple(hits.counts_2PC[0, :, 0].tolist())
         expected = place_rows(hits, rows)
-        counts, token_row, own = sort_kernels.source_plan(index, local, ranks, skip, parts)
+        finite = torch.rand(tokens, top_k, device=DEVICE).bfloat16()
+        counts, token_row, own = sort_kernels.source_plan(index, finite, local, ranks, skip, parts)
         assert torch.equal(counts[0].cpu(), hits.counts_2PC[0])
         total, most = sum(rows), sort_kernels.most_rows(tokens, top_k, ranks)
         assert torch.equal(torch.where(token_row == most, total, token_row).cpu().long(), expected.token_row_TP)
@@ -80,13 +81,26 @@ def test_source_plan_and_pack(tokens: int, top_k: int, experts: int, ranks: int,
         assert torch.equal(wire_kernels.spread_rows(hidden, token_row, total), hidden[row_token])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_told_with_the_counts(value: float) -> None:
+    tokens = 130 * SCALE  # several blocks
+    index = routing(tokens, 2, 8)
+    weights = torch.rand(tokens, 2, device=DEVICE)
+    weights[tokens - 3, 1] = value
+    counts = sort_kernels.source_plan(index, weights, 2, 4, 1, 2)[0]
+    assert counts[0, :, 0].tolist() == [-1] * 4
+    weights[tokens - 3, 1] = 3e38  # the sum of such would be infinite, they are not
+    weights[0, 0] = 3e38
+    assert int(sort_kernels.source_plan(index, weights, 2, 4, 1, 2)[0][0, :, 0].min()) >= 0
+
+
 @pytest.mark.parametrize("sizes", [[5], [0, 7], [300, 0, 41, 2000]])
 def test_joint_places(sizes: list[int]) -> None:
     """Pairs of all pieces sorted by expert, ties by piece, as a stable sort of the concatenation gives them."""
     generator = torch.Generator().manual_seed(len(sizes))
     experts = [torch.randint(0, 5, (size,), generator=generator).sort().values for size in sizes]
     offsets = torch.stack([torch.bincount(expert, minlength=5).cumsum(0) for expert in experts])
-    place, ends = sort_kernels.joint_places(offsets.to(DEVICE, torch.int32), sum(sizes))
+    place, ends = joint_kernels.joint_places(offsets.to(DEVICE, torch.int32), sum(sizes))
     order = torch.cat(experts).argsort(stable=True)
     assert torch.equal(place.cpu().long(), torch.empty_like(order).scatter_(0, order, torch.arange(sum(sizes))))
     assert ends.tolist() == offsets.sum(0).tolist()

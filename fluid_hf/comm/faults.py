@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fluid_hf.errors import PeerError, RoutingError
 
-__all__ = ["GOOD", "flag_counts", "input_status", "peer_error", "raise_flagged"]
+__all__ = ["GOOD", "input_status", "peer_error", "raise_flagged"]
 
 GOOD, NOT_FINITE, OUT_OF_RANGE = 0, 1, 2
 MEANING = {
@@ -22,19 +22,12 @@ GRACE = 2.0  # seconds in which the other survivors report, before the silent ra
 
 
 def input_status(weights_TK: torch.Tensor, index_TK: torch.Tensor, num_experts: int) -> int:
-    """`GOOD`, or what is wrong with a router's output. Only for tensors on the CPU: it reads values."""
+    """`GOOD`, or what is wrong with a router's output. Only for tensors on the CPU: it reads values.
+
+    On a GPU the kernel that counts the rows finds weights that are not finite (`fluid_hf.moe.sort_kernels`)."""
     if index_TK.numel() and (int(index_TK.min()) < 0 or int(index_TK.max()) >= num_experts):
         return OUT_OF_RANGE
     return GOOD if bool(torch.isfinite(weights_TK).all()) else NOT_FINITE
-
-
-def flag_counts(counts_PC: torch.Tensor, weights_TK: torch.Tensor) -> None:
-    """Put the status of weights on a GPU where the number of rows stands, if they are not finite; no host waits.
-
-    The counts travel to every peer and to every host anyway: all ranks learn of it in the same call.
-    """
-    total = weights_TK.sum(dtype=torch.float32)  # NaN if any is NaN or Inf are of both signs, else Inf
-    counts_PC[:, 0].masked_fill_(total - total != 0, -NOT_FINITE)
 
 
 def raise_flagged(counts_2PC: Sequence[Sequence[Sequence[int]]], own: int, ranks: Sequence[int], layer: str) -> None:

@@ -198,11 +198,11 @@ class JointOrder:
     """
 
     def __init__(self, plans: Sequence[PairPlan]) -> None:
-        from fluid_hf.moe import sort_kernels
+        from fluid_hf.moe import joint_kernels
 
         sizes = [plan.num_pairs for plan in plans]
         self.num_pairs = sum(sizes)
-        place_S, self.offsets_E = sort_kernels.joint_places(
+        place_S, self.offsets_E = joint_kernels.joint_places(
             torch.stack([plan.offsets_E for plan in plans]), self.num_pairs
         )
         self.place_S = place_S.split(sizes)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fluid_hf.comm.faults import GOOD, flag_counts, input_status, routing_error
+from fluid_hf.comm.faults import GOOD, input_status, routing_error
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
 from fluid_hf.moe.activation import Activation
@@ -144,12 +144,10 @@ class LayerCall:
         sent = self._pack(hidden_TH, weights_TK, index_TK, plan) if packed is None else packed[: route.num_sent]
         received = self.format.new_rows(route.num_received, self.device)
         self._rows = received
-        if packed is None:
-            self._post_out(sent, received, "dispatch")
-            return plan
         # Posting takes the host a while. The GPU gets the own tokens' projections before it, and the rows go behind the
         # mark, so they do not wait for them. `received` was allocated before anything was queued after the mark.
-        self._start_own(hidden_TH, weights_TK, index_TK)
+        if packed is not None:
+            self._start_own(hidden_TH, weights_TK, index_TK)
         with context.exchange.side_stream.posting():
             self._post_out(sent, received, "dispatch")
         return plan
@@ -168,11 +166,10 @@ class LayerCall:
         serial = not context.overlap
         parts = route_parts(exchange.size, context.waves, serial)
         skip = None if serial else exchange.rank
-        hits = count_rows(index_TK, context.num_local_experts, exchange.size, skip_rank=skip, parts=parts)
+        ways = {"skip_rank": skip, "parts": parts, "weights_TK": weights_TK}
+        hits = count_rows(index_TK, context.num_local_experts, exchange.size, **ways)  # type: ignore[arg-type]
         if status != GOOD:
             hits.counts_2PC[0, :, 0] = -status
-        elif weights_TK.is_cuda:
-            flag_counts(hits.counts_2PC[0], weights_TK)
         ones = [1] * exchange.size
         handle = exchange.all_to_all(hits.counts_2PC[1], hits.counts_2PC[0], ones, ones)
         if hits.own_pairs is not None:

@@ -63,7 +63,13 @@ class SourcePlan:
 
 
 def count_rows(
-    top_k_index_TK: torch.Tensor, num_local_experts: int, ep_size: int, *, skip_rank: int | None, parts: int
+    top_k_index_TK: torch.Tensor,
+    num_local_experts: int,
+    ep_size: int,
+    *,
+    skip_rank: int | None,
+    parts: int,
+    weights_TK: torch.Tensor | None = None,
 ) -> HitMap:
     """Find which (token, destination) rows exist and count rows and pairs, without waiting for the device.
 
@@ -71,12 +77,14 @@ def count_rows(
         top_k_index_TK: global expert ids, int64 [T, K].
         skip_rank: destination without rows (the rank's own tokens stay where they are), or `None`.
         parts: number of parts each destination's rows are cut into.
+        weights_TK: routing weights; the kernels put -1 in place of the numbers of rows if one is not finite.
     """
     if use_kernels(top_k_index_TK):
         from fluid_hf.moe import sort_kernels
 
         index = top_k_index_TK.contiguous()
-        counts, token_row, own = sort_kernels.source_plan(index, num_local_experts, ep_size, skip_rank, parts)
+        weights = weights_TK.contiguous() if weights_TK is not None else index
+        counts, token_row, own = sort_kernels.source_plan(index, weights, num_local_experts, ep_size, skip_rank, parts)
         return HitMap(token_row, counts, PairPlan(*own) if own is not None else None, True)
     tokens = top_k_index_TK.shape[0]
     rank_TK = top_k_index_TK // num_local_experts

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
 
-__all__ = ["joint_places", "pair_plan", "source_plan"]
+__all__ = ["most_rows", "pair_plan", "source_plan"]
 
 SORT_BLOCK = 512  # slots of a block: few enough blocks to add up their counts, enough to fill the GPU
 SUM_TILE = 4096
@@ -47,17 +47,23 @@ def pair_plan(
 
 
 def source_plan(
-    index_TK: torch.Tensor, num_local_experts: int, ranks: int, skip_rank: int | None, parts: int
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    num_local_experts: int,
+    ranks: int,
+    skip_rank: int | None,
+    parts: int,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None]:
     """Counts and places of the rows to send, without waiting for the device.
 
     Args:
-        index_TK: contiguous int64 expert ids.
+        index_TK, weights_TK: contiguous int64 expert ids, and routing weights.
         skip_rank: destination whose pairs stay here and are sorted too, or `None`.
 
     Returns:
-        counts [2, P, 1 + parts] as `HitMap` has them; token_row [T, P] (the most rows there can be, `most_rows`, where
-        there is none); the pair plan of the skipped rank's pairs, with T * K places. All int32.
+        counts [2, P, 1 + parts] as `HitMap` has them, with -1 for every number of rows if a weight is not finite;
+        token_row [T, P] (the most rows there can be, `most_rows`, where there is none); the pair plan of the skipped
+        rank's pairs, with T * K places. All int32.
     """
     tokens, top_k = index_TK.shape
     device, capacity = index_TK.device, tokens * top_k
@@ -66,8 +72,8 @@ def source_plan(
     slots, blocks = power_of_two(per_block * top_k), blocks_of(tokens, per_block)
     padded = power_of_two(ranks)
     keys, chunk = _key_tile(num_local_experts)
-    sizes = (capacity, capacity, capacity, num_local_experts, tokens * ranks, blocks * padded, blocks * keys)
-    *own, token_row, row_counts, pair_counts = _new_int32(device, *sizes)
+    sizes = (capacity, capacity, capacity, num_local_experts, tokens * ranks, blocks * padded, blocks * keys, blocks)
+    *own, token_row, row_counts, pair_counts, flags = _new_int32(device, *sizes)
     # Of its own: it is handed to the process group.
     counts = torch.empty(2, ranks, 1 + parts, dtype=torch.int32, device=device)
     if tokens == 0:
@@ -76,8 +82,10 @@ def source_plan(
     else:
         constants = (top_k, num_local_experts, ranks, skip, parts, per_block, slots, padded, keys)
         integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
-        _count_source((blocks, 1, 1), (index_TK, row_counts, pair_counts, counts), (tokens,), constants)
-        pointers = (index_TK, row_counts, pair_counts, counts, token_row, *own)
+        _count_source(
+            (blocks, 1, 1), (index_TK, weights_TK, row_counts, pair_counts, flags, counts), (tokens,), constants
+        )
+        pointers = (index_TK, row_counts, pair_counts, flags, counts, token_row, *own)
         tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
         _place_source((blocks, 1, 1), pointers, integers, (*constants, min(chunk, slots), *tiles))
     places = None if skip_rank is None else (own[0], own[1], own[2].view(tokens, top_k), own[3])
@@ -87,23 +95,6 @@ def source_plan(
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:
     """Upper bound of the rows that a rank can send, its own included."""
     return tokens * min(top_k, ranks)
-
-
-def joint_places(offsets_NE: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the pairs of N pieces when all are sorted by expert together, ties by piece.
-
-    Args:
-        offsets_NE: contiguous int32, end of each expert's pairs in each piece.
-        num_pairs: pairs of all pieces.
-
-    Returns:
-        The place of every pair, piece after piece [S], and the joint end of each expert's pairs [E]; int32.
-    """
-    pieces, experts = offsets_NE.shape
-    place = torch.empty(num_pairs, dtype=torch.int32, device=offsets_NE.device)
-    ends = torch.empty(experts, dtype=torch.int32, device=offsets_NE.device)
-    _joint_places((experts, pieces, 1), (offsets_NE, place, ends), (), (pieces, experts, 1024))
-    return place, ends
 
 
 def _new_int32(device: torch.device, *sizes: int) -> tuple[torch.Tensor, ...]:
@@ -239,8 +230,10 @@ def _hits(index, token, num_tokens, num_local, skip, TOP_K: tl.constexpr, PADDED
 @triton.jit(do_not_specialize=["num_tokens"])
 def _count_source_kernel(
     index,
+    weights,
     row_counts,
     pair_counts,
+    flags,
     counts,
     num_tokens,
     TOP_K: tl.constexpr,
@@ -260,9 +253,11 @@ def _count_source_kernel(
     tl.store(row_counts + block * PADDED + rank, tl.sum(sent, 0))
     for part in tl.static_range(1 + PARTS):  # placement adds to them
         tl.store(counts + rank * (1 + PARTS) + part, tl.zeros_like(rank), mask=(rank < num_ranks) & (block == 0))
+    slot = block * BLOCK * TOP_K + tl.arange(0, SLOTS)
+    limit = tl.minimum((block + 1) * BLOCK, num_tokens) * TOP_K
+    weight = tl.load(weights + slot, mask=slot < limit, other=0.0).to(tl.float32)
+    tl.store(flags + block, tl.max((weight - weight != 0).to(tl.int32), 0))  # NaN for NaN and Inf
     if skip >= 0:
-        slot = block * BLOCK * TOP_K + tl.arange(0, SLOTS)
-        limit = tl.minimum((block + 1) * BLOCK, num_tokens) * TOP_K
         expert, held = _load_experts(index, TOP_K, slot, slot < limit, TOP_K, skip * num_local, num_local)
         found = tl.histogram(tl.where(held, expert, 0), KEYS, mask=held)
         tl.store(pair_counts + block * KEYS + tl.arange(0, KEYS), found.to(tl.int32))
@@ -275,6 +270,7 @@ def _place_rows(
     token,
     block,
     row_counts,
+    flags,
     counts,
     token_row,
     num_tokens,
@@ -305,7 +301,12 @@ def _place_rows(
     for wanted in tl.static_range(PARTS):
         pairs = tl.sum(tl.where(part == wanted, counted, 0), 0)
         tl.atomic_add(counts + rank * (1 + PARTS) + 1 + wanted, pairs, mask=known & (pairs > 0))
-    tl.store(counts + rank * (1 + PARTS), rows, mask=known & (block == 0))
+    if block == 0:
+        flagged = tl.zeros([64], dtype=tl.int32)
+        for start_block in range(0, num_blocks, 64):
+            other = start_block + tl.arange(0, 64)
+            flagged += tl.load(flags + other, mask=other < num_blocks, other=0)
+        tl.store(counts + rank * (1 + PARTS), tl.where(tl.sum(flagged, 0) > 0, -1, rows), mask=known)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "absent"])
@@ -313,6 +314,7 @@ def _place_source_kernel(
     index,
     row_counts,
     pair_counts,
+    flags,
     counts,
     token_row,
     pair_row,
@@ -339,7 +341,7 @@ def _place_source_kernel(
     token = block * BLOCK + tl.arange(0, BLOCK)
     found, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
     _place_rows(
-        found, sent, token, block, row_counts, counts, token_row, num_tokens, num_blocks, absent,
+        found, sent, token, block, row_counts, flags, counts, token_row, num_tokens, num_blocks, absent,
         num_ranks, skip, PARTS, BLOCK, PADDED, ROW_TILE,
     )  # fmt: skip
     if skip >= 0:
@@ -355,31 +357,7 @@ def _place_source_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _joint_places_kernel(offsets, place, ends, PIECES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    expert, piece = tl.program_id(0), tl.program_id(1)
-    joint_end = tl.zeros((), tl.int32)
-    shift = tl.zeros((), tl.int32)  # from a pair's place in its piece to its joint place
-    base = tl.zeros((), tl.int32)
-    first = tl.zeros((), tl.int32)
-    for other in tl.static_range(PIECES):
-        at = offsets + other * EXPERTS + expert
-        end = tl.load(at)
-        start = tl.load(at - 1, mask=expert > 0, other=0)
-        joint_end += end
-        shift += tl.where(other < piece, end, start)
-        base += tl.where(other < piece, tl.load(offsets + other * EXPERTS + EXPERTS - 1), 0)
-        first += tl.where(other == piece, start, 0)
-    shift -= first
-    tl.store(ends + expert, joint_end, mask=piece == 0)
-    last = tl.load(offsets + piece * EXPERTS + expert)
-    for start in range(first, last, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        tl.store(place + base + pair, pair + shift, mask=pair < last)
-
-
 _count_pairs = Kernel(_count_pairs_kernel)
 _place_pairs = Kernel(_place_pairs_kernel)
 _count_source = Kernel(_count_source_kernel)
 _place_source = Kernel(_place_source_kernel)
-_joint_places = Kernel(_joint_places_kernel)
