@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import moe_families
 import pytest
 import torch
 from distributed import RankPool, rank_pool
@@ -172,6 +173,23 @@ def test_order_of_events(pool2: RankPool, waves: int) -> None:
         # A layer is over, its own returns awaited, before the layer before computes for it.
         names = [name for name, _ in events]
         assert names == sorted(names, reverse=True)
+
+
+def run_registered_late(rank: int, world: int) -> dict[str, list[str]]:
+    model = moe_families.tiny_model("granitemoehybrid")
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world, wgrad="cross_layer"))
+    placed: dict[str, list[str]] = model.fluid.cross_layer.placed
+    names = [name for name, _ in model.named_modules()]
+    assert names.index("model.layers.1.block_sparse_moe") < names.index("model.layers.1.self_attn")
+    fluid_hf.unpatch_model(model)
+    return placed
+
+
+def test_attention_that_is_registered_after_the_experts(pool2: RankPool) -> None:
+    names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
+    for placed in pool2.run(run_registered_late):
+        assert list(placed) == ["model.layers.0.block_sparse_moe.experts"]
+        assert sorted(*placed.values()) == sorted(["model.layers.1.block_sparse_moe.router", *names])
 
 
 def run_without_gradients(rank: int, world: int, family: str) -> bool:

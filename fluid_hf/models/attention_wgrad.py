@@ -114,20 +114,19 @@ class CrossLayerWgrad:
     def _find(self) -> Iterator[tuple[str, str, nn.Module]]:
         """(MoE layer before, module name, module) of every weight that can be placed."""
         uses = Counter(id(p) for _, p in self._model.named_parameters(remove_duplicate=False))
-        before: str | None = None
+        seen: list[str] = []
         for name, module in self._model.named_modules():
-            found: dict[str, nn.Module] = {}
+            parent = name.rpartition(".")[0]
             if name in self._layers:
-                if before is not None:
-                    parent = name.rpartition(".")[0]
-                    found = _routers(parent, self._model.get_submodule(parent))
-                owner, before = before, name
+                found = _routers(parent, self._model.get_submodule(parent))
+                before, seen = seen, [*seen, name]
             else:
-                owner = before
+                # Attention runs before the experts of its own decoder layer, whichever of them is registered first.
                 found = _projections(name, module)
+                before = [layer for layer in seen if not layer.startswith(f"{parent}.")] if found else []
             for module_name, candidate in found.items():
-                if owner is not None and _plain(candidate) and uses[id(candidate.weight)] == 1:
-                    yield owner, module_name, candidate
+                if before and _plain(candidate) and uses[id(candidate.weight)] == 1:
+                    yield before[-1], module_name, candidate
 
 
 def _projections(name: str, module: nn.Module) -> dict[str, nn.Module]:
