@@ -113,8 +113,7 @@ class LayerCall:
         self._own_weights: torch.Tensor | None = None
         self._own_plan: PairPlan | None = None
         self._own_first: tuple[Piece, tuple[torch.Tensor, ...]] | None = None
-        self.returns_in_flight = False
-        self.output_grads_in_flight = False
+        self.returns_in_flight = self.output_grads_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
     @ranged("forward dispatch")
@@ -307,14 +306,13 @@ class LayerCall:
             context.event("dgrad own")
         context.exchange.at(context.name, "backward input gradients")
         self._returns: list[Callable[[], ExchangeHandle]] = []
-        arriving, self._handles = self._handles, []
+        arriving, self._handles, self.output_grads_in_flight = self._handles, [], False
         rows, self._rows = self._rows, None
         if route is not None:
             self._rows = self.format.new_gradient_rows(route.num_sent, self.device)
         for wave, handle in enumerate(arriving):
             assert route is not None and rows is not None
             handle.wait()
-            self.output_grads_in_flight = wave < len(arriving) - 1
             context.event(f"wait output grad {wave}")
             low, high = route.wave_bounds(wave)
             buffer = self.format.new_gradient_rows(high - low, self.device)
