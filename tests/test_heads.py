@@ -7,6 +7,7 @@ import torch
 
 from fluid_hf.attention.fused_projection import FusedChunk
 from fluid_hf.attention.heads import HeadChunk, plan_heads
+from fluid_hf.attention.planner import SERIAL, choose_head_chunks
 from fluid_hf.errors import ConfigError
 
 
@@ -81,3 +82,17 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
     torch.testing.assert_close(grad_x, x.grad)
     for name, leaf in leaves.items():
         torch.testing.assert_close(into[name], leaf.grad)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "on_gpu", "chunks"),
+    [
+        (18 << 20, True, SERIAL),
+        (70 << 20, True, SERIAL),
+        (144 << 20, True, 2),
+        (1 << 20, False, 1),
+        (1 << 30, False, 2),
+    ],
+)
+def test_chunks_where_they_pay(num_bytes: int, on_gpu: bool, chunks: int) -> None:
+    assert choose_head_chunks(num_bytes, on_gpu=on_gpu) == chunks

@@ -14,7 +14,8 @@ def attention_table(report: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for cell in report["cells"]:
         variants, limits = cell["variants"], cell["limits"]
-        ours = variants.get(f"overlap {cell['planned_chunks']}") or variants.get("transformers")
+        chosen = f"overlap {cell['planned_chunks']}" if cell["planned_chunks"] else "serial"
+        ours = variants.get(chosen) or variants.get("transformers")
         theirs = variants.get("UlyssesSPAttentionHF")
         share = {"forward": limits["limit"], "both": limits["limit_both"]}
         columns = [

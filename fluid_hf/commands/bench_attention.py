@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fluid_hf.attention.planner import choose_head_chunks
+from fluid_hf.attention.planner import SERIAL, choose_head_chunks
 from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
@@ -73,8 +73,9 @@ def _bench(options: Any, sp_size: int) -> list[dict[str, Any]]:
 
 
 def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
-    planned = len(bench.layout.chunks(choose_head_chunks(bench.bytes_sent())))
-    chunks = sorted({planned, *(len(bench.layout.chunks(count)) for count in options.chunks)})
+    choice = choose_head_chunks(bench.bytes_sent(), on_gpu=bench.device.type == "cuda")
+    planned = len(bench.layout.chunks(choice)) if choice != SERIAL else SERIAL
+    chunks = sorted({planned or 1, *(len(bench.layout.chunks(count)) for count in options.chunks)})
     cell: dict[str, Any] = {"shape": name, "sp_size": bench.sp_size, "tokens": bench.tokens, "layers": bench.layers}
     cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}
     cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}}

@@ -22,7 +22,7 @@ from fluid_hf.attention.attention_call import AttentionContext
 from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.attention.overlapped import overlapped_attention
-from fluid_hf.attention.planner import choose_head_chunks
+from fluid_hf.attention.planner import SERIAL, choose_head_chunks
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
@@ -170,6 +170,11 @@ class OverlappedForward:
         if args or not isinstance(sequence, ShardedSequence) or sequence.rotary is None or not self._plain():
             return self._own(hidden_states, *args, **kwargs)
         module, form = self._module, self._form
+        tokens, size = hidden_states[..., 0].numel(), module.q_proj.weight.element_size()
+        sent = self.context.layout.bytes_sent(tokens, self.context.head_dim, size)
+        chunks = self._chunks or choose_head_chunks(sent, on_gpu=hidden_states.is_cuda)
+        if chunks == SERIAL:
+            return self._own(hidden_states, *args, **kwargs)
         extra = {name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS}
         extra |= {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
         extra |= form.window(module)
@@ -177,11 +182,6 @@ class OverlappedForward:
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self._attention.call_core(module, sequence, q, k, v, extra)
 
-        chunks = self._chunks or choose_head_chunks(
-            self.context.layout.bytes_sent(
-                hidden_states[..., 0].numel(), self.context.head_dim, module.q_proj.weight.element_size()
-            )
-        )
         norms = (_norm(module.q_norm), _norm(module.k_norm)) if form.normed else None
         output = overlapped_attention(hidden_states, self.context, self._read, chunks, sequence.rotary, core, norms)
         return output, None
