@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from distributed import ROOT, launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = ROOT / "examples"
-SCRIPTS = ["pretrain.py", "finetune_lora.py", "plain_loop.py", "generate.py"]
+SCRIPTS = ["pretrain.py", "finetune_lora.py", "plain_loop.py", "generate.py", "accelerate_loop.py", "sft_trl.py"]
 SMALL = ["--steps", "12", "--max-mb", "0.15", "--seq-len", "32", "--batch-size", "2"]
 PROMPTS = ["def main(", "import"]
 
@@ -70,6 +71,22 @@ def test_lora_trains_and_saves_an_adapter(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "weights trained" in done.stdout
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+
+
+def test_accelerate_without_trainer(tmp_path: Path) -> None:
+    done = launch(EXAMPLES / "accelerate_loop.py", "--epochs", "2", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "wgrad in windows 100%" in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_experts == 8
+
+
+def test_supervised_fine_tuning_with_trl(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    done = launch(EXAMPLES / "sft_trl.py", *SMALL, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    first, last = re.findall(r"loss ([0-9.]+) -> ([0-9.]+)", done.stdout)[0]
+    assert float(last) < float(first)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_api_pages_build(tmp_path: Path) -> None:
