@@ -72,12 +72,6 @@ MUTATIONS = (
         "if peer == own and counts[0] < 0",
         "tests/test_faults.py::test_flagged",
     ),
-    Mutation(
-        "comm/faults.py",
-        "total - total != 0, -NOT_FINITE",
-        "total - total == 0, -NOT_FINITE",
-        "tests/test_faults.py::test_flagged",
-    ),
     Mutation("comm/faults.py", ">= num_experts", "> num_experts", "tests/test_faults.py::test_status"),
     Mutation(
         "comm/host_reader.py",
@@ -165,7 +159,7 @@ MUTATIONS = (
     ),
     Mutation("moe/layer_call.py", "grad_TK if own_weights is None else grad_TK + own_weights", "grad_TK", RANKS),
     # schedule, planner, groups, settings
-    Mutation("overlap/wgrad.py", "if not self.defers:", "if self.defers:", "tests/test_wgrad.py"),
+    Mutation("overlap/wgrad.py", "if not self.defers or", "if self.defers or", "tests/test_wgrad.py"),
     Mutation("overlap/wgrad.py", "return self.enabled and self.policy", "return self.policy", "tests/test_wgrad.py"),
     Mutation(
         "overlap/planner.py",
