@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,6 +26,7 @@ from fluid_hf.state import FluidState
 __all__ = ["bind_checkpoints"]
 
 LAYOUT_FILE = "fluid.json"
+REPLACED = ".replaced"
 CONFIG_FILE = "config.json"
 RECOVERY_SCRIPT = """#!/usr/bin/env python
 # Writes a complete Hugging Face model in float32 from this checkpoint: python zero_to_fp32.py . output_dir
@@ -102,9 +104,9 @@ def _put_in_place(folder: Path, name: str, tag: str, save_latest: bool) -> None:
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
     sync_folder(folder / name)
-    replaced = folder / f"{tag}.replaced"
+    replaced = folder / f"{tag}{REPLACED}"
     shutil.rmtree(replaced, ignore_errors=True)
-    if (folder / tag).exists():
+    if (folder / tag).exists():  # between the two renames a reader finds it under this name: `_find_replaced`
         os.rename(folder / tag, replaced)
     os.rename(folder / name, folder / tag)
     sync_folder(folder)
@@ -118,12 +120,24 @@ def _put_in_place(folder: Path, name: str, tag: str, save_latest: bool) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _find_replaced(folder: Path) -> None:
+    """Give checkpoints their names back whose writer was killed between the two renames of `_put_in_place`."""
+    for replaced in folder.glob(f"*{REPLACED}"):
+        whole = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if not whole.exists():
+            os.rename(replaced, whole)
+
+
 def _wrap_load(
     engine: Any, load: Callable[..., Any], model: nn.Module, state: FluidState, layout: dict[str, int]
 ) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_checkpoint(load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         folder = Path(load_dir)
+        if dist.get_rank() == 0:
+            with contextlib.suppress(OSError):  # a folder that cannot be written was not being written
+                _find_replaced(folder)
+        state.control.gather(None, "engine.load_checkpoint")
         if not engine.load_universal_checkpoint():
             _check_layout(folder, tag, layout)
             return load(load_dir, tag, *args, **kwargs)

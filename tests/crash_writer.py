@@ -32,7 +32,8 @@ def write_forever(model: torch.nn.Module, folder: Path, sizes: list[str]) -> Non
     while True:
         fill(model, float(generation))
         fluid_hf.save_pretrained(model, folder, max_shard_size=sizes[generation % len(sizes)])
-        (folder.parent / "saved").write_text(str(generation))
+        (folder.parent / "saving").write_text(str(generation))
+        os.replace(folder.parent / "saving", folder.parent / "saved")  # a kill must not leave it half written
         generation += 1
 
 

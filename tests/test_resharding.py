@@ -179,6 +179,32 @@ def test_killed_while_saving(pool2: RankPool, tmp_path: Path) -> None:
     assert pool2.run(run_resume, folder, 1, 2, "mixtral", universal=False)[0] == expected
 
 
+def run_die_between_renames(rank: int, world: int, folder: str) -> None:
+    """Both ranks are killed when the old checkpoint has given up its name and the new one has not taken it."""
+    model = fluid_hf.patch_model(tiny_model("mixtral", seed=9), FluidConfig(ep_size=2))
+    engine = start_engine(model, 1, world)
+    engine.load_checkpoint(folder)
+    rename = os.rename
+
+    def die(source: Any, target: Any) -> None:
+        rename(source, target)
+        if str(target).endswith(".replaced"):
+            os._exit(9)
+
+    os.rename = die
+    engine.save_checkpoint(folder, tag="global_step4")
+
+
+def test_killed_between_renames(pool2: RankPool, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    expected = pool2.run(run_and_save, folder, 1, 2, "mixtral")[0]
+    with pytest.raises(RankError):
+        pool2.run(run_die_between_renames, folder, timeout=60)
+    assert (tmp_path / "global_step4.replaced").is_dir() and not (tmp_path / "global_step4").exists()
+    assert pool2.run(run_resume, folder, 1, 2, "mixtral", universal=False)[0] == expected
+    assert not list(tmp_path.glob("*.replaced"))
+
+
 def test_universal_checkpoint_with_a_hole(pool2: RankPool, tmp_path: Path) -> None:
     pool2.run(run_and_save, str(tmp_path), 1, 2, "mixtral")
     message = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral")[0]
