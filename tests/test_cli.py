@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from distributed import LAUNCH_ENV
 
 from fluid_hf import cli
+from fluid_hf.bench.parity_cells import FACTORS
 from fluid_hf.commands import doctor_checks
 from fluid_hf.commands.bench import BENCHMARKS
+from fluid_hf.commands.doctor_parity import read_settings
 from fluid_hf.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,3 +85,21 @@ def test_doctor_fails_on_what_is_missing_or_wrong(
     assert "X deepspeed" in text and "fix: pip install 'deepspeed" in text
     assert "X layer" in text and "outputs or gradients differ" in text
     assert "2 errors" in text
+
+
+def test_doctor_parity_compares_with_one_process(tmp_path: Path) -> None:
+    """One cell, all its settings given, in a process of its own."""
+    out = tmp_path / "parity.json"
+    fixed = [f"{name}={FACTORS[name][0]}" for name in FACTORS]
+    command = [sys.executable, "-m", "fluid_hf.cli", "doctor", "--parity", "--json", str(out), "--fixed", *fixed]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **LAUNCH_ENV})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (result,) = json.loads(out.read_text())
+    assert result["status"] == "equal"
+
+
+def test_doctor_parity_names_unknown_settings() -> None:
+    with pytest.raises(ConfigError, match=r"setting \('famly'\) must be one of"):
+        read_settings(["famly=mixtral"])
+    with pytest.raises(ConfigError, match=r"family \('gpt'\) must be one of"):
+        read_settings(["family=gpt"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fluid_hf.commands import doctor_parity
 from fluid_hf.commands.doctor_checks import CHECKS, Finding
 
 SIGNS = {"ok": " ", "warning": "!", "error": "X"}
@@ -23,12 +24,23 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "(there may be warnings, marked !), 1 if something will not work (marked X).",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the findings here; `-` prints them instead")
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="instead, train tiny models in every pair of settings and compare with one process; under torchrun for "
+        "several ranks (minutes)",
+    )
+    parser.add_argument(
+        "--fixed", nargs="*", default=[], metavar="NAME=VALUE", help="--parity with these settings only"
+    )
     parser.add_argument("--skip", nargs="+", default=[], choices=list(CHECKS), help="checks to leave out")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the checks and report."""
+    if options.parity:
+        return doctor_parity.run(options)
     report: dict[str, list[Finding]] = {}
     for name in tqdm([name for name in CHECKS if name not in options.skip], leave=False, disable=None):
         report[name] = CHECKS[name]()

@@ -1,0 +1,64 @@
+"""`fluid-hf doctor --parity`: do patched models train on this cluster as plain ones do in one process?"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fluid_hf.bench.parity import CellResult
+from fluid_hf.bench.parity import run as run_cells
+from fluid_hf.bench.parity_cells import FACTORS
+from fluid_hf.errors import ConfigError
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train and compare every cell; 1 if one is wrong or fails."""
+    fixed = read_settings(options.fixed)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    first = int(os.environ.get("RANK", "0")) == 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def report(result: CellResult) -> None:
+        print(f"{result.status:<12} {result.seconds:5.1f} s  {result.cell.name}  {result.detail}", flush=True)
+
+    results = run_cells(fixed=fixed, report=None if options.json == "-" else report)
+    if first:
+        counts = collections.Counter(result.status for result in results)
+        text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
+        if options.json and options.json != "-":
+            with open(options.json, "w", encoding="utf-8") as file:
+                file.write(text)
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        print(text if options.json == "-" else f"\n{len(results)} cells: {summary}")
+    return int(not all(result.good for result in results))
+
+
+def read_settings(pairs: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` settings of the parity matrix.
+
+    Raises:
+        ConfigError: a name or a value is unknown; says which there are.
+    """
+    fixed = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in FACTORS:
+            raise ConfigError(f"setting ({name!r}) must be one of {', '.join(FACTORS)}.")
+        known = {str(value): value for value in FACTORS[name]}
+        if text not in known:
+            raise ConfigError(f"{name} ({text!r}) must be one of {', '.join(known)}.")
+        fixed[name] = known[text]
+    return fixed
