@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 from distributed import LAUNCH_ENV
+from families import tiny_model
+from transformers import GPT2Config
 
 from fluid_hf import cli
 from fluid_hf.bench.parity_cells import FACTORS
+from fluid_hf.bench.shapes import shape_of
 from fluid_hf.commands import doctor_checks
 from fluid_hf.commands.bench import BENCHMARKS
 from fluid_hf.commands.doctor_parity import read_settings
@@ -103,3 +107,17 @@ def test_doctor_parity_names_unknown_settings() -> None:
         read_settings(["famly=mixtral"])
     with pytest.raises(ConfigError, match=r"family \('gpt'\) must be one of"):
         read_settings(["family=gpt"])
+
+
+@pytest.mark.parametrize(("family", "shape"), [("mixtral", (32, 48, 4, 2)), ("qwen2_moe", (32, 24, 4, 2))])
+def test_shapes_of_other_models(tmp_path: Path, family: str, shape: tuple[int, ...]) -> None:
+    tiny_model(family).config.save_pretrained(tmp_path)
+    assert astuple(shape_of(str(tmp_path))) == astuple(shape_of(str(tmp_path / "config.json"))) == shape
+
+
+def test_shapes_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"shape \('mixtral-9x9b'\) must be one of .*mixtral-8x7b"):
+        shape_of("mixtral-9x9b")
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"gpt2\) must have one of moe_intermediate_size"):
+        shape_of(str(tmp_path))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from fluid_hf.errors import ConfigError
 from fluid_hf.overlap.cost_model import LayerSizes, expected_rows
 
-__all__ = ["SHAPES", "LayerShape"]
+__all__ = ["SHAPES", "LayerShape", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,41 @@ SHAPES = {
     "small": LayerShape(1024, 512, 16, 4),
     "tiny": LayerShape(64, 32, 16, 4),
 }
+
+# What configurations of transformers call the sizes, the first that is there.
+_FIELDS = {
+    "hidden": ("hidden_size",),
+    "inner": ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "top_k": ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
+}
+
+
+def shape_of(name: str) -> LayerShape:
+    """The shape of a model by its name in `SHAPES`, or by the configuration of a Hugging Face model.
+
+    Args:
+        name: a key of `SHAPES`, a model's folder, or its `config.json`.
+
+    Raises:
+        ConfigError: neither is found, or the configuration lacks a size; says which.
+    """
+    if name in SHAPES:
+        return SHAPES[name]
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"shape ({name!r}) must be one of {', '.join(sorted(SHAPES))}, or the folder or config.json of a model "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    config = config.get_text_config()
+    sizes = {}
+    for size, fields in _FIELDS.items():
+        found = [value for value in (getattr(config, field, None) for field in fields) if isinstance(value, int)]
+        if not found:
+            raise ConfigError(f"configuration ({name}, {config.model_type}) must have one of {', '.join(fields)}.")
+        sizes[size] = found[0]
+    return LayerShape(**sizes)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.mirror import init_mirror
-from fluid_hf.bench.shapes import SHAPES
+from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch
 from fluid_hf.overlap.cost_model import backward_seconds, forward_seconds, hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves
@@ -27,7 +27,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "layer", help="time one layer's experts", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--shapes", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(SHAPES), help="models by name")
+    names = ", ".join(sorted(SHAPES))
+    add("--shapes", nargs="+", default=["qwen3-30b-a3b"], help=f"models: {names}, or folders or config.json of others")
     add("--ep", nargs="+", type=int, default=[2], help="expert parallel sizes; 1 for no communication")
     add("--tokens", type=int, default=8192, help="tokens per rank")
     add("--waves", nargs="+", type=int, help="waves to time beside the planner's choice")
@@ -41,6 +42,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Time every shape on every group size; print as they come, and write the file."""
+    for name in options.shapes:
+        shape_of(name)  # an unknown one is named before anything is timed
     cells = [cell for ep_size in options.ep for cell in _bench(options, ep_size)]
     if options.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -57,7 +60,7 @@ def _bench(options: Any, ep_size: int) -> list[dict[str, Any]]:
         init_mirror(ep_size)
     cells = []
     for name in options.shapes:
-        shape = SHAPES[name]
+        shape = shape_of(name)
         if shape.experts % ep_size:
             continue
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
