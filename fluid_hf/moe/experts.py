@@ -122,26 +122,32 @@ class PieceGradients:
         reduce_pairs(pairs, piece.plan, out[0])
 
     def weight_gradient(self, index: int | None) -> torch.Tensor:
-        """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`."""
+        """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`; once each.
+
+        What only the down projection's gradient needs is released with it: the largest of these tensors would
+        otherwise stand beside the gradient of the first projection.
+        """
+        if index is None:
+            return self._down_gradient()
         joint = self._joint
         if joint is None:
             offsets = [piece.plan.offsets_E for piece in self._pieces]
-            if index is None:
-                kept, self._grad_pairs = self._grad_pairs, None
-                outputs = (
-                    [expand_rows(g, piece.plan) for g, piece in zip(self._grads, self._pieces, strict=True)]
-                    if kept is None
-                    else [kept]
-                )
-                return grouped_wgrad(outputs, self._hidden, offsets)
             inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
             return grouped_wgrad([first[index] for first in self._first], inputs, offsets)
-        if index is None:
-            output = joint.expand(self._grads, self._pieces)
-            return grouped_wgrad([output], self._hidden[:1], [joint.offsets_E])
         if self._inputs is None:  # shared by the gate and up projections
             self._inputs = joint.expand([piece.rows_RH for piece in self._pieces], self._pieces)
         return grouped_wgrad([self._first[0][index]], [self._inputs], [joint.offsets_E])
+
+    def _down_gradient(self) -> torch.Tensor:
+        grads, hidden, kept = self._grads, self._hidden, self._grad_pairs
+        self._grads, self._hidden, self._grad_pairs = [], [], None
+        if self._joint is not None:
+            output = self._joint.expand(grads, self._pieces)
+            return grouped_wgrad([output], hidden[:1], [self._joint.offsets_E])
+        outputs = (
+            [kept] if kept is not None else [expand_rows(g, p.plan) for g, p in zip(grads, self._pieces, strict=True)]
+        )
+        return grouped_wgrad(outputs, hidden, [piece.plan.offsets_E for piece in self._pieces])
 
     @property
     def held_bytes(self) -> int:
