@@ -153,9 +153,8 @@ def test_resume_after_a_kill(tmp_path: Path, stage: int) -> None:
     assert torch.isfinite(model(input_ids=batch(0, 1)).logits).all()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_expert_data_parallel_with_accumulation(tmp_path: Path, family: str) -> None:
-    run = {"stage": 2, "steps": 4, "accumulation": 2, "family": family}
+def test_expert_data_parallel_with_accumulation(tmp_path: Path) -> None:
+    run = {"stage": 2, "steps": 4, "accumulation": 2, "family": "qwen2_moe"}
     patched = {**run, "name": "patched", "fluid": {"ep_size": 2}}
     results = train([{**run, "name": "plain"}, patched], tmp_path, nproc=4)
     assert_equal(curve(results["patched"][0]), curve(results["plain"][0]))
