@@ -82,13 +82,17 @@ def test_source_plan_and_pack(tokens: int, top_k: int, experts: int, ranks: int,
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_told_with_the_counts(value: float) -> None:
+def test_what_cannot_be_routed_is_told_with_the_counts(value: float) -> None:
     tokens = 130 * SCALE  # several blocks
     index = routing(tokens, 2, 8)
     weights = torch.rand(tokens, 2, device=DEVICE)
     weights[tokens - 3, 1] = value
     counts = sort_kernels.source_plan(index, weights, 2, 4, 1, 2)[0]
     assert counts[0, :, 0].tolist() == [-1] * 4
+    for expert in (-1, 8):  # of 4 ranks with 2 experts each
+        wrong = index.clone()
+        wrong[tokens // 2, 0] = expert
+        assert sort_kernels.source_plan(wrong, weights, 2, 4, 1, 2)[0][0, :, 0].tolist() == [-2] * 4
     weights[tokens - 3, 1] = 3e38  # the sum of such would be infinite, they are not
     weights[0, 0] = 3e38
     assert int(sort_kernels.source_plan(index, weights, 2, 4, 1, 2)[0][0, :, 0].min()) >= 0

@@ -24,7 +24,7 @@ GRACE = 2.0  # seconds in which the other survivors report, before the silent ra
 def input_status(weights_TK: torch.Tensor, index_TK: torch.Tensor, num_experts: int) -> int:
     """`GOOD`, or what is wrong with a router's output. Only for tensors on the CPU: it reads values.
 
-    On a GPU the kernel that counts the rows finds weights that are not finite (`fluid_hf.moe.sort_kernels`)."""
+    On a GPU the kernel that counts the rows finds the same (`fluid_hf.moe.sort_kernels`)."""
     if index_TK.numel() and (int(index_TK.min()) < 0 or int(index_TK.max()) >= num_experts):
         return OUT_OF_RANGE
     return GOOD if bool(torch.isfinite(weights_TK).all()) else NOT_FINITE

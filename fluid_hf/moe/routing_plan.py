@@ -77,7 +77,8 @@ def count_rows(
         top_k_index_TK: global expert ids, int64 [T, K].
         skip_rank: destination without rows (the rank's own tokens stay where they are), or `None`.
         parts: number of parts each destination's rows are cut into.
-        weights_TK: routing weights; the kernels put -1 in place of the numbers of rows if one is not finite.
+        weights_TK: routing weights. The kernels put a status in place of the numbers of rows if one is not finite or
+            an expert id is out of range.
     """
     if use_kernels(top_k_index_TK):
         from fluid_hf.moe import sort_kernels

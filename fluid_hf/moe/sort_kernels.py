@@ -61,7 +61,8 @@ def source_plan(
         skip_rank: destination whose pairs stay here and are sorted too, or `None`.
 
     Returns:
-        counts [2, P, 1 + parts] as `HitMap` has them, with -1 for every number of rows if a weight is not finite;
+        counts [2, P, 1 + parts] as `HitMap` has them, with -1 for every number of rows if a weight is not finite, -2 if
+        an expert id is out of range (`fluid_hf.comm.faults`);
         token_row [T, P] (the most rows there can be, `most_rows`, where there is none); the pair plan of the skipped
         rank's pairs, with T * K places. All int32.
     """
@@ -256,7 +257,10 @@ def _count_source_kernel(
     slot = block * BLOCK * TOP_K + tl.arange(0, SLOTS)
     limit = tl.minimum((block + 1) * BLOCK, num_tokens) * TOP_K
     weight = tl.load(weights + slot, mask=slot < limit, other=0.0).to(tl.float32)
-    tl.store(flags + block, tl.max((weight - weight != 0).to(tl.int32), 0))  # NaN for NaN and Inf
+    chosen = tl.load(index + slot, mask=slot < limit, other=0)
+    status = (weight - weight != 0).to(tl.int32)  # NaN for NaN and Inf
+    status = tl.where((chosen < 0) | (chosen >= num_local * num_ranks), 2, status)
+    tl.store(flags + block, tl.max(status, 0))
     if skip >= 0:
         expert, held = _load_experts(index, TOP_K, slot, slot < limit, TOP_K, skip * num_local, num_local)
         found = tl.histogram(tl.where(held, expert, 0), KEYS, mask=held)
@@ -305,8 +309,9 @@ def _place_rows(
         flagged = tl.zeros([64], dtype=tl.int32)
         for start_block in range(0, num_blocks, 64):
             other = start_block + tl.arange(0, 64)
-            flagged += tl.load(flags + other, mask=other < num_blocks, other=0)
-        tl.store(counts + rank * (1 + PARTS), tl.where(tl.sum(flagged, 0) > 0, -1, rows), mask=known)
+            flagged = tl.maximum(flagged, tl.load(flags + other, mask=other < num_blocks, other=0))
+        status = tl.max(flagged, 0)
+        tl.store(counts + rank * (1 + PARTS), tl.where(status > 0, -status, rows), mask=known)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "absent"])
