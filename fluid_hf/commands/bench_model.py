@@ -42,27 +42,32 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time every slice; rank 0 prints and writes."""
+    """Time every slice; rank 0 prints, and writes after each, so that a run that is cut leaves what it has."""
     device = _start(options)
-    cells = []
+    cells: list[dict[str, Any]] = []
     for name in options.models:
         for layers in options.layers:
             for batch in options.batch:
                 cells.append(_cell(options, name, layers, batch, device))
-    if _first() and options.json:
-        about = {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-            "ranks": dist.get_world_size() if dist.is_initialized() else 1,
-            "torch": torch.__version__,
-            "nccl": list(torch.cuda.nccl.version()) if options.link == "nccl" else None,
-            "nccl_p2p_disabled": os.environ.get("NCCL_P2P_DISABLE") == "1",  # recorded, as NCCL reads it
-            "date": datetime.date.today().isoformat(),
-        }
-        report = {**about, "command": vars(options), "link": options.link, "cells": cells}
-        Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+                _write(options, device, cells)
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0
+
+
+def _write(options: argparse.Namespace, device: torch.device, cells: list[dict[str, Any]]) -> None:
+    if not _first() or not options.json:
+        return
+    about = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
+        "torch": torch.__version__,
+        "nccl": list(torch.cuda.nccl.version()) if options.link == "nccl" else None,
+        "nccl_p2p_disabled": os.environ.get("NCCL_P2P_DISABLE") == "1",  # recorded, as NCCL reads it
+        "date": datetime.date.today().isoformat(),
+    }
+    report = {**about, "command": vars(options), "link": options.link, "cells": cells}
+    Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _start(options: argparse.Namespace) -> torch.device:
