@@ -50,7 +50,7 @@ def test_kernels_without_communication() -> None:
     assert forward <= 9 and both <= 23, (forward, both)
 
 
-@pytest.mark.parametrize(("waves", "forward_limit", "both_limit"), [(1, 25, 55), (2, 34, 76)])
+@pytest.mark.parametrize(("waves", "forward_limit", "both_limit"), [(1, 20, 50), (2, 29, 71)])
 def test_kernels_with_communication(mirror: None, waves: int, forward_limit: int, both_limit: int) -> None:
     forward, both = counts(2, waves)
     assert forward <= forward_limit and both <= both_limit, (forward, both)
