@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -16,9 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fluid_hf
-from fluid_hf import FluidConfig, MissingPackageError, TraceError, cli
+from fluid_hf import ConfigError, FluidConfig, MissingPackageError, TraceError, cli
+from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.commands import profile
 from fluid_hf.overlap.intervals import clip, intersect, length, subtract, union
-from fluid_hf.profiling.picture import draw_expert_load
+from fluid_hf.profiling.layer_run import TRACED, LayerRun
+from fluid_hf.profiling.picture import draw_expert_load, draw_timeline
 from fluid_hf.profiling.session import StepTrace, write_report
 from fluid_hf.profiling.timeline import exposed, layer_names, layer_passes, summarize
 from fluid_hf.profiling.trace import read_trace
@@ -134,11 +138,52 @@ def test_pictures_from_a_trace_made_elsewhere(tmp_path: Path, capsys: pytest.Cap
     assert summary["before"] == summary["after"] == json.loads((tmp_path / "one/picture.json").read_text())["after"]
     assert (tmp_path / "one/picture.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "one/picture.svg").read_text()
-    for text in ("before: forward", "after: backward", "dispatch 0", "communication, exposed", "prefers-color-scheme"):
+    for text in ("forward, before", "backward, after", "dispatch 0", "communication, exposed", "prefers-color-scheme"):
         assert text in svg, text
     assert "#dc2626" in svg
     assert cli.main([*arguments, "--layer", "net.9"]) == 1
     assert "TraceError: layer (net.9) must be one of those in the trace: net.0" in capsys.readouterr().err
+
+
+def test_picture_compares_durations(tmp_path: Path) -> None:
+    forward, backward = layer_passes(read_trace(gpu_trace(tmp_path / "t.json")))
+    faster = dataclasses.replace(forward, duration=0.6 * forward.duration)
+    _, svg = draw_timeline([("a", forward), ("b", faster), ("c", backward)], tmp_path / "picture")
+    text = svg.read_text()
+    assert text.count("(40% less)") == 1 and "more)" not in text
+
+
+class MirrorRun(LayerRun):
+    """On one process that plays all ranks, also without a GPU."""
+
+    link = "mirror link"
+
+
+def test_layer_is_traced_on_a_mirror_link(tmp_path: Path) -> None:
+    init_mirror(2)
+    run = MirrorRun("tiny", 2, 16, 2, tmp_path / "layer")
+    try:
+        run._trace(torch.device("cpu"))
+    finally:
+        torch.distributed.destroy_process_group()
+    for overlap in run.overlaps:
+        summary = summarize(read_trace(run.trace_path(overlap)))
+        assert summary["layers"]["tiny"]["forward"]["calls"] == summary["layers"]["tiny"]["backward"]["calls"] == TRACED
+        assert (summary["wgrad_in_windows"] > 0.5) == overlap
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--before", "a.json"], "--before and --layer must come with --from"),
+        (["--ep", "1"], r"--ep \(1\) must be at least 2"),
+        (["--ep", "3"], r"--ep \(3\) must be at least 2 and divide the experts of small \("),
+        (["--tokens", "0"], r"--tokens \(0\) must be at least 1"),
+    ],
+)
+def test_profile_refuses_what_it_cannot_run(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        profile.run(cli.build_parser().parse_args(["profile", *arguments]))
 
 
 def test_files_that_are_no_traces(tmp_path: Path) -> None:

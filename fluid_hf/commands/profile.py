@@ -7,19 +7,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from fluid_hf.bench.shapes import SHAPES
+from fluid_hf.errors import ConfigError, TraceError
 from fluid_hf.profiling.layer_run import LayerRun
 from fluid_hf.profiling.session import draw_traces
 from fluid_hf.profiling.timeline import summarize
-from fluid_hf.profiling.trace import read_trace
+from fluid_hf.profiling.trace import Trace, read_trace
 
 DESCRIPTION = """Traces one layer's forward and backward pass, serial and overlapped, and draws both under each other,
 of five passes the one of median length; or, with --from, draws a trace made anywhere by FluidCallback or
 torch.profiler.
 
-Writes OUT.png, OUT.svg and OUT.json; without --from also the two traces, for https://ui.perfetto.dev."""
+Writes OUT.png, OUT.svg and OUT.json; without --from also OUT_overlapped.json.gz, for https://ui.perfetto.dev."""
+
+KEPT = ("none", "overlapped", "both")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -39,24 +43,27 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="also write the summary here; `-` prints it instead of the short text")
     add("--shape", default="small", choices=sorted(SHAPES), help="sizes of the layer to run (default: %(default)s)")
     add("--ep", type=int, default=2, help="ranks: CPU or GPU processes, or one GPU's mirror link (default: 2)")
-    add("--tokens", type=int, default=2048, help="tokens per rank (default: %(default)s)")
+    add("--tokens", type=int, help="tokens per rank (default: 8192 on GPUs, 512 on CPUs)")
     add("--waves", type=int, help="waves of the overlapped layer (default: the planner's choice)")
+    add(
+        "--traces", default="overlapped", choices=KEPT, help="traces to keep of a layer run here (default: %(default)s)"
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Trace if there is no trace yet, draw, and write the summary."""
+    _check(options)
     title = options.title
+    paths: list[tuple[str, str | Path]]
     if options.trace:
         paths = ([("before", options.before), ("after", options.trace)]) if options.before else [("", options.trace)]
     else:
-        layer_run = LayerRun(options.shape, options.ep, options.tokens, options.waves, Path(options.out).parent)
-        title = title or f"{options.shape}, EP{options.ep}, {options.tokens} tokens per rank, {layer_run.link}"
-        with tqdm(total=1, desc="tracing", leave=False, disable=None) as bar:
-            found = layer_run.run()
-            bar.update()
-        paths = [("overlapped" if overlap else "serial", path) for overlap, path in found.items()]
+        paths, where = _trace_layer(options)
+        title = title or where
     traces = [(name, read_trace(path)) for name, path in tqdm(paths, desc="reading", leave=False, disable=None)]
+    if not options.trace:
+        _check_and_clear(options, paths, traces)
     summaries = {name or "trace": summarize(trace) for name, trace in traces}
     text = json.dumps(summaries if len(summaries) > 1 else summaries["trace"], indent=1)
     numbers = Path(f"{options.out}.json")
@@ -76,3 +83,48 @@ def run(options: argparse.Namespace) -> int:
         )
     print("wrote " + ", ".join(str(path) for path in [*pictures, numbers]))
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Before anything runs.
+
+    Raises:
+        ConfigError: options that do not fit each other or the layer.
+    """
+    if not options.trace and (options.before or options.layer):
+        raise ConfigError("--before and --layer must come with --from, which names the trace to draw.")
+    experts = SHAPES[options.shape].experts
+    if options.ep < 2 or experts % options.ep:
+        raise ConfigError(
+            f"--ep ({options.ep}) must be at least 2 and divide the experts of {options.shape} ({experts})."
+        )
+    for name, value in (("tokens", options.tokens), ("waves", options.waves)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} ({value}) must be at least 1.")
+
+
+def _trace_layer(options: argparse.Namespace) -> tuple[list[tuple[str, str | Path]], str]:
+    """Run the layer; its traces by name, and what was run."""
+    tokens = options.tokens or (8192 if torch.cuda.is_available() else 512)
+    layer_run = LayerRun(options.shape, options.ep, tokens, options.waves, Path(options.out))
+    found = layer_run.run()
+    where = f"{options.shape}, EP{options.ep}, {tokens} tokens per rank, {layer_run.link}"
+    return [("overlapped" if overlap else "serial", path) for overlap, path in found.items()], where
+
+
+def _check_and_clear(
+    options: argparse.Namespace, paths: list[tuple[str, str | Path]], traces: list[tuple[str, Trace]]
+) -> None:
+    """Only the traces asked for stay.
+
+    Raises:
+        TraceError: the profiler saw nothing of the GPU.
+    """
+    for name, path in paths:
+        if options.traces not in (name, "both"):
+            Path(path).unlink()
+    if torch.cuda.is_available() and not all(trace.on_gpu for _, trace in traces):
+        raise TraceError(
+            "trace of the layer must hold work of the GPU, has none; another profiler may be running, or this user may "
+            "not read the GPU's counters (NVreg_RestrictProfilingToAdminUsers)."
+        )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.shapes import SHAPES
@@ -30,7 +31,7 @@ class LayerRun:
         ep_size: ranks.
         tokens: tokens per rank.
         waves: of the overlapped variant; `None` for the planner's choice.
-        folder: where the traces go.
+        out: path without ending; `_serial.json.gz` and `_overlapped.json.gz` are added.
         overlaps: variants to trace: `False` is the serial reference, weight gradients included.
     """
 
@@ -38,7 +39,7 @@ class LayerRun:
     ep_size: int
     tokens: int
     waves: int | None
-    folder: Path
+    out: Path
     overlaps: tuple[bool, ...] = (False, True)
 
     @property
@@ -49,7 +50,7 @@ class LayerRun:
 
     def trace_path(self, overlap: bool) -> Path:
         """Trace of a variant."""
-        return self.folder / f"trace_{'overlapped' if overlap else 'serial'}.json"
+        return self.out.with_name(f"{self.out.name}_{'overlapped' if overlap else 'serial'}.json.gz")
 
     def run(self) -> dict[bool, Path]:
         """Trace every variant on rank 0; the traces by variant."""
@@ -73,30 +74,46 @@ class LayerRun:
         weights, index = scores.topk(shape.top_k)
         weights = (weights / weights.sum(1, keepdim=True)).to(dtype).requires_grad_()
         grad = torch.randn_like(hidden)
-        for overlap in self.overlaps:
-            layer = ExpertParallelExperts(
-                shape.experts,
-                shape.hidden,
-                shape.inner,
-                group=dist.group.WORLD,
-                scheduler=WgradScheduler("layer" if overlap else "off"),
-                overlap=overlap,
-                waves=self.waves if overlap else None,
-                device=device,
-                dtype=dtype,
-            )
-            layer.context.name = self.shape
-            trace = StepTrace(self.trace_path(overlap))
-            for step in range(WARM_UP + TRACED):
-                if step == WARM_UP:
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    dist.barrier()
-                    if dist.get_rank() == 0:
-                        trace.start()
-                layer(hidden, index, weights).backward(grad)
-            if dist.get_rank() == 0:
-                trace.stop()
+        first = dist.get_rank() == 0
+        steps = len(self.overlaps) * (WARM_UP + TRACED)
+        with tqdm(total=steps, desc="running", leave=False, disable=None if first else True) as bar:
+            for overlap in self.overlaps:
+                layer = self._layer(overlap, device, dtype)
+                trace = StepTrace(self.trace_path(overlap))
+                for step in range(WARM_UP + TRACED):
+                    if step == WARM_UP:
+                        self._meet(device)
+                        if first:
+                            trace.start()
+                    layer(hidden, index, weights).backward(grad)
+                    for tensor in (hidden, weights, *layer.parameters()):
+                        tensor.grad = None
+                    bar.update()
+                if first:
+                    trace.stop()
+                self._meet(device)
+
+    def _layer(self, overlap: bool, device: torch.device, dtype: torch.dtype) -> ExpertParallelExperts:
+        shape = SHAPES[self.shape]
+        layer = ExpertParallelExperts(
+            shape.experts,
+            shape.hidden,
+            shape.inner,
+            group=dist.group.WORLD,
+            scheduler=WgradScheduler("layer" if overlap else "off"),
+            overlap=overlap,
+            waves=self.waves if overlap else None,
+            device=device,
+            dtype=dtype,
+        )
+        layer.context.name = self.shape
+        return layer
+
+    def _meet(self, device: torch.device) -> None:
+        """All ranks are here, and their devices idle."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.link != "mirror link":  # one process
             dist.barrier()
 
 

@@ -14,17 +14,18 @@ from fluid_hf.profiling.trace import Work
 __all__ = ["draw_expert_load", "draw_timeline"]
 
 TEXT, CARD, LANE = "#1f2937", "#ffffff", "#eef0f3"
-EXPOSED, HIDDEN = "#dc2626", "#f0a92e"
+EXPOSED, HIDDEN = "#dc2626", "#9fb0c3"  # only what is lost may catch the eye
 KINDS = {
     "plan, pack, sum": "#9b8afb",
     "own tokens": "#3b82f6",
-    "waves from other ranks": "#7cb8fb",
+    "arrived rows": "#7cb8fb",
     "shared expert": "#22b8cf",
     "attention": "#e879c6",
     "weight gradients": "#34b37a",
-    "rest of the model": "#b6bcc6",
+    "rest of the model": "#d8c9a3",
 }
-DARK_STYLE = """<style>@media (prefers-color-scheme: dark) {
+DARK_STYLE = """<style>path { shape-rendering: crispEdges }
+@media (prefers-color-scheme: dark) {
 text, g[id^="text_"] path, g[id^="text_"] use { fill: #e5e7eb !important }
 g[id^="inside"] text, g[id^="inside"] path { fill: #111827 !important }
 #card path { fill: #0d1117 !important }
@@ -36,7 +37,7 @@ def draw_timeline(passes: Sequence[tuple[str, PassTimeline]], out: str | Path, *
     """Draw passes under each other on one time axis: a compute lane, a communication lane, exposed time in red.
 
     Args:
-        passes: `(heading, pass)` from top to bottom.
+        passes: `(heading, pass)` from top to bottom; durations are compared with the first of the same direction.
         out: path without ending; `.png` and `.svg` are added.
 
     Returns:
@@ -52,8 +53,11 @@ def draw_timeline(passes: Sequence[tuple[str, PassTimeline]], out: str | Path, *
     figure.patch.set_gid("card")
     axes = figure.subplots(len(passes), 1, sharex=True, squeeze=False)[:, 0]
     longest = max(timeline.duration for _, timeline in passes) / 1e3
+    first: dict[bool, float] = {}
     for number, (axis, (heading, timeline)) in enumerate(zip(axes, passes, strict=True)):
-        _draw_pass(axis, heading, timeline, longest, number)
+        reference = first.setdefault(timeline.backward, timeline.duration)
+        _headline(axis, heading, timeline, longest, reference)
+        _draw_pass(axis, timeline, longest, number)
     axes[-1].set_xlabel("milliseconds", color=TEXT, fontsize=9)
     if title:
         figure.suptitle(title, x=0.012, y=1 - 0.1 / height, ha="left", va="top", fontsize=12, weight="bold", color=TEXT)
@@ -97,12 +101,17 @@ def draw_expert_load(
     return _save(figure, out)
 
 
-def _draw_pass(axis: Any, heading: str, timeline: PassTimeline, longest: float, number: int) -> None:
+def _headline(axis: Any, heading: str, timeline: PassTimeline, longest: float, reference: float) -> None:
     total, gap = timeline.communication_time / 1e3, sum(end - start for start, end in timeline.exposed) / 1e3
+    change = timeline.duration / reference - 1
+    against = f" ({abs(change):.0%} {'less' if change < 0 else 'more'})" if change else ""
     hidden = f"{min(1 - gap / total, 0.99 if gap else 1):.0%} hidden" if total else "nothing to hide"
-    text = f"{timeline.duration / 1e3:.2f} ms, communication {total:.2f} ms, exposed {gap:.2f} ms ({hidden})"
-    axis.text(0, 2.28, heading, fontsize=9.5, weight="bold", color=TEXT, va="bottom")
-    axis.text(longest, 2.28, text, fontsize=8.5, color=TEXT, ha="right", va="bottom")
+    text = f"{timeline.duration / 1e3:.2f} ms{against}; communication {total:.2f} ms, exposed {gap:.2f} ms ({hidden})"
+    axis.text(0, 2.1, heading, fontsize=9.5, weight="bold", color=TEXT, va="bottom")
+    axis.text(longest, 2.1, text, fontsize=8.5, color=TEXT, ha="right", va="bottom")
+
+
+def _draw_pass(axis: Any, timeline: PassTimeline, longest: float, number: int) -> None:
     for lane in (0, 1):
         (bar,) = axis.barh(lane + 0.5, timeline.duration / 1e3, height=0.92, color=LANE, linewidth=0)
         bar.set_gid(f"lane {number} {lane}")
@@ -112,10 +121,10 @@ def _draw_pass(axis: Any, heading: str, timeline: PassTimeline, longest: float, 
         _block(axis, work, 0, HIDDEN, longest, parts=_overlapping(timeline.communication, work))
     for start, end in timeline.exposed:
         width = (end - start) / 1e3
-        axis.barh(0.5, width, left=start / 1e3, height=0.84, color=EXPOSED, linewidth=0)
-        axis.barh(1.5, width, left=start / 1e3, height=0.92, color=EXPOSED, alpha=0.22, linewidth=0)
+        axis.barh(0.5, width, left=start / 1e3, height=0.92, color=EXPOSED, linewidth=0)
+        axis.barh(1.45, width, left=start / 1e3, height=1.02, color=EXPOSED, alpha=0.25, linewidth=0)
     axis.set_xlim(-0.002 * longest, longest * 1.002)
-    axis.set_ylim(0, 2.1)
+    axis.set_ylim(0, 2.05)
     axis.set_yticks([1.5, 0.5], ["compute", "communication"], fontsize=8.5, color=TEXT)
     axis.tick_params(colors=TEXT, labelsize=8, length=0)
     axis.set_facecolor("none")
@@ -150,7 +159,7 @@ def _overlapping(works: Sequence[Work], work: Work) -> tuple[int, int]:
 
 def _kind(label: str) -> str:
     if label.startswith("wave"):
-        return "waves from other ranks"
+        return "arrived rows"
     return "weight gradients" if label.startswith("wgrad") else label if label in KINDS else "rest of the model"
 
 

@@ -48,17 +48,18 @@ class StepTrace:
 def draw_traces(
     traces: Sequence[tuple[str, Trace]], out: str | Path, *, layer: str | None = None, title: str = ""
 ) -> list[Path]:
-    """The timeline picture of one layer: forward and backward of each `(name, trace)`, under each other.
+    """The timeline picture of one layer: forward of each `(name, trace)`, then backward of each, under each other.
 
     Raises:
         TraceError: a trace has no whole pass of the layer.
         MissingPackageError: matplotlib is not installed.
     """
-    passes = []
-    for name, trace in traces:
-        for timeline in layer_passes(trace, layer):
-            which = "backward" if timeline.backward else "forward"
-            passes.append((f"{name}: {which}" if name else f"{timeline.layer}: {which}", timeline))
+    found = [(name, timeline) for name, trace in traces for timeline in layer_passes(trace, layer)]
+    found.sort(key=lambda entry: entry[1].backward)  # stable: what is compared stands next to each other
+    passes = [
+        (f"{'backward' if timeline.backward else 'forward'}, {name or timeline.layer}", timeline)
+        for name, timeline in found
+    ]
     return draw_timeline(passes, out, title=title)
 
 
