@@ -169,6 +169,9 @@ class AttentionBench:
             return [module.q_proj(x), module.k_proj(x), module.v_proj(x), module.o_proj(context), core]
 
         grads = [torch.randn_like(output) for output in outputs()]
+        # As in a model, where results are transposed to [B, T, n, D]. PyTorch 2.11 and 2.13 on a GPU keep one cuDNN
+        # graph for all backward calls with such queries, keys and values, made for the first one's gradient layout.
+        grads[-1] = grads[-1].transpose(1, 2).contiguous().transpose(1, 2)
 
         def forward() -> None:
             with torch.no_grad():
