@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
-from fluid_hf.commands import doctor_parity
+from fluid_hf.commands import doctor_parity, doctor_ranks
 from fluid_hf.commands.doctor_checks import CHECKS, Finding
 
 SIGNS = {"ok": " ", "warning": "!", "error": "X"}
@@ -21,7 +22,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "doctor",
         help="check this machine: versions, GPUs, links, settings",
         description="Checks this machine and says what is wrong and how to fix it. Exit status: 0 if training can run "
-        "(there may be warnings, marked !), 1 if something will not work (marked X).",
+        "(there may be warnings, marked !), 1 if something will not work (marked X). Under torchrun, on all its "
+        "ranks: also whether they agree, the speed of the link between every two, and the layer split over them.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the findings here; `-` prints them instead")
     parser.add_argument(
@@ -33,6 +35,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fixed", nargs="*", default=[], metavar="NAME=VALUE", help="--parity with these settings only"
     )
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a rank waits for others (default: 120)")
     parser.add_argument("--skip", nargs="+", default=[], choices=list(CHECKS), help="checks to leave out")
     return parser
 
@@ -41,19 +44,26 @@ def run(options: argparse.Namespace) -> int:
     """Run the checks and report."""
     if options.parity:
         return doctor_parity.run(options)
-    report: dict[str, list[Finding]] = {}
-    for name in tqdm([name for name in CHECKS if name not in options.skip], leave=False, disable=None):
-        report[name] = CHECKS[name]()
-    findings = [finding for found in report.values() for finding in found]
+    if doctor_ranks.runs_on_ranks():
+        report = doctor_ranks.examine(options.skip, options.timeout)
+    else:
+        report = {}
+        for name in tqdm([name for name in CHECKS if name not in options.skip], leave=False, disable=None):
+            report[name] = CHECKS[name]()
+    if int(os.environ.get("RANK", "0")) == 0:
+        _write(report, options.json)
+    return int(any(finding.level == "error" for found in report.values() for finding in found))
+
+
+def _write(report: dict[str, list[Finding]], target: str | None) -> None:
     text = json.dumps({name: [asdict(finding) for finding in found] for name, found in report.items()}, indent=1)
-    if options.json and options.json != "-":
-        with open(options.json, "w", encoding="utf-8") as file:
+    if target and target != "-":
+        with open(target, "w", encoding="utf-8") as file:
             file.write(text)
-    if options.json == "-":
+    if target == "-":
         print(text)
     else:
         _print(report)
-    return int(any(finding.level == "error" for finding in findings))
 
 
 def _print(report: dict[str, list[Finding]]) -> None:

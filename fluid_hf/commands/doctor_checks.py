@@ -8,11 +8,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from packaging.requirements import Requirement
 
-__all__ = ["CHECKS", "Finding"]
+__all__ = ["CHECKS", "Finding", "compare_layer", "judge_layer"]
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "tqdm")
 OPTIONAL = {"matplotlib": "pictures of `fluid-hf profile`", "triton": "the GPU kernels"}
@@ -40,6 +42,7 @@ class Finding:
         level: "ok", "warning" (slow or incomplete), or "error" (will not work).
         name, value: what was looked at, and what was found.
         problem, fix: what is wrong and what to do; empty if nothing is.
+        data: numbers behind it.
     """
 
     level: str
@@ -47,6 +50,7 @@ class Finding:
     value: str
     problem: str = ""
     fix: str = ""
+    data: Any = None
 
 
 def check_packages() -> list[Finding]:
@@ -144,29 +148,61 @@ def check_memory() -> list[Finding]:
 
 def check_layer() -> list[Finding]:
     """The layer itself: outputs and gradients beside a plain loop over the experts, on this device."""
-    from fluid_hf.moe.layer import ExpertParallelExperts
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    layer = ExpertParallelExperts(4, 64, 32, device=device, dtype=torch.bfloat16 if device.type == "cuda" else None)
-    hidden = torch.randn(50, 64, device=device, dtype=layer.down_proj.dtype, requires_grad=True)
-    weights, index = torch.rand(50, 4, device=device).topk(2)
     try:
-        output = layer(hidden, index, weights.to(hidden.dtype))
-        grads = torch.autograd.grad(output.float().square().sum(), [hidden, *layer.parameters()])
-        inputs = [tensor.detach().double().requires_grad_() for tensor in (hidden, layer.gate_up_proj, layer.down_proj)]
-        double = weights.to(hidden.dtype).double()
-        expected = _plain_experts(inputs[0], inputs[1], inputs[2], index, double)
-        expected_grads = torch.autograd.grad(expected.square().sum(), inputs)
+        return judge_layer(compare_layer())
     except RuntimeError as error:
-        return [Finding("error", "layer", str(error)[:200], "the layer does not run here", "report it with this text")]
-    pairs = zip([output, *grads], [expected, *expected_grads], strict=True)
-    worst = max(float(((found.double() - right).norm() / right.norm()).detach()) for found, right in pairs)
-    limit = 2e-2 if hidden.dtype == torch.bfloat16 else 1e-5
+        return judge_layer(0.0, str(error))
+
+
+def judge_layer(worst: float, error: str = "", ranks: int = 1) -> list[Finding]:
+    """What a comparison of the layer says."""
+    where = f" on {ranks} ranks" if ranks > 1 else ""
+    if error:
+        return [Finding("error", "layer", error[:300], "the layer does not run here", "report it with this text")]
+    dtype, limit = (torch.bfloat16, 2e-2) if torch.cuda.is_available() else (torch.float32, 1e-5)
     if not worst <= limit:
         problem = f"outputs or gradients differ by more than {limit:.0e}"
-        return [Finding("error", "layer", f"relative error {worst:.1e}", problem, "do not train here; report it")]
-    return [Finding("ok", "layer", f"outputs and gradients right, relative error {worst:.1e} ({hidden.dtype})")]
+        return [
+            Finding("error", "layer", f"relative error {worst:.1e}{where}", problem, "do not train here; report it")
+        ]
+    return [Finding("ok", "layer", f"outputs and gradients right{where}, relative error {worst:.1e} ({dtype})")]
+
+
+def compare_layer(group: dist.ProcessGroup | None = None, timeout_seconds: float = 600.0) -> float:
+    """Largest relative error of outputs and gradients, beside a plain loop over all experts and tokens in float64.
+
+    Args:
+        group: ranks to split the experts over, which all call this; `None` for this process alone.
+        timeout_seconds: how long a rank waits for another one.
+    """
+    from fluid_hf.moe.layer import ExpertParallelExperts
+
+    rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    random = torch.Generator().manual_seed(0)  # every rank makes the inputs of all
+    inputs = [
+        torch.randn(shape, generator=random).to(device, dtype)
+        for shape in ((4 * size, 64, 64), (4 * size, 64, 32), (50 * size, 64))
+    ]
+    inputs[:2] = [0.1 * weight for weight in inputs[:2]]
+    weights, index = torch.rand(50 * size, 4 * size, generator=random).to(device).topk(2)
+    weights = weights.to(dtype)
+    own, held = slice(50 * rank, 50 * rank + 50), slice(4 * rank, 4 * rank + 4)
+    layer = ExpertParallelExperts(4 * size, 64, 32, group=group, device=device, dtype=dtype)
+    layer.context.exchange.timeout_seconds = timeout_seconds
+    with torch.no_grad():
+        layer.gate_up_proj.copy_(inputs[0][held])
+        layer.down_proj.copy_(inputs[1][held])
+    hidden = inputs[2][own].clone().requires_grad_()
+    output = layer(hidden, index[own], weights[own])
+    grads = torch.autograd.grad(output.float().square().sum(), [*layer.parameters(), hidden])
+    whole = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = _plain_experts(whole[2], whole[0], whole[1], index, weights.double())
+    right = torch.autograd.grad(expected.square().sum(), whole)
+    pairs = [(output, expected[own]), *zip(grads, (right[0][held], right[1][held], right[2][own]), strict=True)]
+    errors = [(found.detach().double() - best.detach()).norm() / best.detach().norm() for found, best in pairs]
+    return float(torch.stack(errors).max())  # unlike Python's max, NaN wins
 
 
 def _plain_experts(
