@@ -1,25 +1,55 @@
-"""`fluid-hf bench model` on two gloo ranks: all variants agree, all modes are timed."""
+"""`fluid-hf bench model` on two gloo ranks: all variants agree with the plain model, all modes are timed and drawn."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
+import torch
 from distributed import ROOT, launch
 
+from fluid_hf import cli
+from fluid_hf.bench.stages import Stages
 
-def test_all_variants_on_two_ranks(tmp_path: Path) -> None:
+OURS = {"row per expert", "serial", "fluid_hf", "fluid_hf waves 2"}
+
+
+def test_all_variants_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "bench.py"
     script.write_text("import sys\nfrom fluid_hf.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     out = tmp_path / "model.json"
-    options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "1", "--step"]
-    done = launch(script, "bench", "model", *options, "--json", str(out), launcher="torchrun", cwd=ROOT)
+    options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "1"]
+    options += ["--sp", "1", "2", "--waves", "2", "--modes", "inference", "forward", "backward", "step"]
+    options += ["--trace", str(tmp_path / "pictures"), "--json", str(out)]
+    done = launch(script, "bench", "model", *options, launcher="torchrun", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    (cell,) = json.loads(out.read_text())["cells"]
-    assert set(cell["variants"]) == {"row per expert", "serial", "fluid_hf", "AutoEP", "AllToAllEP"}
-    for name, error in cell["errors"].items():
-        assert error <= 1e-5, (name, error)
-    for name, times in cell["variants"].items():
-        patched = name in ("row per expert", "serial", "fluid_hf")
-        assert set(times) == {"inference", "forward", "backward", *(["step"] if patched else [])}
-        assert all(time["median"] > 0 for time in times.values())
+    for stage in ("build and patch", "fluid_hf: first pass and comparison", "AutoEP: step"):
+        assert f"{stage} ..." in done.stdout
+    cells = json.loads(out.read_text())["cells"]
+    assert [cell["sp"] for cell in cells] == [1, 2]
+    for cell in cells:
+        assert set(cell["variants"]) == {*OURS, "AutoEP", "AllToAllEP"} and not cell["skipped"]
+        for name, error in cell["errors"].items():
+            assert error <= 1e-5, (name, error)
+        for name, times in cell["variants"].items():
+            assert set(times) == {"inference", "forward", "backward"} | ({"step"} if name != "AllToAllEP" else set())
+            assert all(time["median"] > 0 for time in times.values())
+        assert cell["waves"]["fluid_hf waves 2"] == 2 and cell["waves"]["serial"] == 0
+        assert all(len(cell["timeline"][name]["passes"]) == 2 for name in ("serial", "fluid_hf"))
+    assert cli.main(["bench", "table", "--json", str(out), "--pictures", str(tmp_path / "again")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * len(cells)
+    for folder in ("pictures", "again"):
+        assert {path.name for path in (tmp_path / folder).glob("*.png")} == {"tiny_2x1.png", "tiny_2x1_sp2.png"}
+
+
+def test_stages_are_named_before_they_end(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages(torch.device("cpu"), budget=-1.0)
+    with stages.stage("first pass") as found:
+        assert capsys.readouterr().out.endswith("first pass ...")
+        found.append("differs 0")
+    assert "differs 0  [0.0 s]\n" in capsys.readouterr().out
+    assert not stages.time_left() and Stages(torch.device("cpu"), budget=60.0).time_left()
+    with pytest.raises(KeyError), stages.stage("second pass"):
+        raise KeyError("x")
+    assert "KeyError  [" in capsys.readouterr().out

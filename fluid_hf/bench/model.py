@@ -1,12 +1,12 @@
 """A slice of a model (a few decoder layers at their real widths) timed in every variant, in one process per rank.
 
-Weights are random and equal on all ranks, tokens differ between ranks. The slice ends before the language-model head,
-which no variant changes. Every variant is compared with the first one before anything is timed.
+Weights are random and equal on all ranks, tokens differ between ranks (between groups of ranks that share sequences).
+The slice ends before the language-model head, which no variant changes. Every variant is compared with the unpatched
+model on the same tokens before it is timed.
 """
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fluid_hf.bench.peers import autoep_layer, transformers_layer
 from fluid_hf.bench.shapes import SHAPES, LayerShape
-from fluid_hf.config import FluidConfig
-from fluid_hf.patching import patch_model
 
-__all__ = ["MODELS", "ModelBench", "StepTime"]
+__all__ = ["ALLOWED", "MODELS", "ModelBench", "ModelSlice", "StepTime"]
 
 # Attention heads, key-value heads, size of the shared expert (0 for none).
 MODELS = {
@@ -34,6 +31,33 @@ MODELS = {
     "tiny": (4, 2, 0),
 }
 VOCABULARY = 4096
+# Relative difference from the unpatched model. In bfloat16 a rounding can send a token to other experts.
+ALLOWED = {torch.bfloat16: 1e-1, torch.float32: 1e-5}
+WARM_UP = 2
+_STATE_BYTES = 18  # of a parameter trained by ZeRO in bfloat16: its gradient, and master weight, moments, gradient
+
+
+@dataclass(frozen=True)
+class ModelSlice:
+    """What is timed.
+
+    Attributes:
+        name: a key of `MODELS`.
+        layers: decoder layers.
+        batch: sequences of a rank, or of the `sp` ranks that share them.
+        sequence: tokens of a sequence.
+        sp: ranks that share a sequence.
+    """
+
+    name: str
+    layers: int
+    batch: int
+    sequence: int
+    sp: int = 1
+
+    def __str__(self) -> str:
+        shared = f", sequences over {self.sp} ranks" if self.sp > 1 else ""
+        return f"{self.name}, {self.layers} layers, batch {self.batch} x {self.sequence}{shared}"
 
 
 @dataclass(frozen=True)
@@ -45,81 +69,125 @@ class StepTime:
 
 
 class ModelBench:
-    """One slice and its variants.
+    """Tokens, reference and timing of one slice. The models are built by `build` and changed by the variants.
 
     Args:
-        name: a key of `MODELS`.
-        layers: decoder layers of the slice.
-        batch, sequence: tokens of this rank.
+        part: what is timed.
+        device, dtype: of the models.
     """
 
-    def __init__(
-        self, name: str, layers: int, batch: int, sequence: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.name, self.shape, self.device = name, SHAPES[name], device
+    def __init__(self, part: ModelSlice, device: torch.device, dtype: torch.dtype) -> None:
+        self.part, self.shape, self.device, self.dtype = part, SHAPES[part.name], device, dtype
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.size > 1 else 0
-        self.model = _build(name, self.shape, layers, sequence).to(device=device, dtype=dtype)
-        generator = torch.Generator(device=device).manual_seed(1 + self.rank)
-        self.ids = torch.randint(VOCABULARY, (batch, sequence), device=device, generator=generator)
-        shape = (batch, sequence, self.shape.hidden)
-        self.grad = torch.randn(shape, device=device, generator=generator).to(dtype)
+        generator = torch.Generator(device=device).manual_seed(1 + self.rank // part.sp)
+        size = (part.batch, part.sequence)
+        self.ids = torch.randint(VOCABULARY, size, device=device, generator=generator)
+        self.grad = torch.randn(*size, self.shape.hidden, device=device, generator=generator).to(dtype)
+        self.inputs: dict[str, Any] = {"input_ids": self.ids}
+        if part.sp > 1:
+            self.inputs = {
+                "input_ids": self._piece(self.ids).contiguous(),
+                "position_ids": self._piece(torch.arange(part.sequence, device=device).expand(size)).contiguous(),
+                "sequence_sharded": True,
+            }
+        self.piece_grad = self._piece(self.grad).contiguous()
+        self._expected: list[torch.Tensor] = []
 
-    def variants(self) -> dict[str, Callable[[], nn.Module]]:
-        """Builders of the variants by name; the first is what the others are compared with."""
-        return {
-            "row per expert": self._row_per_expert,
-            "serial": lambda: self._patched(overlap=False),
-            "fluid_hf": lambda: self._patched(),
-            "AutoEP": lambda: self._with_peer(autoep_layer),
-            "AllToAllEP": lambda: self._with_peer(transformers_layer),
-        }
+    def build(self) -> nn.Module:
+        """The unpatched slice on the device; the same weights each time and on all ranks."""
+        return _build(self.part, self.shape, self.device, self.dtype)
+
+    def make_reference(self) -> None:
+        """Output and embedding gradient of the unpatched model on whole sequences, all its experts on this device."""
+        model = self.build()
+        output = model(input_ids=self.ids).last_hidden_state
+        output.backward(self.grad)
+        self._expected = [self._piece(output.detach()).contiguous(), _embedding(model).grad]
+
+    def error(self, model: nn.Module) -> float:
+        """Largest relative difference from the reference over all ranks; gradients are cleared. Collective."""
+        output = model(**self.inputs).last_hidden_state
+        output.backward(self.piece_grad)
+        gradient = _embedding(model).grad
+        if self.part.sp > 1:
+            dist.all_reduce(gradient, group=model.fluid.groups.sp_group)  # type: ignore[union-attr, arg-type]
+        errors = [
+            (ours.float() - theirs.float()).norm() / theirs.float().norm()
+            for ours, theirs in zip((output.detach(), gradient), self._expected, strict=True)
+        ]
+        clear(model)
+        worst = torch.nan_to_num(torch.stack(errors), nan=float("inf")).max()
+        if self.size > 1:
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        return float(worst)
 
     def modes(self, model: nn.Module) -> dict[str, Callable[[], None]]:
-        """What is timed: inference, forward as in training, forward and backward."""
+        """What is timed: inference (the model in evaluation), forward as in training, forward and backward."""
 
         def inference() -> None:
             with torch.no_grad():
-                model(input_ids=self.ids)
+                model(**self.inputs)
 
         def forward() -> None:
-            model(input_ids=self.ids)
+            model(**self.inputs)
 
-        return {"inference": inference, "forward": forward, "backward": lambda: self._backward(model)}
+        def backward() -> None:
+            model(**self.inputs).last_hidden_state.backward(self.piece_grad)
+            clear(model)
+
+        return {"inference": inference, "forward": forward, "backward": backward}
+
+    def time_mode(self, model: nn.Module, mode: str, repeats: int) -> StepTime:
+        """Times of one of `modes`."""
+        model.train(mode != "inference")
+        found = self.time(self.modes(model)[mode], repeats)
+        model.train()
+        return found
 
     def training_step(self, model: nn.Module) -> tuple[Callable[[], None], Callable[[], None]]:
-        """A step with DeepSpeed ZeRO 1 and AdamW in the given (patched) model, and what ends it."""
+        """A step with DeepSpeed ZeRO 1 and AdamW of a model with split experts, and what ends it. Collective."""
         import deepspeed
 
+        from fluid_hf.integrations.deepspeed import split_expert_groups
+
         settings = {
-            "train_micro_batch_size_per_gpu": self.ids.shape[0],
+            "train_micro_batch_size_per_gpu": self.part.batch,
             "zero_optimization": {"stage": 1},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": self.device.type == "cuda"},
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
             "gradient_clipping": 1.0,
         }
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
+        split_expert_groups(optimizer.param_groups)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
         def step() -> None:
-            output = engine(input_ids=self.ids).last_hidden_state
-            engine.backward((output * self.grad).float().mean())
+            output = engine(**self.inputs).last_hidden_state
+            engine.backward((output * self.piece_grad).float().mean())
             engine.step()
 
         return step, engine.destroy
 
-    def results(self, model: nn.Module) -> list[torch.Tensor]:
-        """Output and the gradient of the embedding, for the comparison; gradients are cleared."""
-        output = model(input_ids=self.ids).last_hidden_state
-        output.backward(self.grad)
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        found = [output.detach(), embedding.weight.grad]
-        _clear(model)
-        return found
+    def missing_bytes(self, model: nn.Module) -> int:
+        """Device memory that a training step lacks, at most over the ranks; 0 or less if it fits. Collective."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.modes(model)["backward"]()
+        activations = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+        numbers = sum(p.numel() / (1 if hasattr(p, "group_name") else self.size) for p in model.parameters())
+        lacking = numbers * _STATE_BYTES + activations - torch.cuda.mem_get_info()[0]
+        most = torch.tensor([lacking], device=self.device, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most.item())
 
     def time(self, run: Callable[[], None], repeats: int) -> StepTime:
         """Times of `run` on all ranks together."""
-        for _ in range(3):
+        for _ in range(WARM_UP):
             run()
         times = []
         for _ in range(repeats):
@@ -137,81 +205,45 @@ class ModelBench:
             dist.all_reduce(both, dist.ReduceOp.MAX)
         return StepTime(float(both[0]), float(both[1]))
 
-    def _backward(self, model: nn.Module) -> None:
-        model(input_ids=self.ids).last_hidden_state.backward(self.grad)
-        _clear(model)
+    def _piece(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's piece of tensors that run along the sequence in dimension 1."""
+        length = self.part.sequence // self.part.sp
+        start = length * (self.rank % self.part.sp)
+        return whole[:, start : start + length]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _patched(self, **settings: Any) -> nn.Module:
-        return patch_model(copy.deepcopy(self.model), FluidConfig(ep_size=self.size, **settings))
 
-    def _row_per_expert(self) -> nn.Module:
-        model = self._patched(overlap=False)
-        for layer in model.fluid.layers.values():  # type: ignore[union-attr, operator]
-            layer.forward = _one_row_per_expert(layer.forward)
-        return model
-
-    def _with_peer(self, build: Callable[..., tuple[Any, nn.Module]]) -> nn.Module:
-        model = copy.deepcopy(self.model)
-        local = self.shape.experts // self.size
-        held = slice(self.rank * local, (self.rank + 1) * local)
-        blocks: list[Any] = [module for module in model.modules() if hasattr(module, "experts")]
-        for block in blocks:
-            weights = (block.experts.gate_up_proj.data[held].clone(), block.experts.down_proj.data[held].clone())
-            block.experts = _Peer(*build(self.shape, *weights))
-        return model
-
-
-class _Peer(nn.Module):
-    """Experts of a peer in the place of the block's own."""
-
-    def __init__(self, call: Callable[..., torch.Tensor], module: nn.Module) -> None:
-        super().__init__()
-        self._call = [call]  # a list: the call may be a module that holds `module` already
-        self.module = module
-
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self._call[0](hidden, index, weights)
-
-
-def _one_row_per_expert(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same layer with every (token, expert) pair as a token of its own."""
-
-    def forward(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, between: Any = None) -> Any:
-        top_k = index.shape[1]
-        rows = hidden[:, None].expand(-1, top_k, -1).reshape(-1, hidden.shape[1])
-        output = call(rows, index.reshape(-1, 1), weights.reshape(-1, 1)).view(-1, top_k, hidden.shape[1]).sum(1)
-        return output if between is None else (output, between())
-
-    return forward
-
-
-def _clear(model: nn.Module) -> None:
+def clear(model: nn.Module) -> None:
+    """Drop all gradients."""
     for parameter in model.parameters():
         parameter.grad = None
 
 
-def _build(name: str, shape: LayerShape, layers: int, sequence: int) -> nn.Module:
-    """The slice with random weights, equal on all ranks."""
+def _embedding(model: nn.Module) -> Any:
+    return model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
+
+
+def _build(part: ModelSlice, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The slice with random weights, equal on all ranks, made where and as they are used."""
     from transformers import AutoModel, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-    heads, kv_heads, shared = MODELS[name]
+    heads, kv_heads, shared = MODELS[part.name]
     base: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": shape.hidden,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": part.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": sequence,
+        "max_position_embeddings": part.sequence,
         "num_experts_per_tok": shape.top_k,
         "use_cache": False,
     }
     experts: dict[str, Any] = {"num_experts": shape.experts, "moe_intermediate_size": shape.inner}
     config: Any
-    if name.startswith("mixtral"):
+    if part.name.startswith("mixtral"):
         config = MixtralConfig(**base, intermediate_size=shape.inner, num_local_experts=shape.experts)
     elif shared:
         config = Qwen2MoeConfig(**base, **experts, shared_expert_intermediate_size=shared)
@@ -219,9 +251,7 @@ def _build(name: str, shape: LayerShape, layers: int, sequence: int) -> nn.Modul
         experts["head_dim"] = 128 if shape.hidden > 64 else 16
         config = Qwen3MoeConfig(**base, **experts)
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model: nn.Module = AutoModel.from_config(
-            config, attn_implementation="sdpa", experts_implementation="grouped_mm"
-        )
-    return model.train()
+    how = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm", "dtype": dtype}
+    with device:
+        model: nn.Module = AutoModel.from_config(config, **how)
+    return model.to(device).train()

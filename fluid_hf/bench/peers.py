@@ -136,4 +136,4 @@ def autoep_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -
         router.routing = (weights, index)
         return layer(hidden[None])[0]
 
-    return call, layer.experts
+    return call, layer

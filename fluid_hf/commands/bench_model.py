@@ -5,18 +5,25 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fluid_hf.bench.mirror import init_mirror
-from fluid_hf.bench.model import MODELS, ModelBench
+from fluid_hf.bench.model import ALLOWED, MODELS, ModelBench, ModelSlice
+from fluid_hf.bench.model_report import draw_pictures, trace_pass
+from fluid_hf.bench.model_variants import PEERS, Way, patched, peer_model, release, select, ways
+from fluid_hf.bench.stages import Stages
+
+MODES = ["inference", "forward", "backward", "step"]
+TRACED = ("serial", "fluid_hf")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -30,35 +37,168 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS), help="models by name")
     add("--link", choices=["nccl", "gloo", "mirror"], default="nccl", help="mirror: one process plays rank 0 of --ep")
     add("--ep", type=int, default=2, help="expert parallel size on the mirror link; else the number of ranks")
+    add("--sp", nargs="+", type=int, default=[1], help="ranks that share a sequence, which then has --batch of them")
     add("--layers", nargs="+", type=int, default=[2], help="decoder layers of the slice")
     add("--batch", nargs="+", type=int, default=[2], help="sequences per rank")
     add("--sequence", type=int, default=4096, help="tokens of a sequence")
+    add("--modes", nargs="+", choices=MODES, default=MODES[:3], help="step: with DeepSpeed ZeRO 1 and AdamW")
     add("--repeats", type=int, default=20, help="timed runs of each variant and mode")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
-    add("--step", action="store_true", help="also time a training step with DeepSpeed ZeRO 1 (not the peers)")
-    add("--trace", help="folder for a torch.profiler trace of one pass of the serial and the overlapped variant")
+    add("--waves", nargs="+", type=int, default=[], help="fixed numbers of waves, in the smallest slice of each model")
+    add("--ctas", nargs="+", type=int, default=[], help="nccl_max_ctas, in the smallest slice of each model")
+    add("--trace", help="folder for a picture of one pass of each slice; the JSON gets its numbers")
+    add("--budget", type=float, help="seconds after which nothing more is started")
+    add("--timeout", type=float, default=300.0, help="seconds after which a collective that hangs ends the run")
+    add("--stack-after", type=float, default=60.0, help="seconds of one stage after which every rank shows its stacks")
     add("--json", help="file for the results")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time every slice; rank 0 prints, and writes after each, so that a run that is cut leaves what it has."""
+    """Time every slice, small ones first; rank 0 prints, and writes after each variant. 1 if variants disagree."""
     device = _start(options)
+    stages = Stages(device, options.budget, options.stack_after)
     cells: list[dict[str, Any]] = []
-    for name in options.models:
-        for layers in options.layers:
-            for batch in options.batch:
-                cells.append(_cell(options, name, layers, batch, device))
-                _write(options, device, cells)
+    parts = itertools.product(options.layers, options.batch, options.sp, options.models)
+    for layers, batch, sp, name in sorted(parts, key=lambda part: part[0] * part[1]):
+        part = ModelSlice(name, layers, batch, options.sequence, sp)
+        smallest = (layers, batch) == (min(options.layers), min(options.batch))
+        run_of = _SliceRun(options, part, stages, device, smallest)
+        cells.append(run_of.cell)
+        run_of.run(lambda: _write(options, device, cells))
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
+    return int(any(isinstance(error, str) for cell in cells for error in cell["errors"].values()))
+
+
+class _SliceRun:
+    """One slice in all variants; fills `cell`."""
+
+    def __init__(
+        self, options: argparse.Namespace, part: ModelSlice, stages: Stages, device: torch.device, smallest: bool
+    ) -> None:
+        self.options, self.part, self.stages = options, part, stages
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.bench = ModelBench(part, device, dtype)
+        self.cell: dict[str, Any] = {**asdict(part), "model": part.name, "variants": {}, "errors": {}, "waves": {}}
+        self.cell |= {"skipped": [], "timeline": {}}
+        every = ways(options.waves if smallest else (), options.ctas if smallest else ())
+        self.ways = [way for way in every if self._wanted(way.name)]
+        self.save: Any = None
+
+    def run(self, save: Any) -> None:
+        """Ours on one patched model, fewer thread blocks on others, then the peers."""
+        self.save = save
+        if not self._time_left("all"):
+            return
+        self.stages.say(f"\n{self.part}, {self.bench.size} ranks")
+        with self.stages.stage("unpatched reference"):
+            self.bench.make_reference()
+            _free(self.bench.device)
+        for max_ctas in dict.fromkeys(way.max_ctas for way in self.ways):
+            self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
+        for name in filter(self._wanted, PEERS):
+            if self._time_left(name):
+                self._peer(name)
+        if self.options.trace and self.stages.is_first and self.cell["timeline"]:
+            with self.stages.stage("picture"):
+                draw_pictures(self.cell, self.options.trace)
+
+    def _ours(self, group: list[Way], max_ctas: int | None) -> None:
+        if not self._time_left(group[0].name):
+            return
+        with self.stages.stage("build and patch"):
+            limits = {"nccl_max_ctas": max_ctas, "timeout_seconds": self.options.timeout}
+            model: Any = patched(self.bench, **limits)
+        for way in group:
+            if self._time_left(way.name):
+                select(model, way)
+                self._modes(model, way.name)
+                layer = next(iter(model.fluid.layers.values()))
+                self.cell["waves"][way.name] = layer.context.waves if way.overlap else 0
+                if self.options.trace and way.name in TRACED:
+                    self._trace(model, way.name)
+        if "step" in self.options.modes:
+            self._steps(model, {way.name: way for way in group if way.name in self.cell["variants"]})
+        release(model)
+        del model
+        _free(self.bench.device)
+
+    def _peer(self, name: str) -> None:
+        try:
+            with self.stages.stage(f"{name}: build"):
+                model = peer_model(self.bench, name)
+            self._modes(model, name)
+            if "step" in self.options.modes and name == "AutoEP":
+                self._steps(model, {name: None})
+            release(model)
+            del model
+        except Exception as error:  # a peer that fails is a result too; ours must not
+            self.cell["errors"][name] = f"{type(error).__name__}: {error}"[:300]
+            self.stages.say(f"           {name}: {self.cell['errors'][name]}")
+        _free(self.bench.device)
+
+    def _modes(self, model: nn.Module, name: str) -> None:
+        with self.stages.stage(f"{name}: first pass and comparison") as found:
+            error = self.bench.error(model)
+            found.append(f"differs {error:.1e}")
+        if error > ALLOWED[self.bench.dtype]:
+            self.cell["errors"][name] = f"differs from the unpatched model by {error:.1e}"
+            return
+        self.cell["errors"][name] = error
+        self.cell["variants"][name] = {}
+        for mode in self.options.modes:
+            if mode != "step" and self._time_left(f"{name}, {mode}"):
+                with self.stages.stage(f"{name}: {mode}") as found:
+                    self._note(name, mode, self.bench.time_mode(model, mode, self.options.repeats), found)
+
+    def _steps(self, model: nn.Module, variants: dict[str, Way | None]) -> None:
+        if not variants:
+            return
+        lacking = self.bench.missing_bytes(model)
+        if lacking > 0:
+            self._skip(f"{', '.join(variants)}, step: {lacking / 1e9:.1f} GB of memory missing")
+            return
+        with self.stages.stage("DeepSpeed engine"):
+            step, end = self.bench.training_step(model)
+        for name, way in variants.items():
+            if self._time_left(f"{name}, step"):
+                if way is not None:
+                    select(model, way)
+                with self.stages.stage(f"{name}: step") as found:
+                    self._note(name, "step", self.bench.time(step, self.options.repeats), found)
+        end()
+
+    def _note(self, name: str, mode: str, timing: Any, found: list[str]) -> None:
+        self.cell["variants"][name][mode] = asdict(timing)
+        found.append(f"{timing.median:8.2f} ms (+-{timing.spread:.2f})")
+        self.save()
+
+    def _trace(self, model: nn.Module, name: str) -> None:
+        with self.stages.stage(f"{name}: trace"):
+            timeline = trace_pass(self.bench.modes(model)["backward"], self.stages.is_first)
+            if timeline is not None:
+                self.cell["timeline"][name] = timeline
+
+    def _wanted(self, name: str) -> bool:
+        return not self.options.variants or any(part in name for part in self.options.variants)
+
+    def _time_left(self, what: str) -> bool:
+        left = self.stages.time_left()
+        if not left:
+            self._skip(f"{what}: no time left")
+        return left
+
+    def _skip(self, why: str) -> None:
+        self.cell["skipped"].append(why)
+        self.stages.say(f"           skipped {self.part if why.startswith('all') else ''} {why}")
 
 
 def _write(options: argparse.Namespace, device: torch.device, cells: list[dict[str, Any]]) -> None:
-    if not _first() or not options.json:
+    if not options.json or (dist.is_initialized() and dist.get_rank()):
         return
     about = {
+        "what": "model",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "torch": torch.__version__,
@@ -77,93 +217,12 @@ def _start(options: argparse.Namespace) -> torch.device:
     elif "RANK" in os.environ and not dist.is_initialized():
         if options.link == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group(options.link)
+        dist.init_process_group(options.link, timeout=datetime.timedelta(seconds=options.timeout))
     cuda = torch.cuda.is_available() and options.link != "gloo"
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def _cell(options: argparse.Namespace, name: str, layers: int, batch: int, device: torch.device) -> dict[str, Any]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = ModelBench(name, layers, batch, options.sequence, device, dtype)
-    cell: dict[str, Any] = {"model": name, "layers": layers, "batch": batch, "sequence": options.sequence}
-    cell.update(variants={}, errors={}, waves={})
-    _say(f"\n{name}: {layers} layers, batch {batch} x {options.sequence}, {bench.size} ranks")
-    reference: list[torch.Tensor] = []
-    for variant, build in bench.variants().items():
-        if options.variants and not any(part in variant for part in options.variants):
-            continue
-        try:
-            model = build()
-            found = bench.results(model)
-            reference = reference or found
-            cell["errors"][variant] = _worst(found, reference)
-            times = {mode: asdict(bench.time(go, options.repeats)) for mode, go in bench.modes(model).items()}
-            if options.trace and variant in ("serial", "fluid_hf"):
-                _trace(Path(options.trace) / f"{name}_{variant}.json", bench.modes(model)["backward"])
-            _clear_memory(device)
-            if options.step and hasattr(model, "fluid"):
-                step, end = bench.training_step(model)
-                times["step"] = asdict(bench.time(step, options.repeats))
-                end()
-            cell["variants"][variant] = times
-            cell["waves"][variant] = _waves(model)
-            shown = "  ".join(
-                f"{mode} {value['median']:8.2f} (+-{value['spread']:.2f})" for mode, value in times.items()
-            )
-            _say(f"  {variant:<16} {shown}  differs {cell['errors'][variant]:.1e}  {cell['waves'][variant] or ''}")
-            del model, found
-        except Exception as error:  # a peer that fails is a result too; ours must not
-            cell["errors"][variant] = f"{type(error).__name__}: {error}"[:300]
-            _say(f"  {variant:<16} {cell['errors'][variant]}")
-            if variant not in ("AutoEP", "AllToAllEP"):
-                raise
-        _clear_memory(device)
-    return cell
-
-
-def _waves(model: Any) -> dict[str, int]:
-    """What the planner chose."""
-    state = getattr(model, "fluid", None)
-    return {name: layer.context.waves for name, layer in list(state.layers.items())[:1]} if state is not None else {}
-
-
-def _worst(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float:
-    """Largest relative difference, over all ranks."""
-    errors = [
-        (ours.float() - theirs.float()).norm() / theirs.float().norm()
-        for ours, theirs in zip(found, reference, strict=True)
-    ]
-    worst = torch.stack(errors).max()
-    if dist.is_initialized():
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return float(worst)
-
-
-def _trace(path: Path, go: Callable[[], None]) -> None:
-    """One pass under the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    go()
-    with profile(activities=activities) as recorded:
-        go()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    if _first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recorded.export_chrome_trace(str(path))
-
-
-def _clear_memory(device: torch.device) -> None:
+def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _say(text: str) -> None:
-    if _first():
-        print(text, flush=True)

@@ -1,4 +1,4 @@
-"""`fluid-hf bench table`: results of `fluid-hf bench layer` or `bench attention` as a table in Markdown."""
+"""`fluid-hf bench table`: results of `fluid-hf bench layer`, `attention` or `model` as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from fluid_hf.bench.attention_report import attention_table
+from fluid_hf.bench.model_report import draw_pictures, model_table
 from fluid_hf.bench.report import markdown_table
+
+TABLES = {"attention": attention_table, "model": model_table}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command."""
-    parser: argparse.ArgumentParser = subparsers.add_parser("table", help="print results of `bench layer` as a table")
+    parser: argparse.ArgumentParser = subparsers.add_parser("table", help="print results of a benchmark as a table")
     parser.add_argument("--json", required=True, help="file with the results to print")
+    parser.add_argument("--pictures", help="folder for the timelines in results of `bench model --trace`")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the table."""
     report = json.loads(Path(options.json).read_text(encoding="utf-8"))
-    print(attention_table(report) if report.get("what") == "attention" else markdown_table(report))
+    print(TABLES.get(report.get("what"), markdown_table)(report))
+    if options.pictures:
+        for cell in report["cells"]:
+            draw_pictures(cell, options.pictures)
     return 0

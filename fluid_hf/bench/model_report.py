@@ -1,0 +1,95 @@
+"""Results of `fluid-hf bench model`: timelines as numbers, pictures of them, and the table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fluid_hf.errors import MissingPackageError, TraceError
+from fluid_hf.profiling.picture import draw_timeline
+from fluid_hf.profiling.session import StepTrace
+from fluid_hf.profiling.timeline import PassTimeline, layer_passes, summarize
+from fluid_hf.profiling.trace import Work, read_trace
+
+__all__ = ["draw_pictures", "model_table", "trace_pass"]
+
+MODES = ("inference", "forward", "backward", "step")
+
+
+def trace_pass(run: Callable[[], None], is_first: bool) -> dict[str, Any] | None:
+    """Run once under the profiler, on rank 0: its summary, and the forward and backward pass of its middle layer.
+
+    The trace itself is not kept. `None` on the other ranks, or if the trace has no whole pass.
+    """
+    run()
+    if not is_first:
+        run()
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = StepTrace(Path(folder) / "trace.json")
+        recorded.start()
+        run()
+        try:
+            trace = read_trace(recorded.stop())
+            return {"summary": summarize(trace), "passes": [asdict(found) for found in layer_passes(trace)]}
+        except TraceError:
+            return None
+
+
+def draw_pictures(cell: dict[str, Any], folder: str | Path) -> list[Path]:
+    """Draw the timelines of a slice under each other; nothing where matplotlib is missing.
+
+    They can be drawn later, from the JSON: `fluid-hf bench table --json FILE --pictures FOLDER`.
+    """
+    passes = []
+    for name, timeline in cell["timeline"].items():
+        for found in timeline["passes"]:
+            heading = f"{name}: {'backward' if found['backward'] else 'forward'}"
+            passes.append((heading, _timeline(found)))
+    shared = f"_sp{cell['sp']}" if cell["sp"] > 1 else ""
+    out = Path(folder) / f"{cell['model']}_{cell['layers']}x{cell['batch']}{shared}"
+    title = f"{slice_name(cell)} x {cell['sequence']} tokens: one layer"
+    try:
+        return draw_timeline(passes, out, title=title) if passes else []
+    except MissingPackageError:
+        return []
+
+
+def model_table(report: dict[str, Any]) -> str:
+    """One line per slice and mode: milliseconds of the main variants, and how much faster ours is than each."""
+    names = ["row per expert", "serial", "fluid_hf", "AutoEP", "AllToAllEP"]
+    others = sorted({name for cell in report["cells"] for name in cell["variants"]} - set(names))
+    heads = ["slice", "mode", *names[:2], "fluid_hf (waves)", *names[3:], *others]
+    heads += ["over row per expert", "over serial", "over AutoEP"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for cell in report["cells"]:
+        for mode in MODES:
+            times = {name: found[mode]["median"] for name, found in cell["variants"].items() if mode in found}
+            if not times:
+                continue
+            waves = cell["waves"].get("fluid_hf")
+            shown = {name: f"{ms:.1f}" for name, ms in times.items()}
+            if "fluid_hf" in shown and waves:
+                shown["fluid_hf"] += f" ({waves})"
+            columns = [slice_name(cell), mode, *(shown.get(name, "-") for name in [*names, *others])]
+            columns += [_ratio(times, name) for name in (names[0], names[1], names[3])]
+            lines.append("| " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def slice_name(cell: dict[str, Any]) -> str:
+    """A slice as the table and the pictures name it."""
+    shared = f", SP{cell['sp']}" if cell.get("sp", 1) > 1 else ""
+    return f"{cell['model']}, {cell['layers']} layers, batch {cell['batch']}{shared}"
+
+
+def _ratio(times: dict[str, float], over: str) -> str:
+    return f"{times[over] / times['fluid_hf']:.2f}x" if over in times and times.get("fluid_hf") else "-"
+
+
+def _timeline(found: dict[str, Any]) -> PassTimeline:
+    lanes = {name: [Work(**work) for work in found[name]] for name in ("compute", "communication")}
+    return PassTimeline(found["layer"], found["backward"], found["duration"], exposed=found["exposed"], **lanes)
