@@ -1,9 +1,14 @@
-"""Ranks for tests: a pool of gloo processes started once per test module, and scripts under a launcher."""
+"""Ranks for tests: a pool of gloo processes started once per test module, and scripts under a launcher.
+
+Ranks are forked from one process per session that has imported the large packages and nothing else, so that each is
+as fresh as a new process but starts at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -13,7 +18,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +35,15 @@ LAUNCH_ENV = {
     "MASTER_ADDR": "127.0.0.1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Imported once per session. Not fluid_hf: ranks import the code under test themselves.
+PRELOAD = (
+    "deepspeed",
+    "peft",
+    "transformers.trainer",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+)
 GRACE = 15.0  # seconds the other ranks get once one has raised: they may hang waiting for it
 
 
@@ -143,7 +159,7 @@ class RankPool:
             return Failure("RankDiedError", text, text)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _fork_context()
         port = free_port()
         self._connections: list[Connection] = []
         self._processes = []
@@ -155,14 +171,39 @@ class RankPool:
             self._processes.append(process)
 
 
+@functools.cache
+def _fork_context() -> ForkServerContext:
+    """Where ranks are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    before = {name: os.environ.get(name) for name in LAUNCH_ENV}
+    os.environ.update(LAUNCH_ENV)  # packages read some of it when they are imported
+    forkserver.ensure_running()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return context
+
+
+@contextlib.contextmanager
+def fresh_ranks(world_size: int) -> Iterator[RankPool]:
+    """A pool of ranks for one `with` block."""
+    ranks = RankPool(world_size)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
 def rank_pool(world_size: int) -> Any:
     """A module-scoped fixture with a pool of ranks."""
 
     @pytest.fixture(scope="module")
     def pool() -> Iterator[RankPool]:
-        ranks = RankPool(world_size)
-        yield ranks
-        ranks.close()
+        with fresh_ranks(world_size) as ranks:
+            yield ranks
 
     return pool
 

@@ -76,6 +76,6 @@ def test_launched_ranks_are_killed_at_the_timeout(tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text("import time; time.sleep(600)\n")
     start = time.monotonic()
-    with pytest.raises(AssertionError, match="did not end within 15 s"):
-        launch(script, launcher="torchrun", timeout=15)
+    with pytest.raises(AssertionError, match="did not end within 6 s"):
+        launch(script, launcher="torchrun", timeout=6)
     assert time.monotonic() - start < 60

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import ROOT, launch
+import trainer_files_script
+from distributed import fresh_ranks
 from families import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -28,8 +29,8 @@ RUNS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
-    done = launch(ROOT / "tests" / "trainer_files_script.py", json.dumps(RUNS), str(folder), timeout=280)
-    assert done.returncode == 0, done.stderr[-5000:]
+    with fresh_ranks(2) as ranks:
+        ranks.run(trainer_files_script.run_all, RUNS, str(folder), timeout=280)
     return {run["name"]: {**json.loads((folder / f"{run['name']}.json").read_text()), "at": folder} for run in RUNS}
 
 

@@ -1,12 +1,8 @@
-"""Trainer runs that save while they train, for what they leave on disk. Started by test_trainer_files.py.
-
-usage: trainer_files_script.py '[{"name": "a", "stage": 1, "fluid": {"ep_size": 2}, "lora": false}, ...]' FOLDER
-"""
+"""Trainer runs that save while they train, for what they leave on disk. Started by test_trainer_files.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +74,13 @@ def run(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def run_all(rank: int, world: int, runs: list[dict[str, Any]], folder: str) -> None:
+    """Runs such as `{"name": "a", "stage": 1, "fluid": {"ep_size": 2}, "lora": False}` in this rank."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
     deepspeed.init_distributed("gloo")
-    folder = Path(sys.argv[2])
-    for options in json.loads(sys.argv[1]):
-        result = run(options, folder)
-        if torch.distributed.get_rank() == 0:
-            (folder / f"{options['name']}.json").write_text(json.dumps(result), encoding="utf-8")
+    for options in runs:
+        result = run(options, Path(folder))
+        if rank == 0:
+            (Path(folder) / f"{options['name']}.json").write_text(json.dumps(result), encoding="utf-8")
         AcceleratorState._reset_state()
         PartialState._reset_state()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,9 @@
-"""Trainer runs on CPU ranks, one after the other, each writing a JSON file per rank. Started by test_trainer.py.
-
-usage: trainer_script.py '[{"name": "a", "stage": 1, "fluid": {"ep_size": 2}, ...}, ...]' RESULTS_FOLDER
-"""
+"""Trainer runs on CPU ranks, one after the other, each writing a JSON file per rank. Started by test_trainer.py."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +98,19 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def run_all(rank: int, world: int, runs: list[dict[str, Any]], folder: str) -> None:
+    """Runs such as `{"name": "a", "stage": 1, "fluid": {"ep_size": 2}}` in this rank."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
     deepspeed.init_distributed("gloo")
-    for options in json.loads(sys.argv[1]):
+    for options in runs:
         try:
             result = run(options)
         except Exception as error:
             result = {"error": type(error).__name__, "message": str(error)}
-        path = Path(sys.argv[2]) / f"{options['name']}-{torch.distributed.get_rank()}.json"
+        path = Path(folder) / f"{options['name']}-{rank}.json"
         path.write_text(json.dumps(result), encoding="utf-8")
         parallel_state_sp._release_sequence_parallel_groups()
         deepspeed.utils.groups.mpu = None
         ALL_ATTENTION_FUNCTIONS._local_mapping.clear()  # accelerate puts DeepSpeed's Ulysses here
         AcceleratorState._reset_state()
         PartialState._reset_state()
-
-
-if __name__ == "__main__":
-    main()
