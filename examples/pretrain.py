@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     add("--prompt", help="text that the reloaded model continues; `def main(` or the start of the held-out text if not"
         " given")  # fmt: skip
     add("--profile-steps", type=int, nargs=2, help="first and last step to trace; see OUTPUT/fluid_profile")
+    add("--expert-load", action="store_true", help="write a heat map of the experts' load to OUTPUT/fluid_profile")
     add("--no-fluid", action="store_true", help="train the unpatched model, to compare")
     args = parser.parse_args()
     if "RANK" not in os.environ:
@@ -84,7 +85,7 @@ def train(args: argparse.Namespace, training_args: TrainingArguments, checkpoint
         from fluid_hf import FluidCallback
 
         # Patches the model, with the `fluid` block of the DeepSpeed configuration.
-        callbacks.append(FluidCallback(profile_steps=args.profile_steps))
+        callbacks.append(FluidCallback(profile_steps=args.profile_steps, expert_load=args.expert_load))
     trainer = Trainer(
         model,
         training_args,

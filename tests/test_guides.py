@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import importlib.util
+import inspect
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from deepspeed.launcher import runner
+from torch.distributed.run import get_args_parser
 
-from fluid_hf import FluidConfig, cli
+import fluid_hf
+from fluid_hf import FluidConfig, FluidState, cli
+from fluid_hf.commands.errors import error_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]
@@ -31,26 +40,131 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{target}{anchor} in {page.name}"
 
 
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every shell command of a page, without assignments before them."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[next((i for i, w in enumerate(words) if "=" not in w), 0) :] for words in found if words]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def script_parser(path: Path) -> argparse.ArgumentParser:
+    """The parser that a script builds, from its source: importing the script would load half of the ecosystem."""
+    parser = Parser(prog=path.name)
+    types = {"int": int, "float": float, "str": str, "Path": Path}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        called = getattr(node, "func", None)
+        if getattr(called, "attr", getattr(called, "id", "")) not in ("add", "add_argument"):
+            continue
+        names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]  # type: ignore[attr-defined]
+        given = {word.arg: word.value for word in node.keywords}  # type: ignore[attr-defined]
+        known = {name: ast.literal_eval(given[name]) for name in ("action", "nargs", "choices") if name in given}
+        if "type" in given:
+            known["type"] = types[ast.unparse(given["type"])]
+        parser.add_argument(*names, **known)
+    return parser
+
+
+def check_script(words: list[str]) -> None:
+    if words[0] == "fluid_hf.cli":
+        cli.build_parser().parse_args(words[1:])
+    elif words[0] != "train.py":  # a reader's own
+        script_parser(ROOT / words[0]).parse_args(words[1:])
+
+
+def check_command(words: list[str]) -> None:
+    """Fails if a command, or one of its options, does not exist."""
+    if words[0] == "fluid-hf":
+        cli.build_parser().parse_args(words[1:])  # exits if an option or a choice is unknown
+    elif words[0] == "deepspeed":
+        options = runner.parse_args(words[1:])
+        check_script([options.user_script, *options.user_args])
+    elif words[0] == "torchrun":
+        options = get_args_parser().parse_args(words[1:])
+        check_script([options.training_script, *options.training_script_args])
+    elif words[0] == "python":
+        if words[1] != "-m":
+            check_script(words[1:])
+        else:
+            spec = importlib.util.find_spec(words[2])
+            assert spec is not None and spec.origin is not None, words[2]
+            script_parser(Path(spec.origin)).parse_args(words[3:])
+    elif words[:2] == ["bash", "examples/quickstart.sh"]:
+        script_parser(ROOT / "examples/pretrain.py").parse_args(words[2:])
+    else:
+        assert words[:2] in (["bash", "tests/run.sh"], ["pip", "install"]) or words[0] == "pdoc", words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_exist_with_their_options(page: Path) -> None:
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["fluid-hf"]:
-                cli.build_parser().parse_args(words[1:])  # exits if an option or a choice is unknown
-            for word in words:
-                assert (
-                    not word.startswith("examples/")
-                    or (ROOT / word).suffix == ""
-                    or "output" in word
-                    or (ROOT / word).exists()
-                ), word
+    for words in commands(page):
+        check_command(words)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_commands_in_the_examples_exist(path: Path) -> None:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    for line in text.splitlines():
+        words = [word for word in shlex.split(line, comments=True) if "=" not in word] if " examples/" in line else []
+        if words and words[0] in ("deepspeed", "torchrun", "bash"):
+            check_command(words)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fluid-hf profile --picture out",
+        "deepspeed --num_gpus 2 examples/pretrain.py --step 3 --batchsize 4",
+        "deepspeed --gpus 2 examples/pretrain.py",
+        "torchrun --nproc_per_node 2 examples/none.py",
+        "torchrun --nproc_per_node 2 -m fluid_hf.cli doctor --parities",
+        "python tests/parity.py --worlds 2",
+        "bash examples/quickstart.sh --date FILE",
+        "fluid-hg doctor",
+    ],
+)
+def test_planted_mistakes_are_caught(line: str) -> None:
+    with pytest.raises((SystemExit, ValueError, OSError, AssertionError)):
+        check_command(line.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_names_what_exists(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block.replace(", ...)", ")"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fluid_hf"):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+            text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            if text.startswith("fluid_hf.") and text.count(".") == 1:
+                assert hasattr(fluid_hf, text.removeprefix("fluid_hf.")) or "integrations" in text, text
+            if re.fullmatch(r"model\.fluid\.\w+", text):
+                assert hasattr(FluidState, text[12:]) or f"self.{text[12:]}" in inspect.getsource(FluidState), text
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("FluidConfig", "FluidCallback"):
+                known = inspect.signature(getattr(fluid_hf, ast.unparse(node.func))).parameters
+                assert {word.arg for word in node.keywords} <= set(known), ast.unparse(node)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("ds_config_*.json")), ids=lambda path: path.stem)
 def test_configurations_hold_settings_that_exist(path: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     assert FluidConfig.from_json(path) == FluidConfig(**settings["fluid"])
+    assert len(settings["about"]) >= 2, "says what its keys do"
+    for page in ("examples/README.md", "examples/guides/trainer.md"):
+        assert path.name in (ROOT / page).read_text(encoding="utf-8") or "ds_config_*.json" in (ROOT / page).read_text()
+
+
+def test_every_error_has_a_row_where_help_is_looked_for() -> None:
+    text = (ROOT / "examples/guides/troubleshooting.md").read_text(encoding="utf-8")
+    assert not [name for name in error_classes() if f"`{name}" not in text]
 
 
 def test_every_setting_and_metric_is_documented() -> None:
