@@ -62,7 +62,7 @@ def script_parser(path: Path) -> argparse.ArgumentParser:
     types = {"int": int, "float": float, "str": str, "Path": Path}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         called = getattr(node, "func", None)
-        if getattr(called, "attr", getattr(called, "id", "")) not in ("add", "add_argument"):
+        if getattr(called, "id", "") != "add" and getattr(called, "attr", "") != "add_argument":
             continue
         names = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]  # type: ignore[attr-defined]
         given = {word.arg: word.value for word in node.keywords}  # type: ignore[attr-defined]
