@@ -36,6 +36,7 @@ from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
 from fluid_hf.integrations.deepspeed_checks import check_training
+from fluid_hf.integrations.optimizer_groups import split_groups
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.moe.general_experts import GeneralMath
@@ -43,7 +44,7 @@ from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups
 from fluid_hf.state import FluidState
 
-__all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "init_communication", "split_expert_groups"]
+__all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "init_communication"]
 
 
 class SplitExperts(nn.Module):
@@ -202,21 +203,6 @@ def init_communication() -> None:
             operators["deepspeed_shm_comm"] = known
 
 
-def split_expert_groups(param_groups: list[dict[str, Any]]) -> None:
-    """Split each optimizer group in place into dense and expert parameters, as ZeRO 1 and 2 require; idempotent."""
-    split: list[dict[str, Any]] = []
-    for group in param_groups:
-        expert = [parameter for parameter in group["params"] if is_moe_param(parameter)]
-        if not expert or group.get("moe"):
-            split.append(group)
-            continue
-        dense = [parameter for parameter in group["params"] if not is_moe_param(parameter)]
-        if dense:
-            split.append({**group, "params": dense})
-        split.append({**group, "params": expert, "moe": True, "name": expert[0].group_name})
-    param_groups[:] = split
-
-
 def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
     """`deepspeed.initialize` that prepares client optimizers of patched models and binds the engine; else as before."""
     signature = inspect.signature(initialize)
@@ -260,7 +246,7 @@ def _prepare_optimizer(optimizer: Any, model: nn.Module, state: FluidState) -> A
             "call patch_model before the optimizer is built."
         )
     if any(isinstance(layer, DeepSpeedExperts) for layer in state.layers.values()):
-        split_expert_groups(optimizer.param_groups)
+        split_groups(optimizer)
     return optimizer
 
 

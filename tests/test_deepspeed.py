@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from distributed import ROOT, RankPool, launch, rank_pool
 from families import batch, tiny_model
+from torch.optim import lr_scheduler
 
 import fluid_hf
 from fluid_hf import FluidConfig
+from fluid_hf.integrations.optimizer_groups import split_groups
 
 pool2 = rank_pool(2)
 
@@ -106,6 +109,42 @@ def test_model_built_under_zero_init(pool2: RankPool, expected: Curve) -> None:
         assert_near(curve, expected)
 
 
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step, lambda step: 0.8**step]),
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, [1e-2, 2e-2], total_steps=9),
+    "warm-up, then cosine": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(optimizer, 5)],
+        [2],
+    ),
+    "plateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, min_lr=[1e-4, 2e-4]),
+}
+
+
+def run_schedules(rank: int, world: int) -> None:
+    """Learning rates of schedules that were built on the optimizer before its groups were split."""
+    model = fluid_hf.patch_model(tiny_model("mixtral"), FluidConfig(ep_size=world))
+    other = tiny_model("mixtral")
+    for name, build in SCHEDULES.items():
+        optimizer, reference = (torch.optim.AdamW(groups(found), lr=1e-2) for found in (model, other))
+        schedule, expected = build(optimizer), build(reference)
+        split_groups(optimizer)
+        assert [len(optimizer.param_groups), len(reference.param_groups)] == [3, 2]
+        for step in range(4):
+            options = (1.0,) if name == "plateau" else ()
+            for stepped, its in ((optimizer, schedule), (reference, expected)):
+                stepped.step()
+                its.step(*options)
+            for group in optimizer.param_groups:
+                theirs = reference.param_groups[0 if group["weight_decay"] else 1]
+                assert group["lr"] == theirs["lr"], (name, step, group["lr"], theirs["lr"])
+    fluid_hf.unpatch_model(model)
+
+
+def test_schedules_built_before_the_groups_are_split(pool2: RankPool) -> None:
+    pool2.run(run_schedules)
+
+
 def run_frozen(rank: int, world: int, stage: int, patched: bool) -> Curve:
     import deepspeed
 
@@ -143,12 +182,14 @@ def run_accelerate(rank: int, world: int, patched: bool) -> list[float]:
         fluid_hf.patch_model(model, FluidConfig(ep_size=world))
     optimizer = torch.optim.AdamW(groups(model), lr=1e-2)
     data = torch.utils.data.DataLoader([{"input_ids": ids, "labels": ids} for ids in batch(0, 8)], batch_size=1)
-    model, optimizer, data = accelerator.prepare(model, optimizer, data)
+    schedule = lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
+    model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
     losses = []
     for item in data:
         loss = model(**item).loss
         accelerator.backward(loss)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     state = accelerator.get_state_dict(model)

@@ -149,7 +149,7 @@ class ModelBench:
         """A step with DeepSpeed ZeRO 1 and AdamW of a model with split experts, and what ends it. Collective."""
         import deepspeed
 
-        from fluid_hf.integrations.deepspeed import split_expert_groups
+        from fluid_hf.integrations.optimizer_groups import split_expert_groups
 
         settings = {
             "train_micro_batch_size_per_gpu": self.part.batch,
