@@ -167,6 +167,7 @@ MUTATIONS = (
         "if time > best_time * (1 - MIN_GAIN)",
         "tests/test_planner.py",
     ),
+    Mutation("overlap/cost_model.py", "rate = 1.0 - self.hardware.taken", "rate = 1.0", "tests/test_planner.py"),
     Mutation(
         "process_groups.py",
         "range(index, world_size, ep_size)",

@@ -7,8 +7,10 @@ import dataclasses
 import pytest
 import torch
 
+from fluid_hf.comm.calibration import MESSAGE_BYTES, SMALL_BYTES, LinkSpeed
 from fluid_hf.comm.tournament import plan_waves
 from fluid_hf.overlap.cost_model import (
+    SERIAL,
     Hardware,
     LayerSizes,
     backward_seconds,
@@ -16,7 +18,7 @@ from fluid_hf.overlap.cost_model import (
     forward_seconds,
     hardware_of,
 )
-from fluid_hf.overlap.planner import choose_waves, possible_waves
+from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
 
 GPU = Hardware(flops=6.5e14, memory=2.8e12, link=44e9)
 MIXTRAL = LayerSizes(8192, 2, 8, 8, 4096, 14336)
@@ -77,3 +79,76 @@ def test_expected_rows() -> None:
 
 def test_hardware_of_a_cpu_needs_no_measurement() -> None:
     assert hardware_of(torch.device("cpu"), 0.0, 0.0).link > 0
+
+
+# 128 tokens to both of 2 experts on 2 ranks: 128 rows, 128 own pairs and 128 from the other rank. Each projection of a
+# piece of 128 pairs takes 1 s (half a tile of 64 rows is added to 128 pairs: 192), a wave of all rows 4 s.
+HAND_SIZES = LayerSizes(tokens=128, top_k=2, num_experts=2, ep_size=2, hidden=1, inner=1, element_bytes=1)
+HAND = Hardware(flops=6 * 192 / 3, memory=1e30, link=128 / 4, latency=0.0, launch=0.0, post=0.0, kernel=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "waves", "forward", "backward"),
+    [
+        # Dispatch 0-4; both pieces in one, 320 rows with padding: 5 s; back 9-13. Backward: dgrad 4-9, return 9-13,
+        # wgrad 9-14.
+        ({}, SERIAL, 13.0, 14.0),
+        # Own first 0-2; the other piece 4-7; combine 7-11 over own second 7-8. Backward: own dgrad 0-3, other 4-7,
+        # return 7-11, wgrad 7-12.
+        ({}, 1, 11.0, 12.0),
+        # Waves arrive at 2 and 4, each 128 padded rows: 2-4, 4-6; the link is free at 4: combine 4-6, 6-8. Backward:
+        # own dgrad 0-3, waves 3-5 and 5-7, returns 5-7 and 7-9, wgrad 7-12.
+        ({}, 2, 8.0, 12.0),
+        # Half of the GPU is gone while messages fly: own first 0-4, other piece 4-7, own second 7-9 within the combine.
+        # Backward: own dgrad 2 of 3 s in 0-4, then 4-5, other 5-8, return 8-12 with 2 of 5 s of wgrad, 3 s more.
+        ({"taken": 0.5}, 1, 11.0, 15.0),
+        # Own first 0-4, wave 0 4-6, combine 0 6-8 halves wave 1: 6-9, combine 1 9-11 over own second 9-11.
+        ({"taken": 0.5}, 2, 11.0, None),
+        # The host posts for 3 s: dispatch 3-7, other piece 7-10, combine posted at 6, 10-14.
+        ({"post": 3.0}, 1, 14.0, None),
+        # Serial: dispatch 3-7, experts 7-12, back 12-16.
+        ({"post": 3.0}, SERIAL, 16.0, None),
+    ],
+)
+def test_predictions_by_hand(change: dict[str, float], waves: int, forward: float, backward: float | None) -> None:
+    hardware = dataclasses.replace(HAND, **change)
+    assert forward_seconds(HAND_SIZES, hardware, waves) == pytest.approx(forward)
+    if backward is not None:
+        assert backward_seconds(HAND_SIZES, hardware, waves) == pytest.approx(backward)
+
+
+QWEN2 = LayerSizes(8192, 8, 64, 8, 3584, 2560)
+
+
+@pytest.mark.parametrize("sizes", [MIXTRAL, QWEN2, QWEN3])
+@pytest.mark.parametrize("training", [True, False])
+def test_two_ranks_on_nvlink_do_not_cut_the_exchange(sizes: LayerSizes, training: bool) -> None:
+    """What NCCL takes of the GPU and what posting costs is more than further waves hide of a short exchange."""
+    hardware = Hardware(6.5e14, 2.8e12, link=3e11, latency=30e-6, launch=20e-6, post=80e-6, taken=0.2)
+    sizes = dataclasses.replace(sizes, ep_size=2)
+    assert choose_waves(sizes, hardware, training=training) == 1
+    assert choose_waves(sizes, hardware, training=training, serial=True) in (SERIAL, 1)
+
+
+def test_no_overlap_where_it_does_not_pay() -> None:
+    """Where messages take the whole GPU, or the host is all that counts, one all-to-all is as fast."""
+    small = dataclasses.replace(QWEN3, tokens=64, ep_size=2)
+    slow_host = Hardware(6.5e14, 2.8e12, link=3e11, post=1e-3)
+    assert choose_waves(small, slow_host, training=True, serial=True) == SERIAL
+    for taken in (0.0, 0.3, 0.9):
+        hardware = Hardware(6.5e14, 2.8e12, link=1e10, post=80e-6, taken=taken)
+        for sizes in (MIXTRAL, QWEN2, QWEN3, small):
+            times = [
+                predicted_seconds(sizes, hardware, waves, training=True)
+                for waves in (SERIAL, choose_waves(sizes, hardware, training=True, serial=True))
+            ]
+            assert times[1] <= times[0]
+
+
+def test_speed_from_times() -> None:
+    """The time of a small message is no part of the speed; both directions count once."""
+    big, small = MESSAGE_BYTES / 1e9, SMALL_BYTES / 1e9
+    speed = LinkSpeed.from_times(3, 1e-4 + big, 1e-4 + small, 2e-5, 0.25)
+    assert speed == pytest.approx(3e9) and speed.latency == pytest.approx(1e-4 + small)
+    assert (speed.post, speed.taken) == (2e-5, 0.25)
+    assert LinkSpeed.from_times(1, 1e-3, 2e-3, 0.0, 0.0) < MESSAGE_BYTES / 1e-4, "noise must not make it infinite"

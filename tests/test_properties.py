@@ -13,8 +13,8 @@ from fluid_hf.comm.tournament import num_rounds, part_bounds, plan_waves, round_
 from fluid_hf.moe.permutation import expand_rows, make_pair_plan, reduce_pairs, reduce_rows
 from fluid_hf.moe.routing_plan import count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
-from fluid_hf.overlap.cost_model import Hardware, LayerSizes, backward_seconds, expected_rows, forward_seconds
-from fluid_hf.overlap.planner import choose_waves, possible_waves
+from fluid_hf.overlap.cost_model import SERIAL, Hardware, LayerSizes, backward_seconds, expected_rows, forward_seconds
+from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
 from fluid_hf.process_groups import expert_data_parallel_ranks, expert_parallel_ranks, resolve_ep_size
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -161,6 +161,10 @@ def test_planner(tokens: int, top_k: int, local: int, power: int) -> None:
     assert waves in possible_waves(ranks)
     times = {w: forward_seconds(sizes, hardware, w) + backward_seconds(sizes, hardware, w) for w in {1, waves}}
     assert times[waves] <= times[1]
+    chosen = choose_waves(sizes, hardware, training=True, serial=True)
+    assert predicted_seconds(sizes, hardware, chosen, training=True) <= predicted_seconds(
+        sizes, hardware, SERIAL, training=True
+    )
     more = dataclasses.replace(sizes, tokens=tokens + 1000)
     assert forward_seconds(more, hardware, waves) >= forward_seconds(sizes, hardware, waves) > 0
     rows = expected_rows(tokens, top_k, experts, ranks)

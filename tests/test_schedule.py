@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import RankPool, rank_pool
 from families import batch, tiny_model
 
 import fluid_hf
 from fluid_hf import ExpertParallelExperts, FluidConfig
+from fluid_hf.comm.calibration import measure_link
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.moe.rows import RowFormat
 
@@ -158,3 +160,16 @@ def run_drain(rank: int, world: int) -> bool:
 
 def test_forgotten_exchanges_are_drained(pool2: RankPool) -> None:
     assert pool2.run(run_drain) == [True, True]
+
+
+def measure(rank: int, world: int) -> tuple[float, ...]:
+    exchange = PeerExchange(dist.group.WORLD, rank, world)
+    link = measure_link(exchange, torch.device("cpu"), repeats=2)
+    assert exchange.bytes_sent == 0, "what is measured is not counted"
+    return float(link), link.latency, link.post, link.taken
+
+
+def test_ranks_agree_on_the_speed_of_the_link(pool2: RankPool) -> None:
+    first, second = pool2.run(measure)
+    assert first == second
+    assert min(first[:3]) > 0 and 0 <= first[3] <= 0.9

@@ -1,40 +1,65 @@
-"""Speed of the link between the ranks of a group, and of their hosts, agreed between them."""
+"""Speed of the link between the ranks of a group and of their hosts, and what messages cost; agreed between them."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 
-__all__ = ["measure_launch", "measure_link"]
+__all__ = ["LinkSpeed", "measure_launch", "measure_link"]
 
-MESSAGE_BYTES = 8 << 20
+MESSAGE_BYTES, SMALL_BYTES = 8 << 20, 16 << 10
+GEMM_SIZE = {"cuda": 4096, "cpu": 32}
+FILLER = 5  # products ahead of what is timed, so that the host has queued it all before the device gets there
 
 
-def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5) -> float:
-    """Bytes per second in each direction with all peers at once: the slowest rank's. Collective over the group.
+class LinkSpeed(float):
+    """Bytes per second in each direction, to all peers at once; with what else a message costs.
+
+    Attributes:
+        latency: seconds until a small message has arrived.
+        post: seconds of the host for one wave of messages.
+        taken: share of the device's computing that is lost while messages are on the wire (NCCL's kernels take some of
+            its multiprocessors and of its memory bandwidth).
+    """
+
+    latency: float
+    post: float
+    taken: float
+
+    def __new__(cls, value: float, *, latency: float, post: float, taken: float) -> LinkSpeed:
+        """A speed with its costs."""
+        speed = super().__new__(cls, value)
+        speed.latency, speed.post, speed.taken = latency, post, taken
+        return speed
+
+    @classmethod
+    def from_times(cls, peers: int, message: float, small: float, post: float, taken: float) -> LinkSpeed:
+        """From the seconds of a wave of `MESSAGE_BYTES` and one of `SMALL_BYTES` to each peer."""
+        value = peers * (MESSAGE_BYTES - SMALL_BYTES) / max(message - small, 0.1 * message)
+        return cls(value, latency=small, post=post, taken=taken)
+
+
+def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5) -> LinkSpeed:
+    """Speed with all peers at once, the slowest rank's, and costs, the largest. Collective over the group.
 
     It also connects every pair of ranks: NCCL would do so inside the first layer.
     """
-    peers = [peer for peer in range(exchange.size) if peer != exchange.rank]
-    sent = torch.ones(exchange.size, MESSAGE_BYTES, dtype=torch.uint8, device=device)
-    received = torch.empty_like(sent)
     before = exchange.bytes_sent
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(repeats):
-        start.record()
-        exchange.post([(p, sent[p]) for p in peers], [(p, received[p]) for p in peers]).wait()
-        end.record()
-        end.synchronize()  # host synchronisation: once per model
-        times.append(start.elapsed_time(end) / 1e3)
+    load = _Load(exchange, device)
+    load.post(1, MESSAGE_BYTES)[0].wait()
+    times = [load.message(size) for size in (MESSAGE_BYTES, SMALL_BYTES) for _ in range(repeats)]
+    flight, posted = zip(*times, strict=True)
+    fastest = [min(flight[:repeats]), min(flight[repeats:]), min(posted)]
+    message, small, post = _agree(exchange, device, fastest)
+    (taken,) = _agree(exchange, device, [load.share_taken(message)])
     exchange.bytes_sent = before
-    speed = torch.tensor([len(peers) * MESSAGE_BYTES / min(times)], device=device, dtype=torch.float64)
-    dist.all_reduce(speed, dist.ReduceOp.MIN, group=exchange.group)
-    return float(speed)
+    return LinkSpeed.from_times(exchange.size - 1, message, small, post, taken)
 
 
 def measure_launch(exchange: PeerExchange | None, device: torch.device, repeats: int = 10) -> float:
@@ -47,7 +72,83 @@ def measure_launch(exchange: PeerExchange | None, device: torch.device, repeats:
         for _ in range(20):
             value.add_(1.0)
         fastest = min(fastest, (time.perf_counter() - start) / 20)
-    seconds = torch.tensor([fastest], device=device, dtype=torch.float64)
+    return _agree(exchange, device, [fastest])[0]
+
+
+class _Load:
+    """Messages to all peers and matrix products, timed on the device."""
+
+    def __init__(self, exchange: PeerExchange, device: torch.device) -> None:
+        self._exchange, self._device = exchange, device
+        self._sent = torch.ones(exchange.size, MESSAGE_BYTES, dtype=torch.uint8, device=device)
+        self._received = torch.empty_like(self._sent)
+        size = GEMM_SIZE.get(device.type, 1024)
+        self._matrix = torch.ones(size, size, dtype=torch.float16, device=device)
+        self._product = torch.empty_like(self._matrix)
+
+    def post(self, count: int, size: int) -> list[ExchangeHandle]:
+        """Post waves of `size` bytes to every peer."""
+        peers = [peer for peer in range(self._exchange.size) if peer != self._exchange.rank]
+        sent, received = ([(p, buffer[p, :size]) for p in peers] for buffer in (self._sent, self._received))
+        return [self._exchange.post(sent, received) for _ in range(count)]
+
+    def message(self, size: int) -> tuple[float, float]:
+        """Seconds of one wave on the device, and of the host to post it."""
+        posted = 0.0
+
+        def run() -> None:
+            nonlocal posted
+            start = time.perf_counter()
+            (handle,) = self.post(1, size)
+            posted = time.perf_counter() - start
+            handle.wait()
+
+        return self._time(run), posted
+
+    def share_taken(self, message: float) -> float:
+        """Share of computing lost while waves fly that take `message` seconds each; `message` is equal on all ranks."""
+        count = max(1, min(8, int(2e-3 / message)))
+        one = self._time(lambda: self._multiply(8)) / 8
+        products = max(1, min(64, math.ceil(2 * count * message / one)))
+        lost = []
+        for _ in range(3):
+            alone = self._time(lambda: self._multiply(products))
+            handles: list[ExchangeHandle] = []
+
+            def beside(handles: list[ExchangeHandle] = handles) -> None:
+                handles += self.post(count, MESSAGE_BYTES)
+                self._multiply(products)
+
+            together = self._time(beside)
+            for handle in handles:
+                handle.wait()
+            lost.append(max(0.0, together - alone) / (count * message))
+        return min(0.9, sorted(lost)[1])
+
+    def _multiply(self, count: int) -> None:
+        for _ in range(count):
+            torch.mm(self._matrix, self._matrix, out=self._product)
+
+    def _time(self, run: Callable[[], None]) -> float:
+        """Seconds on the device; all ranks start together."""
+        _agree(self._exchange, self._device, [0.0])
+        if self._device.type != "cuda":
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._multiply(FILLER)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()  # host synchronisation: a few times per model
+        return start.elapsed_time(end) / 1e3
+
+
+def _agree(exchange: PeerExchange | None, device: torch.device, values: Sequence[float]) -> list[float]:
+    """The largest of each value over the ranks of the group, where there is one."""
+    largest = torch.tensor(values, device=device, dtype=torch.float64)
     if exchange is not None:
-        dist.all_reduce(seconds, dist.ReduceOp.MAX, group=exchange.group)
-    return float(seconds)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=exchange.group)
+    found: list[float] = largest.tolist()
+    return found
