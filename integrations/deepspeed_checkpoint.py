@@ -20,6 +20,7 @@ from torch import nn
 from fluid_hf.checkpoint.files import sync_folder
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.errors import CheckpointError
+from fluid_hf.integrations.safe_files import check_files, read_tag
 from fluid_hf.integrations.universal import convert_universal
 from fluid_hf.state import FluidState
 
@@ -139,7 +140,13 @@ def _wrap_load(
                 _find_replaced(folder)
         state.control.gather(None, "engine.load_checkpoint")
         if not engine.load_universal_checkpoint():
-            _check_layout(folder, tag, layout)
+            error = None
+            try:
+                _check_layout(folder, tag, layout)
+                _check_own_files(engine, folder, tag)
+            except CheckpointError as failure:
+                error = failure
+            state.control.agree(error, None, "engine.load_checkpoint")
             return load(load_dir, tag, *args, **kwargs)
         shapes = {
             name: _whole_shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -158,6 +165,20 @@ def _wrap_load(
         return result
 
     return load_checkpoint
+
+
+def _check_own_files(engine: Any, folder: Path, tag: Any) -> None:
+    """Refuse files that hold more than values, each rank its share of them: DeepSpeed unpickles all that they name."""
+    if type(engine.checkpoint_engine) is not TorchCheckpointEngine or (tag is None and not _has_latest(folder)):
+        return  # another format; or DeepSpeed says what is missing
+    tag = read_tag(folder, "latest", "") if tag is None else tag
+    files = sorted((folder / str(tag)).glob("*.pt"))
+    alone = engine.use_node_local_storage()
+    check_files(files if alone else files[dist.get_rank() :: dist.get_world_size()])
+
+
+def _has_latest(folder: Path) -> bool:
+    return (folder / "latest").is_file()
 
 
 def _whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -186,11 +207,10 @@ def _repair_optimizer(engine: Any, options: list[dict[str, Any]]) -> None:
 
 def _check_layout(folder: Path, tag: Any, layout: dict[str, int]) -> None:
     """Refuse what DeepSpeed would load wrongly without a word: optimizer state of another expert layout."""
-    latest = folder / "latest"
     if tag is None:
-        if not latest.is_file():
+        if not _has_latest(folder):
             return  # DeepSpeed says what is missing
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = read_tag(folder, "latest", "")
     path = folder / str(tag) / LAYOUT_FILE
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if saved is None and layout["ep_size"] > 1:

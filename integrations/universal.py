@@ -19,6 +19,7 @@ import torch
 from deepspeed.checkpoint import constants
 
 from fluid_hf.errors import CheckpointError
+from fluid_hf.integrations.safe_files import check_files, read_file, read_tag
 
 __all__ = ["Source", "convert_universal", "find_source", "read_value", "recorded_shapes"]
 
@@ -91,18 +92,14 @@ def convert_universal(
         The tag to load. A converted checkpoint stays beside the other.
 
     Raises:
-        CheckpointError: parameters are missing; names the first and the folder.
+        CheckpointError: parameters are missing, or a file holds more than values; names the first and the folder.
     """
     if tag is None:
-        latest = folder / "latest_universal"
-        if not latest.is_file():
-            raise CheckpointError(
-                f"file ({latest}) is missing: {folder} has no universal checkpoint; run ds_to_universal."
-            )
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = read_tag(folder, "latest_universal", "run ds_to_universal to make a universal checkpoint.")
     source = folder / str(tag)
     if not (source / "zero").is_dir():
         raise CheckpointError(f"folder ({source / 'zero'}) is missing: {source} is no universal checkpoint.")
+    check_files(source.rglob("*.pt"))
     held = {path.name for path in (source / "zero").iterdir() if path.is_dir()}
     sources = {name: find_source(name, held) for name in shapes}
     lost = [name for name, found in sources.items() if found is None]
@@ -143,7 +140,7 @@ def _convert(
                 paths = [source / "zero" / part / path.name for part in found.names]
                 value = read_value(paths, found, shapes[name], recorded)
                 torch.save(_described(value, split=split), where)
-    state = torch.load(source / "zero" / "optimizer_state.pt", weights_only=False)
+    state = read_file(source / "zero" / "optimizer_state.pt")
     _convert_groups(state, groups)
     torch.save(state, aside / "zero" / "optimizer_state.pt")
     os.rename(aside, target)
@@ -152,7 +149,7 @@ def _convert(
 def recorded_shapes(source: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the saved model's parameters: values saved at stage 3 are flat."""
     path = next(iter(sorted(source.glob("*_model_states.pt"))), None)
-    groups = torch.load(path, weights_only=False).get("param_shapes") if path is not None else None
+    groups = read_file(path, mmap=True).get("param_shapes") if path is not None else None
     return {name: tuple(shape) for group in groups or () for name, shape in group.items()}
 
 
@@ -170,7 +167,7 @@ def read_value(
     Raises:
         CheckpointError: the files hold something of another shape.
     """
-    values = [torch.load(path, weights_only=False) for path in paths]
+    values = [read_file(path) for path in paths]
     tensors = [(value[PARAM] if isinstance(value, dict) else value).detach() for value in values]
     tensors = [
         tensor.view(recorded[path.parent.name]) if tensor.dim() == 1 and path.parent.name in recorded else tensor

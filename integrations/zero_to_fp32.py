@@ -19,6 +19,7 @@ from fluid_hf.checkpoint.files import TensorSpec
 from fluid_hf.checkpoint.gather import weight_specs
 from fluid_hf.checkpoint.saving import write_checkpoint
 from fluid_hf.errors import CheckpointError
+from fluid_hf.integrations.safe_files import check_files, read_file, read_tag
 from fluid_hf.integrations.universal import Source, find_source, read_value, recorded_shapes
 
 __all__ = ["main", "write_fp32_model"]
@@ -40,16 +41,14 @@ def write_fp32_model(checkpoint: Path, output: Path, tag: str | None = None, **o
         CheckpointError: the checkpoint is not there or not complete; names the file or tensor.
     """
     if tag is None:
-        latest = checkpoint / "latest"
-        if not latest.is_file():
-            raise CheckpointError(f"file ({latest}) is missing; give the checkpoint's folder, or --tag.")
-        tag = latest.read_text(encoding="utf-8").strip()
+        tag = read_tag(checkpoint, "latest", "give the checkpoint's folder, or --tag.")
     source = checkpoint / tag
     if not (source / "config.json").is_file():
         raise CheckpointError(f"file ({source / 'config.json'}) is missing; copy the model's there.")
+    check_files(source.glob("*.pt"))  # DeepSpeed's converter unpickles what they name
     config = transformers.AutoConfig.from_pretrained(source)
     config.dtype = torch.float32
-    model_class = getattr(transformers, config.architectures[0])
+    model_class = _model_class(config.architectures, source)
     with torch.device("meta"):
         model = model_class(config)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +67,17 @@ def write_fp32_model(checkpoint: Path, output: Path, tag: str | None = None, **o
         write_checkpoint(model, output, weights, **options)
 
 
+def _model_class(architectures: Any, source: Path) -> type[transformers.PreTrainedModel]:
+    """The class that a checkpoint's configuration names: one of transformers' models, nothing else it exports."""
+    name = str((architectures or ["(none)"])[0])
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"architectures ({name}) in {source / 'config.json'} must name a model of transformers; correct it."
+        )
+    return found
+
+
 class _UniversalWeights(Mapping[str, torch.Tensor]):
     """Float32 weights by transformers' names, read from a universal checkpoint one at a time."""
 
@@ -78,7 +88,7 @@ class _UniversalWeights(Mapping[str, torch.Tensor]):
         self._recorded = recorded_shapes(universal)
         states = next(iter(sorted(source.glob("*mp_rank_00_model_states.pt"))))
         # What is not trained is in the model's own states, whole at stages below 3.
-        self._module: dict[str, Any] = torch.load(states, weights_only=False, mmap=True).get("module") or {}
+        self._module: dict[str, Any] = read_file(states, mmap=True).get("module") or {}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         shape = self.specs[name].shape

@@ -213,6 +213,15 @@ def test_universal_checkpoint_with_a_hole(pool2: RankPool, tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "global_step4_universal" / "zero" / "model.norm.weight")
     message = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral")[0]
     assert "tensor (model.norm.weight)" in message and "global_step4_universal" in message
+    planted = tmp_path / "global_step4_universal" / "zero" / "lm_head.weight" / "fp32.pt"
+    torch.save({"param": os.getcwd}, planted)
+    assert "names posix.getcwd" in pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral")[0]
+    shutil.copy(planted, next((tmp_path / "global_step4").glob("*rank_1*optim_states.pt")))
+    found = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral", universal=False)
+    assert any("names posix.getcwd" in message for message in found)
+    (tmp_path / "latest").write_text("../elsewhere")
+    found = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral", universal=False)
+    assert all("tag (../elsewhere)" in message for message in found)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import soak
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from distributed import ROOT, RankPool, rank_pool
 from families import batch, relative_error, tiny_model
+from transformers import MixtralForCausalLM
 
 import fluid_hf
-from fluid_hf import FluidConfig
+from fluid_hf import CheckpointError, FluidConfig
+from fluid_hf.integrations.safe_files import check_files, read_file, read_tag
+from fluid_hf.integrations.zero_to_fp32 import _model_class
 
 pool2 = rank_pool(2)
 
@@ -113,17 +124,11 @@ def unsafe_calls(source: str) -> list[str]:
     return found
 
 
-# DeepSpeed's own checkpoints are pickles that hold its classes; DeepSpeed unpickles them as well when it resumes.
-DEEPSPEED_FILES = {"universal.py", "zero_to_fp32.py"}
-
-
 def test_nothing_that_is_read_is_run() -> None:
     files = [*(ROOT / "fluid_hf").rglob("*.py"), *(ROOT / "integrations").rglob("*.py")]
     assert len(files) > 40
     found = {path.name: unsafe_calls(path.read_text(encoding="utf-8")) for path in files}
-    found = {name: calls for name, calls in found.items() if calls}
-    assert set(found) <= DEEPSPEED_FILES
-    assert {call for calls in found.values() for call in calls} <= {"torch.load"}
+    assert {name: calls for name, calls in found.items() if calls} == {}
 
 
 @pytest.mark.parametrize(
@@ -140,3 +145,72 @@ def test_nothing_that_is_read_is_run() -> None:
 def test_unsafe_calls_are_seen(line: str) -> None:
     assert len(unsafe_calls(line)) == 1
     assert unsafe_calls("torch.load(path, weights_only=True)\nmodel.eval()\njson.loads(text)") == []
+
+
+class Planted:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_files_that_call_something_are_refused(tmp_path: Path) -> None:
+    path, made = tmp_path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", tmp_path / "made"
+    torch.save({"param": torch.ones(3), "scaler": Planted(made)}, path)
+    with pytest.raises(CheckpointError, match=r"optim_states.pt\) must hold tensors .* but names posix.mkdir; if"):
+        read_file(path)
+    with pytest.raises(CheckpointError, match=r"names posix.mkdir"):
+        check_files([path])
+    assert not made.exists()
+    path.write_bytes(pickle.dumps(Planted(made)))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check_files([path])
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_file(path)
+    assert not made.exists()
+
+
+def test_files_of_deepspeed_are_read(tmp_path: Path) -> None:
+    held = {"param": torch.arange(3.0), "scaler": DynamicLossScaler(2**8, 10, 1, 1, False, False, torch.float16)}
+    torch.save({**held, "stage": ZeroStageEnum(2), "at": fragment_address(3, 4)}, tmp_path / "states.pt")
+    found = read_file(tmp_path / "states.pt", mmap=True)
+    assert torch.equal(found["param"], held["param"]) and found["stage"] is ZeroStageEnum.gradients
+    assert found["scaler"].cur_scale == 2**8 and found["at"] == fragment_address(3, 4)
+
+
+@pytest.mark.parametrize("tag", ["../other", "/etc", "a/../../b", ""])
+def test_tags_stay_in_their_folder(tmp_path: Path, tag: str) -> None:
+    (tmp_path / "latest").write_text("global_step4\n")
+    assert read_tag(tmp_path, "latest", "") == "global_step4"
+    (tmp_path / "latest").write_text(tag)
+    with pytest.raises(CheckpointError, match=r"latest\) must be the name of a folder"):
+        read_tag(tmp_path, "latest", "")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/model.safetensors", "a/../../model.safetensors"])
+def test_indices_stay_in_their_folder(tmp_path: Path, file: str) -> None:
+    """Also when the file that is named exists."""
+    tiny_model("mixtral").save_pretrained(tmp_path / "model", max_shard_size="40KB")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    text = json.loads(index.read_text())
+    name, old = next(iter(text["weight_map"].items()))
+    target = (tmp_path / "model" / file).resolve()
+    if target.is_relative_to(tmp_path):
+        shutil.copy(tmp_path / "model" / old, target)
+    text["weight_map"] = {key: file if value == old else value for key, value in text["weight_map"].items()}
+    index.write_text(json.dumps(text))
+    with pytest.raises((CheckpointError, OSError)) as caught:
+        fluid_hf.from_pretrained(str(tmp_path / "model"), FluidConfig(ep_size=1))
+    if target.is_relative_to(tmp_path):
+        assert f"file ({file}) of tensor ({name}) by the index must be in" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "AutoConfig", "nothing", None])
+def test_configurations_name_models_only(tmp_path: Path, name: str | None) -> None:
+    assert _model_class(["MixtralForCausalLM"], tmp_path) is MixtralForCausalLM
+    with pytest.raises(CheckpointError, match="must name a model of transformers"):
+        _model_class([name] if name else None, tmp_path)

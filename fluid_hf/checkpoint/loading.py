@@ -17,6 +17,7 @@ from fluid_hf.checkpoint.files import TensorSpec
 from fluid_hf.checkpoint.memory import return_freed_memory
 from fluid_hf.checkpoint.reading import (
     ExpertShare,
+    check_inside,
     match_tensors,
     open_share,
     read_headers,
@@ -99,6 +100,7 @@ class _ShareLoader:
                 "shares; convert them, or load the whole model and call patch_model."
             )
         weight_map = (load_config.sharded_metadata or {}).get("weight_map", {})
+        check_inside(self._path, weight_map)
         stored = read_headers(files, weight_map)
         expected = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
         sites = find_experts(model)

@@ -19,7 +19,16 @@ from fluid_hf.checkpoint.files import DTYPES, TensorSpec
 from fluid_hf.checkpoint.memory import MemoryReturner
 from fluid_hf.errors import CheckpointError
 
-__all__ = ["ExpertShare", "LazyTensor", "StoredTensor", "match_tensors", "open_share", "read_headers", "select_share"]
+__all__ = [
+    "ExpertShare",
+    "LazyTensor",
+    "StoredTensor",
+    "check_inside",
+    "match_tensors",
+    "open_share",
+    "read_headers",
+    "select_share",
+]
 
 FLOATING = {name for dtype, name in DTYPES.items() if dtype.is_floating_point}
 
@@ -75,6 +84,19 @@ class LazyTensor:
     def get_dtype(self) -> str:
         """Dtype as safetensors names it."""
         return str(self._slice.get_dtype())
+
+
+def check_inside(folder: str, weight_map: Mapping[str, str]) -> None:
+    """Refuse an index that leads out of its folder.
+
+    Raises:
+        CheckpointError: names the tensor and the file.
+    """
+    for name, file in weight_map.items():
+        if os.path.isabs(file) or ".." in Path(file).parts:
+            raise CheckpointError(
+                f"file ({file}) of tensor ({name}) by the index must be in {folder}; get the index again."
+            )
 
 
 def read_headers(files: Sequence[str | os.PathLike[str]], weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
