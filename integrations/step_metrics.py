@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class StepMetrics:
     """Tokens per second, model TFLOP/s, MFU, and exposed communication of a sampled step.
 
-    Nothing waits for the device but the step that logs. One step in ten is sampled with events.
+    Nothing waits for the device but the step that logs. At most one step in ten is sampled with events, and none after
+    it until that sample has been logged.
 
     Args:
         model: the patched model.
@@ -58,7 +59,8 @@ class StepMetrics:
             self._begin += now - self._last_end
         self._interrupted = False
         self._since_sample += 1
-        if self._since_sample > SAMPLE_EVERY and self.fluid.groups.ep_size * self.fluid.groups.sp_size > 1:
+        due = self._since_sample > SAMPLE_EVERY and self._unread is None
+        if due and self.fluid.groups.ep_size * self.fluid.groups.sp_size > 1:
             device = next(self.model.parameters()).device
             self._sampler, self._since_sample = self.fluid.start_sampling(device), 1
 

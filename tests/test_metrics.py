@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -109,20 +110,26 @@ def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPa
 
 
 def test_cost_of_the_metrics_is_measured(tmp_path: Path) -> None:
-    arguments = [
-        "bench",
-        "metrics",
-        "--shape",
-        "tiny",
-        "--ep",
-        "2",
-        "--layers",
-        "2",
-        "--tokens",
-        "16",
-        "--repeats",
-        "2",
-    ]
-    assert cli.main([*arguments, "--json", str(tmp_path / "cost.json")]) == 0
+    sizes = {"model": "tiny", "ep": 2, "layers": 2, "batch": 1, "sequence": 16, "repeats": 4, "logging-steps": 2}
+    arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["bench", "metrics", *arguments, "--json", str(tmp_path / "cost.json")]) == 0
     report = json.loads((tmp_path / "cost.json").read_text())
-    assert 0 < report["step_ms"] and 0 < report["sampled_step_ms"] and 0 < report["read_loads_ms"]
+    assert report["link"] == "mirror" and report["ranks"] == 2
+    assert 0 < report["collect_ms"] and 0 < report["step_ms"]
+    low, high = report["cost_quartiles"]
+    assert low <= report["cost_of_a_step"] <= high
+
+
+def test_a_sample_is_not_replaced_before_it_is_logged() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    model.fluid.groups = dataclasses.replace(model.fluid.groups, ep_size=2)  # one process alone samples nothing
+    metrics = StepMetrics(model, model.fluid, peak=None)
+    sampled = []
+    for step in range(40):
+        metrics.begin_step()
+        sampled += [step] if metrics._sampler is not None else []
+        metrics.end_step()
+        if step == 24:
+            metrics._unread = None  # as a log leaves it
+    metrics.close()
+    assert sampled == [0, 25]

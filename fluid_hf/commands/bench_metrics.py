@@ -1,114 +1,131 @@
-"""`fluid-hf bench metrics`: what the metrics cost, on one GPU's mirror link (on a CPU it only shows that they work)."""
+"""`fluid-hf bench metrics`: what the metrics cost: training steps with and without them, in turn."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from fluid_hf.bench.mirror import init_mirror
-from fluid_hf.bench.shapes import SHAPES
-from fluid_hf.integrations.step_metrics import SAMPLE_EVERY
-from fluid_hf.metrics import read_loads
-from fluid_hf.moe.layer import ExpertParallelExperts
-from fluid_hf.overlap.sampler import OverlapSampler
+from fluid_hf.bench.model import MODELS, ModelBench, ModelSlice
+from fluid_hf.config import FluidConfig
+from fluid_hf.integrations.step_metrics import StepMetrics
+from fluid_hf.patching import patch_model
+
+WARM_UP = 2
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "metrics", help="time what the metrics cost", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "metrics",
+        help="time what the metrics cost",
+        description="Times training steps (forward and backward) of a slice of a model with and without the metrics, "
+        "in turn. On one GPU's mirror link; under torchrun on its ranks, where the loads are also gathered.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--shape", default="qwen3-30b-a3b", choices=sorted(SHAPES), help="sizes of the layers")
+    add("--model", default="qwen3-30b-a3b", choices=sorted(MODELS), help="sizes of the layers")
     add("--ep", type=int, default=8, help="expert parallel size of the mirror link")
-    add("--layers", type=int, default=8, help="layers of a step")
-    add("--tokens", type=int, default=8192, help="tokens per rank")
-    add("--waves", type=int, default=4, help="waves of each exchange")
-    add("--repeats", type=int, default=20, help="timed steps of each kind, in turn")
-    add("--logging-steps", type=int, default=10, help="steps between logs, at which loads are read")
+    add("--layers", type=int, default=4, help="decoder layers")
+    add("--batch", type=int, default=2, help="sequences per rank")
+    add("--sequence", type=int, default=4096, help="tokens of a sequence")
+    add("--waves", type=int, help="waves of each exchange (the planner's choice if not given)")
+    add("--logging-steps", type=int, default=10, help="steps between two logs")
+    add("--repeats", type=int, default=12, help="stretches of that many steps to time of each kind")
     add("--json", help="file for the results")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time steps with and without sampling, and the reading of the loads."""
-    init_mirror(options.ep)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    stack, step = _build(options, device)
-    times: dict[str, list[float]] = {"plain": [], "sampled": [], "read": []}
-    for repeat in tqdm(range(options.repeats + 3), leave=False, disable=None):
-        found = _one_repeat(stack, step, device)
-        if repeat >= 3:  # the first ones warm up
+    """Time both kinds of steps; rank 0 prints and writes."""
+    if "RANK" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    else:
+        init_mirror(options.ep)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    model, step = _build(options, device)
+    metrics = StepMetrics(model, model.fluid, None)  # type: ignore[arg-type]
+    times: dict[str, list[float]] = {"plain": [], "measured": [], "collect": []}
+    rounds = tqdm(range(options.repeats + WARM_UP), leave=False, disable=None if dist.get_rank() == 0 else True)
+    for index in rounds:
+        found = _one_round(options.logging_steps, step, metrics, device)
+        if index >= WARM_UP:
             for name, seconds in found.items():
                 times[name].append(seconds * 1e3)
-    plain, sampled, read = (statistics.median(times[name]) for name in ("plain", "sampled", "read"))
-    cost = (sampled - plain) / SAMPLE_EVERY + read / options.logging_steps
-    report = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "command": vars(options),
-        "step_ms": plain,
-        "sampled_step_ms": sampled,
-        "read_loads_ms": read,
-        "cost_of_a_step": cost / plain,
-    }
-    print(
-        f"{options.layers} layers, a step {plain:.2f} ms, sampled {sampled:.2f} ms (one in {SAMPLE_EVERY}), loads read "
-        f"in {read:.2f} ms (one step in {options.logging_steps}): {cost / plain:+.2%} of a step"
-    )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+    metrics.close()
+    if dist.get_rank() == 0:
+        _report(options, times, device)
     dist.destroy_process_group()
     return 0
 
 
-def _one_repeat(stack: list[ExpertParallelExperts], step: Any, device: torch.device) -> dict[str, float]:
-    found = {}
-    for name in ("plain", "sampled"):
-        sampler = OverlapSampler(device) if name == "sampled" else None
-        for layer in stack:
-            layer.context.exchange.sampler = sampler
-        found[name] = _seconds(step, device)
-        if sampler is not None:
-            found[name] += _seconds(sampler.result, device)
-    found["read"] = _seconds(lambda: read_loads({str(index): layer for index, layer in enumerate(stack)}), device)
-    for layer in stack:
-        layer.context.stats.reset()
+def _build(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Callable[[], None]]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bench = ModelBench(ModelSlice(options.model, options.layers, options.batch, options.sequence), device, dtype)
+    model = patch_model(bench.build(), FluidConfig(ep_size=bench.size, waves=options.waves))
+    model.train()
+    return model, bench.modes(model)["backward"]
+
+
+def _one_round(steps: int, step: Callable[[], None], metrics: StepMetrics, device: torch.device) -> dict[str, float]:
+    """Seconds of a stretch of steps without the metrics, of one with them, and of the reading at its end."""
+
+    def plain() -> None:
+        for _ in range(steps):
+            step()
+
+    def measured() -> None:
+        for _ in range(steps):
+            metrics.begin_step()
+            step()
+            metrics.end_step()
+
+    found = {"plain": _seconds(plain, device), "measured": _seconds(measured, device)}
+    # The Trainer waits for the device at a log anyway, for the loss: what is read then is timed by itself.
+    found["collect"] = _seconds(lambda: metrics.collect(), device)
+    found["measured"] += found["collect"]
     return found
 
 
-def _build(options: argparse.Namespace, device: torch.device) -> tuple[list[ExpertParallelExperts], Any]:
-    shape = SHAPES[options.shape]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    sizes = (shape.experts, shape.hidden, shape.inner)
-    stack = [
-        ExpertParallelExperts(*sizes, group=dist.group.WORLD, waves=options.waves, device=device, dtype=dtype)
-        for _ in range(options.layers)
-    ]
-    hidden = torch.randn(options.tokens, shape.hidden, device=device, dtype=dtype)
-    weights, index = torch.rand(options.tokens, shape.experts, device=device).topk(shape.top_k)
-    weights = (weights / weights.sum(1, keepdim=True)).to(dtype)
+def _report(options: argparse.Namespace, times: dict[str, list[float]], device: torch.device) -> None:
+    plain, collect = (statistics.median(times[name]) for name in ("plain", "collect"))
+    costs = sorted((after - before) / before for before, after in zip(times["plain"], times["measured"], strict=True))
+    quarter = len(costs) // 4
+    cost, low, high = statistics.median(costs), costs[quarter], costs[-1 - quarter]
+    report = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "link": "mirror" if "RANK" not in os.environ else dist.get_backend(),
+        "ranks": dist.get_world_size(),
+        "command": vars(options),
+        "step_ms": plain / options.logging_steps,
+        "collect_ms": collect,
+        "cost_of_a_step": cost,
+        "cost_quartiles": [low, high],
+    }
+    print(
+        f"{options.model}, {options.layers} layers, EP{report['ranks']}: a step {report['step_ms']:.2f} ms; with the "
+        f"metrics, read every {options.logging_steps} steps in {collect:.2f} ms, {cost:+.2%} "
+        f"(quartiles {low:+.2%} to {high:+.2%})"
+    )
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
 
-    def step() -> None:
-        value = hidden.detach().requires_grad_()
-        for layer in stack:
-            value = layer(value, index, weights)
-        value.backward(hidden)
-        for layer in stack:
-            layer.zero_grad(set_to_none=True)
 
-    return stack, step
-
-
-def _seconds(function: Any, device: torch.device) -> float:
+def _seconds(function: Callable[[], Any], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
