@@ -38,7 +38,8 @@ def test_all_variants_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture
         assert cell["waves"]["fluid_hf waves 2"] == 2 and cell["waves"]["serial"] == 0
         assert all(len(cell["timeline"][name]["passes"]) == 2 for name in ("serial", "fluid_hf"))
     assert cli.main(["bench", "table", "--json", str(out), "--pictures", str(tmp_path / "again")]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4 * len(cells)
+    table, report = capsys.readouterr().out.strip().split("\n\n")
+    assert len(table.splitlines()) == 2 + 4 * len(cells) and len(report.splitlines()) == 2 + 2 * len(cells)
     for folder in ("pictures", "again"):
         assert {path.name for path in (tmp_path / folder).glob("*.png")} == {"tiny_2x1.png", "tiny_2x1_sp2.png"}
 

@@ -16,7 +16,7 @@ from families import batch, tiny_model
 from torch.optim import lr_scheduler
 
 import fluid_hf
-from fluid_hf import FluidConfig
+from fluid_hf import FluidConfig, cli
 from fluid_hf.integrations.optimizer_groups import split_groups
 
 pool2 = rank_pool(2)
@@ -230,15 +230,54 @@ def test_plain_loop_example(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_layer_benchmark_checks_every_variant(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fluid_hf.cli", "bench", "layer", "--shapes", "tiny", "--ep", "1", "2", "4"]
-    command += ["--tokens", "48", "--waves", "1", "3", "--json", str(tmp_path / "bench.json")]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    report = json.loads((tmp_path / "bench.json").read_text())
-    assert [cell["ep_size"] for cell in report["cells"]] == [1, 2, 4]
-    for cell in report["cells"]:
-        assert {"AutoEP", "AllToAllEP"} <= set(cell["errors"]) or cell["ep_size"] == 1
+def check_layer_cells(cells: list[dict[str, Any]], variants: set[str]) -> None:
+    for cell in cells:
+        assert variants <= set(cell["errors"]) or cell["ep_size"] == 1
         for variant, error in cell["errors"].items():
             assert isinstance(error, float) and error <= 1e-5, (variant, error)
-    table = subprocess.run([*command[:4], "table", *command[-2:]], check=True, capture_output=True, text=True)
-    assert [line.split(" |")[0] for line in table.stdout.splitlines()[2:]] == ["| tiny EP1", "| tiny EP2", "| tiny EP4"]
+        for passes in cell["report"].values():
+            for found in passes.values():
+                parts = found["compute_ms"] + found["exposed_ms"] + found["idle_ms"]
+                assert found["ms"] == pytest.approx(parts, abs=0.01) and sum(found["waits"].values()) > 0
+
+
+def test_layer_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "fluid_hf.cli", "bench", "layer", "--shapes", "tiny", "--ep", "1", "2", "4"]
+    command += [
+        "--tokens",
+        "48",
+        "--waves",
+        "1",
+        "3",
+        "--skew",
+        "0",
+        "1.2",
+        "--layers",
+        "1",
+        "--report",
+        "--json",
+        str(out),
+    ]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    cells = json.loads(out.read_text())["cells"]
+    assert [(cell["ep_size"], cell["skew"]) for cell in cells] == [(ep, skew) for ep in (1, 2, 4) for skew in (0, 1.2)]
+    check_layer_cells(cells, {"AutoEP", "AllToAllEP"})
+    assert set(cells[-1]["report"]) == {"serial", f"overlap {cells[-1]['planned_waves']}"}
+    assert cli.main(["bench", "table", "--json", str(out)]) == 0
+    table, report = capsys.readouterr().out.strip().split("\n\n")
+    names = [f"| tiny EP{ep}{skew}" for ep in (1, 2, 4) for skew in ("", ", Zipf 1.2")]
+    assert [line.split(" |")[0] for line in table.splitlines()[2:]] == names
+    assert len(report.splitlines()) == 2 + 2 * 2 * (1 + 2 + 2)
+
+
+def run_layer_benchmark(rank: int, world: int, out: str) -> int:
+    options = ["--link", "gloo", "--shapes", "tiny", "--tokens", "40", "--skew", "1", "--layers", "1", "--report"]
+    return cli.main(["bench", "layer", *options, "--json", out])
+
+
+def test_layer_benchmark_on_real_ranks(pool2: RankPool, tmp_path: Path) -> None:
+    assert pool2.run(run_layer_benchmark, str(tmp_path / "bench.json")) == [0, 0]
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["link"] == "gloo" and len(report["cells"]) == 1
+    check_layer_cells(report["cells"], {"serial", "AutoEP", "AllToAllEP", "FluidEP"})

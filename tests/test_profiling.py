@@ -21,6 +21,7 @@ from fluid_hf import ConfigError, FluidConfig, MissingPackageError, TraceError, 
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.commands import profile
 from fluid_hf.overlap.intervals import clip, intersect, length, subtract, union
+from fluid_hf.profiling.breakdown import breakdown, breakdown_text
 from fluid_hf.profiling.layer_run import TRACED, LayerRun
 from fluid_hf.profiling.picture import draw_expert_load, draw_timeline
 from fluid_hf.profiling.session import StepTrace, write_report
@@ -126,6 +127,21 @@ def test_gpu_trace(tmp_path: Path) -> None:
     assert summary["wgrad_in_windows"] == 1.0
     assert summary["other_communication_ms"] == pytest.approx(0.01)
     assert summary["layers"]["net.0"]["forward"]["ms"] == pytest.approx(0.085)
+
+
+def test_breakdown_of_a_gpu_trace(tmp_path: Path) -> None:
+    """180 us: 105 of computing, 70 of them beside messages; 55 of messages alone; 85-100 and 165-170 nothing."""
+    found = breakdown(read_trace(gpu_trace(tmp_path / "t.json")), {"gemm": 90.0, "sort": 10.0}, calls=2)
+    times = {"ms": 180, "compute_ms": 105, "link_ms": 125, "beside_ms": 70, "exposed_ms": 55, "idle_ms": 20}
+    assert {name: found[name] for name in times} == {name: pytest.approx(us / 2e3) for name, us in times.items()}
+    waits = {"dispatch 0": 15, "host: own tokens": 15, "output grad 0": 10, "input grad 0": 10, "combine 0": 10}
+    assert found["waits"] == {
+        n: pytest.approx(us / 2e3) for n, us in (waits | {"collective": 10, "host: end": 5}).items()
+    }
+    assert found["gaps"][0] == {"at_ms": 0.04, "ms": 0.015, "waited_for": "dispatch 0"}, "of the run, not per call"
+    assert found["compute"]["own tokens"] == pytest.approx(0.025)
+    assert found["kernels"] == {"gemm": 0.045, "sort": 0.005}
+    assert breakdown_text(found).startswith("0.09 ms = compute 0.05 (beside messages 0.04) + messages alone 0.03")
 
 
 def test_pictures_from_a_trace_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
 """One MoE layer's experts, timed in one process: serial, overlapped, the peers, and the limit of the hardware.
 
 The limit of a pass is the larger of the time of its GEMMs alone and of its deduplicated bytes alone on the link, both
-measured in the same run.
+measured in the same run; with skewed routing, of the GEMMs and bytes that this routing makes. On real ranks times are
+those of the slowest one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fluid_hf.bench.links import exchange_of, several_processes
 from fluid_hf.bench.peers import Layer, autoep_layer, transformers_experts, transformers_layer
 from fluid_hf.bench.shapes import LayerShape
-from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer, WaveChoice
 from fluid_hf.overlap.wgrad import WgradScheduler
 
@@ -43,9 +44,9 @@ class LayerBench:
 
     Args:
         shape: sizes of the layer.
-        ep_size: ranks of the (mirror) world; torch.distributed's default group must have that size, if over 1.
+        ep_size: ranks of the world; torch.distributed's default group must have that size, if over 1.
         tokens: tokens of this rank.
-        skew: exponent of Zipf-distributed expert popularity; 0 for balanced routing.
+        skew: exponent of Zipf-distributed expert popularity, the same on all ranks; 0 for balanced routing.
         layers: calls that are timed in a row, each with weights of its own; times are per call. A model runs its
             layers that way; a single call also pays for starting an idle GPU.
     """
@@ -61,9 +62,11 @@ class LayerBench:
         skew: float = 0.0,
         layers: int = 4,
     ) -> None:
-        self.layers = layers
+        self.layers, self.skew = layers, skew
         self.shape, self.ep_size, self.tokens, self.device = shape, ep_size, tokens, device
-        generator = torch.Generator(device=device).manual_seed(0)
+        self.exchange = exchange_of(ep_size)
+        self.rank = self.exchange.rank
+        generator = torch.Generator(device=device).manual_seed(self.rank)
         local = shape.experts // ep_size
 
         def random(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -73,7 +76,7 @@ class LayerBench:
         self.down = torch.cat([random(1, shape.hidden, shape.inner, scale=0.02) for _ in range(local)])
         self.hidden, self.grad = random(tokens, shape.hidden), random(tokens, shape.hidden)
         noise = torch.rand(tokens, shape.experts, device=device, generator=generator).log().neg()
-        order = torch.randperm(shape.experts, device=device, generator=generator)
+        order = torch.randperm(shape.experts, generator=torch.Generator().manual_seed(0)).to(device)
         popularity = (order + 1.0) ** -skew
         self.index = (noise / popularity).argsort(1)[:, : shape.top_k].contiguous()
         self.weights = torch.rand(tokens, shape.top_k, device=device, generator=generator, dtype=torch.float32)
@@ -83,10 +86,9 @@ class LayerBench:
         self, *, overlap: bool, waves: int = 1, wgrad: str = "layer", recompute: bool = False
     ) -> ExpertParallelLayer:
         """The expert-parallel layer around the shared weights."""
-        group = dist.group.WORLD if self.ep_size > 1 else None
         settings = ExpertParallelLayer(
             self.shape.experts,
-            PeerExchange(group, 0, self.ep_size),
+            self.exchange,
             WgradScheduler(wgrad),
             nn.functional.silu,
             overlap=overlap,
@@ -131,8 +133,8 @@ class LayerBench:
         found["FluidEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down, "fluid")
         return found
 
-    def time(self, stack: list[tuple[Layer, nn.Module]], repeats: int) -> Timing:
-        """Median times of a variant per call, from `layers` builds of it."""
+    def passes(self, stack: list[tuple[Layer, nn.Module]]) -> dict[str, Callable[[], None]]:
+        """What is timed, over all builds of a variant in a row: forward without gradients, forward and backward."""
 
         def forward() -> None:
             with torch.no_grad():
@@ -147,7 +149,12 @@ class LayerBench:
                 for parameter in module.parameters():
                     parameter.grad = None
 
-        (f, fs), (b, bs) = measure(forward, repeats, self.device), measure(both, repeats, self.device)
+        return {"forward": forward, "both": both}
+
+    def time(self, stack: list[tuple[Layer, nn.Module]], repeats: int) -> Timing:
+        """Median times of a variant per call, from `layers` builds of it."""
+        runs = self.passes(stack)
+        (f, fs), (b, bs) = (measure(runs[name], repeats, self.device) for name in ("forward", "both"))
         calls = len(stack)
         return Timing(f / calls, fs / calls, b / calls, bs / calls, self._peak(*stack[0]))
 
@@ -177,13 +184,12 @@ class LayerBench:
 
     def limits(self, repeats: int) -> dict[str, float]:
         """Milliseconds of the GEMMs alone and of the deduplicated bytes alone, and the limits they make."""
-        pairs = self.tokens * self.shape.top_k
-        local = self.shape.experts // self.ep_size
-        per = pairs // local
-        offsets = torch.arange(1, local + 1, device=self.device, dtype=torch.int32) * per
-        x = torch.randn(per * local, self.shape.hidden, device=self.device).to(self.hidden.dtype)
-        h = torch.randn(per * local, self.shape.inner, device=self.device).to(self.hidden.dtype)
-        g = torch.randn(per * local, 2 * self.shape.inner, device=self.device).to(self.hidden.dtype)
+        counts = self._pairs_here()
+        pairs = int(counts.sum())
+        offsets = counts.cumsum(0).to(torch.int32)
+        x = torch.randn(pairs, self.shape.hidden, device=self.device).to(self.hidden.dtype)
+        h = torch.randn(pairs, self.shape.inner, device=self.device).to(self.hidden.dtype)
+        g = torch.randn(pairs, 2 * self.shape.inner, device=self.device).to(self.hidden.dtype)
         mm: Any = torch.nn.functional.grouped_mm
 
         def forward() -> None:
@@ -210,30 +216,56 @@ class LayerBench:
             "limit_both": max(gemm_both, 2 * link),
         }
 
+    def _pairs_here(self) -> torch.Tensor:
+        """Pairs of each expert held here; all alike with balanced routing."""
+        local = self.shape.experts // self.ep_size
+        if not self.skew:
+            return torch.full((local,), self.tokens * self.shape.top_k // local, device=self.device)
+        counts = torch.bincount(self.index.reshape(-1), minlength=self.shape.experts)
+        if self.ep_size > 1 and several_processes():
+            dist.all_reduce(counts)
+            return counts[self.rank * local : (self.rank + 1) * local]
+        return counts.view(self.ep_size, local).sum(0)  # the mirror's peers send what they are sent
+
+    def _rows(self) -> list[tuple[int, int, int]]:
+        """For each peer: rows sent to it and received from it."""
+        peers = [peer for peer in range(self.ep_size) if peer != self.rank]
+        if not self.skew:
+            rows = int(self.shape.expected_rows(self.tokens, self.ep_size)) // (self.ep_size - 1)
+            return [(peer, rows, rows) for peer in peers]
+        ranks = self.index // (self.shape.experts // self.ep_size)
+        sent = torch.stack([(ranks == rank).any(1).sum() for rank in range(self.ep_size)])
+        every = [torch.empty_like(sent) for _ in range(self.ep_size)]
+        if several_processes():
+            dist.all_gather(every, sent)
+        return [
+            (peer, int(sent[peer]), int(every[peer][self.rank] if several_processes() else sent[peer]))
+            for peer in peers
+        ]
+
     def _link(self, repeats: int) -> float:
-        rows = int(self.shape.expected_rows(self.tokens, self.ep_size))
-        per = rows // (self.ep_size - 1)
-        exchange = PeerExchange(dist.group.WORLD, 0, self.ep_size)
-        sent = torch.randn(self.ep_size, per, self.shape.hidden, device=self.device).to(self.hidden.dtype)
-        received = torch.empty_like(sent)
+        out = [(peer, self.hidden.new_ones(rows, self.shape.hidden)) for peer, rows, _ in self._rows()]
+        back = [(peer, self.hidden.new_ones(rows, self.shape.hidden)) for peer, _, rows in self._rows()]
 
         def there_and_back() -> None:
-            for source, target in ((sent, received), (received, sent)) * self.layers:
-                peers = range(1, self.ep_size)
-                exchange.post([(p, source[p]) for p in peers], [(p, target[p]) for p in peers]).wait()
+            for _ in range(self.layers):
+                self.exchange.post(out, back).wait()
+                self.exchange.post(back, out).wait()
 
         return measure(there_and_back, repeats, self.device)[0] / self.layers
 
 
 def measure(run: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 4) -> tuple[float, float]:
-    """Median milliseconds and spread of a function; (0, 0) on the CPU, where it runs once."""
+    """Median milliseconds and spread of a function, of the slowest rank; (0, 0) on the CPU, where it runs once."""
     if device.type == "cpu":
         run()
         return 0.0, 0.0
     for _ in range(warm_up):
         run()
-    times = []
+    times, together = [], several_processes()
     for _ in range(repeats):
+        if together:
+            dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -242,4 +274,7 @@ def measure(run: Callable[[], None], repeats: int, device: torch.device, warm_up
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0], times[0]]
-    return statistics.median(times), deciles[-1] - deciles[0]
+    both = torch.tensor([statistics.median(times), deciles[-1] - deciles[0]], device=device, dtype=torch.float64)
+    if together:
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+    return float(both[0]), float(both[1])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fluid_hf.bench.report import breakdown_table
 from fluid_hf.errors import MissingPackageError, TraceError
+from fluid_hf.profiling.breakdown import breakdown, record
 from fluid_hf.profiling.picture import draw_timeline
-from fluid_hf.profiling.session import StepTrace
 from fluid_hf.profiling.timeline import PassTimeline, layer_passes, summarize
-from fluid_hf.profiling.trace import Work, read_trace
+from fluid_hf.profiling.trace import Work
 
 __all__ = ["draw_pictures", "model_table", "trace_pass"]
 
@@ -20,23 +20,20 @@ MODES = ("inference", "forward", "backward", "step")
 
 
 def trace_pass(run: Callable[[], None], is_first: bool) -> dict[str, Any] | None:
-    """Run once under the profiler, on rank 0: its summary, and the forward and backward pass of its middle layer.
+    """Run under the profiler on rank 0: summary, breakdown, and the forward and backward pass of the middle layer.
 
     The trace itself is not kept. `None` on the other ranks, or if the trace has no whole pass.
     """
-    run()
     if not is_first:
         run()
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = StepTrace(Path(folder) / "trace.json")
-        recorded.start()
         run()
-        try:
-            trace = read_trace(recorded.stop())
-            return {"summary": summarize(trace), "passes": [asdict(found) for found in layer_passes(trace)]}
-        except TraceError:
-            return None
+        return None
+    try:
+        trace, kernels = record(run)
+        passes = [asdict(found) for found in layer_passes(trace)]
+    except TraceError:
+        return None
+    return {"summary": summarize(trace), "breakdown": breakdown(trace, kernels), "passes": passes}
 
 
 def draw_pictures(cell: dict[str, Any], folder: str | Path) -> list[Path]:
@@ -77,7 +74,11 @@ def model_table(report: dict[str, Any]) -> str:
             columns = [slice_name(cell), mode, *(shown.get(name, "-") for name in [*names, *others])]
             columns += [_ratio(times, name) for name in (names[0], names[1], names[3])]
             lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+    reports = []
+    for cell in report["cells"]:
+        for name, timeline in cell["timeline"].items():
+            reports.append((slice_name(cell), name, "forward and backward", timeline["breakdown"]))
+    return "\n".join([*lines, *breakdown_table("slice", reports)])
 
 
 def slice_name(cell: dict[str, Any]) -> str:

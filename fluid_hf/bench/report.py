@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["markdown_table"]
+__all__ = ["breakdown_table", "markdown_table"]
 
 
 def markdown_table(report: dict[str, Any]) -> str:
@@ -21,7 +21,7 @@ def markdown_table(report: dict[str, Any]) -> str:
         faster = _ratio(autoep or theirs, ours) + (" (transformers)" if alone else "")
         share = {"forward": limits["limit"], "both": limits["limit_both"]}
         columns = [
-            f"{cell['shape']} EP{cell['ep_size']}",
+            _cell_name(cell),
             f"{limits['limit']:.1f} / {limits['limit_both']:.1f}",
             _times(variants.get("row per expert")),
             _times(variants.get("serial")),
@@ -34,7 +34,32 @@ def markdown_table(report: dict[str, Any]) -> str:
             _ratio(theirs, variants.get("FluidEP")),
         ]
         lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+    reports = [
+        (_cell_name(cell), variant, name, found)
+        for cell in report["cells"]
+        for variant, passes in cell.get("report", {}).items()
+        for name, found in passes.items()
+    ]
+    return "\n".join([*lines, *breakdown_table("layer", reports)])
+
+
+def breakdown_table(what: str, reports: list[tuple[str, str, str, dict[str, Any]]]) -> list[str]:
+    """Lines of a second table, where the time goes: from (cell, variant, pass, its breakdown); none without any."""
+    if not reports:
+        return []
+    heads = [what, "variant", "pass", "ms", "compute", "of it beside messages", "messages alone", "neither"]
+    heads += ["waited for"]
+    lines = ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for cell, variant, name, found in reports:
+        waits = ", ".join(f"{cause} {ms:.2f}" for cause, ms in list(found["waits"].items())[:4])
+        times = (found[key] for key in ("ms", "compute_ms", "beside_ms", "exposed_ms", "idle_ms"))
+        lines.append("| " + " | ".join([cell, variant, name, *(f"{ms:.2f}" for ms in times), waits or "-"]) + " |")
+    return lines
+
+
+def _cell_name(cell: dict[str, Any]) -> str:
+    routing = f", Zipf {cell['skew']:g}" if cell.get("skew") else ""
+    return f"{cell['shape']} EP{cell['ep_size']}{routing}"
 
 
 def _times(variant: dict[str, float] | None) -> str:

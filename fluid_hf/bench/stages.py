@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from fluid_hf.bench.links import is_first
+
 __all__ = ["Stages"]
 
 
@@ -26,7 +28,7 @@ class Stages:
     def __init__(self, device: torch.device, budget: float | None = None, stack_after: float = 60.0) -> None:
         self._device, self._budget, self._stack_after = device, budget, stack_after
         self._start = time.monotonic()
-        self.is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self.is_first = is_first()
 
     @property
     def seconds(self) -> float:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import ALLOWED, MODELS, ModelBench, ModelSlice
 from fluid_hf.bench.model_report import draw_pictures, trace_pass
 from fluid_hf.bench.model_variants import PEERS, Way, patched, peer_model, release, select, ways
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS), help="models by name")
-    add("--link", choices=["nccl", "gloo", "mirror"], default="nccl", help="mirror: one process plays rank 0 of --ep")
+    add("--link", choices=LINKS, default="nccl", help="mirror: one process plays rank 0 of --ep")
     add("--ep", type=int, default=2, help="expert parallel size on the mirror link; else the number of ranks")
     add("--sp", nargs="+", type=int, default=[1], help="ranks that share a sequence, which then has --batch of them")
     add("--layers", nargs="+", type=int, default=[2], help="decoder layers of the slice")
@@ -56,18 +56,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Time every slice, small ones first; rank 0 prints, and writes after each variant. 1 if variants disagree."""
-    device = _start(options)
-    stages = Stages(device, options.budget, options.stack_after)
     cells: list[dict[str, Any]] = []
-    parts = itertools.product(options.layers, options.batch, options.sp, options.models)
-    for layers, batch, sp, name in sorted(parts, key=lambda part: part[0] * part[1]):
-        part = ModelSlice(name, layers, batch, options.sequence, sp)
-        smallest = (layers, batch) == (min(options.layers), min(options.batch))
-        run_of = _SliceRun(options, part, stages, device, smallest)
-        cells.append(run_of.cell)
-        run_of.run(lambda: _write(options, device, cells))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with link_world(options.link, options.ep, options.timeout) as device:
+        stages = Stages(device, options.budget, options.stack_after)
+        parts = itertools.product(options.layers, options.batch, options.sp, options.models)
+        for layers, batch, sp, name in sorted(parts, key=lambda part: part[0] * part[1]):
+            part = ModelSlice(name, layers, batch, options.sequence, sp)
+            smallest = (layers, batch) == (min(options.layers), min(options.batch))
+            run_of = _SliceRun(options, part, stages, device, smallest)
+            cells.append(run_of.cell)
+            run_of.run(lambda: _write(options, device, cells))
     return int(any(isinstance(error, str) for cell in cells for error in cell["errors"].values()))
 
 
@@ -195,7 +193,7 @@ class _SliceRun:
 
 
 def _write(options: argparse.Namespace, device: torch.device, cells: list[dict[str, Any]]) -> None:
-    if not options.json or (dist.is_initialized() and dist.get_rank()):
+    if not options.json or not is_first():
         return
     about = {
         "what": "model",
@@ -208,18 +206,6 @@ def _write(options: argparse.Namespace, device: torch.device, cells: list[dict[s
     }
     report = {**about, "command": vars(options), "link": options.link, "cells": cells}
     Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
-
-
-def _start(options: argparse.Namespace) -> torch.device:
-    if options.link == "mirror":
-        if options.ep > 1:
-            init_mirror(options.ep)
-    elif "RANK" in os.environ and not dist.is_initialized():
-        if options.link == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group(options.link, timeout=datetime.timedelta(seconds=options.timeout))
-    cuda = torch.cuda.is_available() and options.link != "gloo"
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def _free(device: torch.device) -> None:
