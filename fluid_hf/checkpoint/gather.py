@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import TensorSpec
 from fluid_hf.moe.layer import ExpertParallelLayer
@@ -68,7 +69,8 @@ def iterate_weights(model: nn.Module, state: FluidState, names: list[str]) -> It
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     layers = split_layers(model)
-    for name in names:
+    progress = {"desc": "Gathering weights", "delay": 2, "leave": False, "disable": None if is_main else True}
+    for name in logging.tqdm(names, **progress):  # shown or not as transformers' own bars
         parent, _, attribute = name.rpartition(".")
         if parent in layers and attribute in layers[parent].weight_names:
             yield name, _gather_weight(layers[parent], state, attribute, to_all=False)

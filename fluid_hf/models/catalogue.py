@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from transformers.utils import logging
 
 from fluid_hf.models.expert_formats import SCALED_INPUT
 from fluid_hf.models.shared_experts import has_form
@@ -62,7 +63,8 @@ def supported_models() -> list[SupportedModel]:
     """
     folder = Path(transformers.__file__).parent / "models"
     found = []
-    for path in sorted(folder.glob("*/modeling_*.py")):
+    paths = sorted(folder.glob("*/modeling_*.py"))
+    for path in logging.tqdm(paths, desc="Reading models", delay=2, leave=False, disable=None):
         family = path.parent.name
         source = path.read_text(encoding="utf-8")
         if family in NOT_SERVED:
