@@ -207,9 +207,11 @@ class ExpertParallelExperts(ExpertParallelLayer):
         overlap, waves, recompute: see `fluid_hf.FluidConfig`.
         device, dtype: of the weights.
 
-    Parameters:
-        gate_up_proj [E_local, 2I, H] and down_proj [E_local, H, I]: layout of transformers 5. Gradients are those of
-        the sum of all ranks' losses: divide by the number of ranks for a mean.
+    Attributes:
+        gate_up_proj: parameter [E_local, 2I, H] in the layout of transformers 5.
+        down_proj: parameter [E_local, H, I].
+
+    Gradients are those of the sum of all ranks' losses: divide by the number of ranks for a mean.
     """
 
     def __init__(
