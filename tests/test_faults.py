@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import faults
@@ -74,7 +75,7 @@ def test_reading_from_the_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.zeros(2, 2, dtype=torch.int32)
     reader._pinned, reader._done = torch.zeros_like(tensor), NeverDone()  # type: ignore[assignment]
     monkeypatch.setattr(NeverDone, "record", lambda self: None, raising=False)
-    read = reader.start(tensor.as_subclass(OnDevice), Arrived())
+    read = reader.start(tensor.as_subclass(OnDevice), Arrived(), contextlib.nullcontext())
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="within 0 s"):
         read(0.2)

@@ -47,11 +47,12 @@ def test_weight_gradients_and_what_they_release(sizes: tuple[int, ...]) -> None:
     grads = PieceGradients([piece for piece, _ in made])
     wanted = [torch.zeros_like(weights.first[0]), torch.zeros_like(weights.down)]
     for piece, index in made:
-        first, grad = project_piece(piece, weights), random(*piece.rows_RH.shape)
-        finish_piece(piece, first, weights, silu, torch.empty_like(grad))
+        projected, grad = project_piece(piece, weights, silu), random(*piece.rows_RH.shape)
+        first = projected.kept
+        finish_piece(piece, projected, weights, silu, torch.empty_like(grad))
         grads.backward(first, grad, weights, silu, (torch.empty_like(grad), torch.empty_like(piece.weights_RK)))
         wanted = [w + e for w, e in zip(wanted, expected(piece, index, weights, grad), strict=True)]
-        del first, grad
+        del projected, first, grad
     held = grads.held_bytes
     for_down = [weakref.ref(tensor) for tensor in (*grads._hidden, *grads._grads)]
     torch.testing.assert_close(grads.weight_gradient(None), wanted[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -25,15 +26,21 @@ class HostReader:
         self._done: torch.cuda.Event | None = None
         self._pinned: torch.Tensor | None = None
 
-    def start(self, tensor: torch.Tensor, arrival: Waitable) -> Callable[[float], list[Any]]:
+    def start(
+        self, tensor: torch.Tensor, arrival: Waitable, stream: contextlib.AbstractContextManager[Any]
+    ) -> Callable[[float], list[Any]]:
         """Read `tensor` once `arrival` has been; call the result with a limit in seconds for its nested lists.
 
-        On CUDA the copy is queued on the current stream, behind what was queued there before; what is queued after it
-        runs while the host waits.
+        On CUDA the copy is queued on `stream`, so that the host waits for nothing else. The caller keeps `tensor` until
+        it has read it.
         """
-        arrival.wait()
-        if not tensor.is_cuda:
-            return lambda seconds: tensor.tolist()
+        with stream:
+            arrival.wait()
+            if not tensor.is_cuda:
+                return lambda seconds: tensor.tolist()
+            return self._copy(tensor)
+
+    def _copy(self, tensor: torch.Tensor) -> Callable[[float], list[Any]]:
         if self._done is None:
             self._done = torch.cuda.Event()
         if self._pinned is None or self._pinned.shape != tensor.shape:

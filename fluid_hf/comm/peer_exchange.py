@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -160,15 +160,22 @@ class PeerExchange:
         named = [self.ranks[rank] for rank in suspects]
         return peer_error(self.ranks, named, where, self.timeout_seconds, cause)
 
-    def read_counts(self, counts_2PC: torch.Tensor, handle: ExchangeHandle, layer: str) -> list[list[list[int]]]:
+    def start_reading(self, counts_2PC: torch.Tensor, handle: ExchangeHandle) -> Callable[[float], list[Any]]:
+        """Bring the peers' counts to the host as soon as they have arrived, past what the current stream holds."""
+        return self.host_reader.start(counts_2PC, handle, self.side_stream.alone(counts_2PC.device))
+
+    def read_counts(self, reading: Callable[[float], list[Any]], layer: str) -> list[list[list[int]]]:
         """Wait for the peers' counts, at most `timeout_seconds`; a status among them is an error on all ranks.
+
+        Args:
+            reading: from `start_reading`.
 
         Raises:
             PeerError: they did not arrive.
             RoutingError: see `fluid_hf.comm.faults.raise_flagged`.
         """
         try:
-            counts: list[list[list[int]]] = self.host_reader.start(counts_2PC, handle)(self.timeout_seconds)
+            counts: list[list[list[int]]] = reading(self.timeout_seconds)
         except TimeoutError as error:
             raise self.fault(error) from error
         raise_flagged(counts, self.rank, self.ranks, layer)

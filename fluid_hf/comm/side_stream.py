@@ -26,12 +26,22 @@ class SideStream:
         if device.type != "cuda":
             return
         if self._mark is None:
-            self._mark, self._stream = torch.cuda.Event(), torch.cuda.Stream(device, priority=-1)
+            self._mark = torch.cuda.Event()
         self._mark.record()
+
+    def alone(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Context in which nothing is waited for but what is asked for inside."""
+        if device.type != "cuda":
+            return contextlib.nullcontext()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device, priority=-1)
+        return torch.cuda.stream(self._stream)
 
     def posting(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which communication is posted behind the mark only."""
-        if self._stream is None or self._mark is None:
+        if self._mark is None:
             return contextlib.nullcontext()
+        context = self.alone(torch.device("cuda"))
+        assert self._stream is not None
         self._stream.wait_event(self._mark)
-        return torch.cuda.stream(self._stream)
+        return context

@@ -13,7 +13,15 @@ from typing import Any, Protocol
 import torch
 
 from fluid_hf.moe.activation import Activation
-from fluid_hf.moe.experts import ExpertWeights, Piece, PieceGradients, finish_piece, project_piece
+from fluid_hf.moe.experts import (
+    ExpertWeights,
+    Piece,
+    PieceGradients,
+    Projected,
+    finish_piece,
+    project_piece,
+    reads_by_index,
+)
 
 __all__ = ["ExpertFormat", "ExpertGradients", "ExpertMath", "GatedMath"]
 
@@ -61,11 +69,17 @@ class ExpertMath(Protocol):
     def read(self, parameters: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
         """The weights without autograd, in the type that is computed in."""
 
-    def project(self, piece: Piece, weights: Any) -> Projections:
-        """First projection of each pair, kept for backward."""
+    def project(self, piece: Piece, weights: Any, keep: bool) -> Projected:
+        """First projection of each pair; with `keep`, what backward needs of it is there."""
 
-    def finish(self, piece: Piece, projections: Projections, weights: Any, out_RH: torch.Tensor) -> None:
-        """From the projections to each row's weighted sum of expert outputs, written to `out_RH`."""
+    def starts_early(self, rows_RH: torch.Tensor, weights: Any, top_k: int) -> bool:
+        """Whether `project` may be called with places for more pairs than there are.
+
+        It must then read the number of pairs on the device, and give no memory back that it had taken.
+        """
+
+    def finish(self, piece: Piece, projected: Projected, weights: Any, out_RH: torch.Tensor) -> None:
+        """From the first projection to each row's weighted sum of expert outputs, written to `out_RH`."""
 
     def gradients(self, pieces: Sequence[Piece]) -> ExpertGradients:
         """Start a backward pass over these pieces."""
@@ -85,11 +99,14 @@ class GatedMath:
         first = tuple(weight.detach() for name, weight in parameters.items() if name != "down")
         return ExpertWeights(first, parameters["down"].detach()).to(dtype)
 
-    def project(self, piece: Piece, weights: ExpertWeights) -> Projections:
-        return project_piece(piece, weights)
+    def project(self, piece: Piece, weights: ExpertWeights, keep: bool) -> Projected:
+        return project_piece(piece, weights, self.act, keep)
 
-    def finish(self, piece: Piece, projections: Projections, weights: ExpertWeights, out_RH: torch.Tensor) -> None:
-        finish_piece(piece, projections, weights, self.act, out_RH)
+    def starts_early(self, rows_RH: torch.Tensor, weights: ExpertWeights, top_k: int) -> bool:
+        return reads_by_index(rows_RH, weights, self.act, top_k)[0]
+
+    def finish(self, piece: Piece, projected: Projected, weights: ExpertWeights, out_RH: torch.Tensor) -> None:
+        finish_piece(piece, projected, weights, self.act, out_RH)
 
     def gradients(self, pieces: Sequence[Piece]) -> ExpertGradients:
         return _GatedGradients(PieceGradients(pieces), self.act)

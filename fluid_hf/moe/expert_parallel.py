@@ -69,9 +69,8 @@ class _Experts(torch.autograd.Function):
     ) -> torch.Tensor:
         pieces, projections = call.run_experts(hidden.to(call.dtype), weights, index)
         ctx.call, ctx.works, ctx.names, ctx.num_tokens = call, works, names, len(tokens)
-        kept = [] if call.context.recompute else projections
-        ctx.num_projections = len(kept[0]) if kept else 0
-        ctx.save_for_backward(*pack_pieces(pieces, kept))
+        ctx.num_projections = len(projections[0]) if projections else 0
+        ctx.save_for_backward(*pack_pieces(pieces, projections))
         return dispatched.new_empty(0)
 
     @staticmethod
@@ -173,7 +172,7 @@ def _infer(
     with _without_autocast(hidden_TH.device.type):
         hidden = hidden_TH.to(call.dtype)
         plan = call.dispatch(hidden, weights_TK, index_TK)
-        call.run_experts(hidden, weights_TK, index_TK, keep=False)
+        call.run_experts(hidden, weights_TK, index_TK)
     with span(f"{call.context.name}::shared expert"):
         shared = between() if between is not None else None
     with _without_autocast(hidden_TH.device.type):

@@ -6,8 +6,10 @@ that is computed at once: the rank's own tokens, or the rows of one wave.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +18,10 @@ from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgr
 from fluid_hf.moe.kernels import use_kernels
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 
-__all__ = ["ExpertWeights", "Piece", "PieceGradients", "finish_piece", "project_piece"]
+if TYPE_CHECKING:  # needs Triton
+    from fluid_hf.moe.gemm_kernels import RowSource
+
+__all__ = ["ExpertWeights", "Piece", "PieceGradients", "Projected", "finish_piece", "project_piece", "reads_by_index"]
 
 
 @dataclass(frozen=True)
@@ -52,21 +57,62 @@ class Piece:
         return self.weights_RK.reshape(-1).index_select(0, self.plan.pair_slot_S)
 
 
-def project_piece(piece: Piece, weights: ExpertWeights) -> tuple[torch.Tensor, ...]:
-    """Gate and up pre-activations, in the layout of `weights.first`: [S, 2I], or two of [S, I]."""
-    pairs_SH = expand_rows(piece.rows_RH, piece.plan)
-    return tuple(grouped_linear(pairs_SH, weight, piece.plan.offsets_E) for weight in weights.first)
+@dataclass(frozen=True)
+class Projected:
+    """First projection of a piece's pairs.
+
+    Attributes:
+        kept: gate and up pre-activations in the layout of `ExpertWeights.first`: [S, 2I], or two of [S, I].
+        hidden_SI: input of the down projection, where the same kernel made it; `kept` is then empty unless asked for.
+    """
+
+    kept: tuple[torch.Tensor, ...]
+    hidden_SI: torch.Tensor | None = None
+
+    def first_pairs(self, num_pairs: int) -> Projected:
+        """Without the places that were kept for more pairs than there are."""
+        hidden = self.hidden_SI[:num_pairs] if self.hidden_SI is not None else None
+        return Projected(tuple(tensor[:num_pairs] for tensor in self.kept), hidden)
+
+
+def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> tuple[bool, bool]:
+    """Whether the first projection gathers its rows inside the GEMM, and whether it also computes the activation."""
+    contiguous = weights.down.is_contiguous() and all(weight.is_contiguous() for weight in weights.first)
+    if not (contiguous and is_silu(act) and use_kernels(rows_RH)):
+        return False, False
+    from fluid_hf.moe import gemm_kernels
+
+    inner = weights.down.shape[2]
+    fused = gemm_kernels.prefers_fused(inner)
+    return fused or gemm_kernels.prefers_gathered(inner, top_k), fused
+
+
+def project_piece(piece: Piece, weights: ExpertWeights, act: Activation, keep: bool = True) -> Projected:
+    """Gate and up pre-activations; with `keep` they are there for backward."""
+    plan, first = piece.plan, weights.first
+    gathers, fused = reads_by_index(piece.rows_RH, weights, act, piece.weights_RK.shape[1])
+    if not gathers:
+        pairs_SH = expand_rows(piece.rows_RH, plan)
+        return Projected(tuple(grouped_linear(pairs_SH, weight, plan.offsets_E) for weight in first))
+    from fluid_hf.moe import gemm_kernels
+
+    places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
+    if fused:
+        return Projected(*gemm_kernels.gated_linear(piece.rows_RH, *places, first, piece.weights_RK, keep))
+    kept = [gemm_kernels.gathered_linear(piece.rows_RH, plan.pair_row_S, plan.offsets_E, w, False) for w in first]
+    return Projected(tuple(kept))
 
 
 def finish_piece(
-    piece: Piece, projections: tuple[torch.Tensor, ...], weights: ExpertWeights, act: Activation, out_RH: torch.Tensor
+    piece: Piece, projected: Projected, weights: ExpertWeights, act: Activation, out_RH: torch.Tensor
 ) -> None:
-    """From the pre-activations to each row's weighted sum of expert outputs, written to `out_RH`."""
-    if use_kernels(projections[0]) and is_silu(act):
+    """From the first projection to each row's weighted sum of expert outputs, written to `out_RH`."""
+    hidden_SI, projections = projected.hidden_SI, projected.kept
+    if hidden_SI is None and use_kernels(projections[0]) and is_silu(act):
         from fluid_hf.moe import row_kernels
 
         hidden_SI = row_kernels.glu_forward(projections, piece.weights_RK, piece.plan.pair_slot_S)
-    else:
+    elif hidden_SI is None:
         gate_SI, up_SI = _split(projections)
         hidden_SI = glu_forward(gate_SI, up_SI, piece.pair_weights_S, act)
     output_SH = grouped_linear(hidden_SI, weights.down, piece.plan.offsets_E)
@@ -77,7 +123,7 @@ class PieceGradients:
     """Input gradients piece by piece, and weight gradients over all pieces at once.
 
     The weight gradients need all pairs sorted by expert, across pieces. With several pieces the activation kernel
-    writes its results a second time at the joint place, and rows are expanded straight to it.
+    writes its results a second time at the joint place; rows are read by the joint order, or copied straight to it.
 
     Args:
         pieces: all pieces of the layer, in the order in which `backward` will be called.
@@ -91,6 +137,7 @@ class PieceGradients:
         self._inputs: torch.Tensor | None = None
         self._joint: JointOrder | None = None
         self._grad_pairs: torch.Tensor | None = None
+        self._gathers_wgrad = False
 
     def backward(
         self,
@@ -107,8 +154,7 @@ class PieceGradients:
             out: where the gradients of the rows [R, H] and of the routing weights [R, K] are written.
         """
         piece = self._pieces[len(self._grads)]
-        pairs_SH = expand_rows(grad_RH, piece.plan)
-        grad_SI = grouped_dgrad(pairs_SH, weights.down, piece.plan.offsets_E)
+        grad_SI, pairs_SH = self._through_down(piece, grad_RH, weights, act)
         if use_kernels(grad_SI) and is_silu(act):
             first = self._activation_kernel(piece, grad_SI, projections, out[1])
         else:
@@ -121,6 +167,19 @@ class PieceGradients:
         pairs = [grouped_dgrad(g, weight, piece.plan.offsets_E) for g, weight in zip(first, weights.first, strict=True)]
         reduce_pairs(pairs, piece.plan, out[0])
 
+    def _through_down(
+        self, piece: Piece, grad_RH: torch.Tensor, weights: ExpertWeights, act: Activation
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradient of the down projection's input; and of its output, where that was copied to the pairs."""
+        plan = piece.plan
+        gathers, self._gathers_wgrad = reads_by_index(grad_RH, weights, act, piece.weights_RK.shape[1])
+        if not gathers:
+            pairs_SH = expand_rows(grad_RH, plan)
+            return grouped_dgrad(pairs_SH, weights.down, plan.offsets_E), pairs_SH
+        from fluid_hf.moe import gemm_kernels
+
+        return gemm_kernels.gathered_linear(grad_RH, plan.pair_row_S, plan.offsets_E, weights.down, True), None
+
     def weight_gradient(self, index: int | None) -> torch.Tensor:
         """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`; once each.
 
@@ -130,6 +189,8 @@ class PieceGradients:
         if index is None:
             return self._down_gradient()
         joint = self._joint
+        if self._gathers_wgrad:
+            return self._gathered([piece.rows_RH for piece in self._pieces], self._first[0][index], False)
         if joint is None:
             offsets = [piece.plan.offsets_E for piece in self._pieces]
             inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
@@ -141,6 +202,8 @@ class PieceGradients:
     def _down_gradient(self) -> torch.Tensor:
         grads, hidden, kept = self._grads, self._hidden, self._grad_pairs
         self._grads, self._hidden, self._grad_pairs = [], [], None
+        if self._gathers_wgrad:
+            return self._gathered(grads, hidden[0], True)
         if self._joint is not None:
             output = self._joint.expand(grads, self._pieces)
             return grouped_wgrad([output], hidden[:1], [self._joint.offsets_E])
@@ -148,6 +211,16 @@ class PieceGradients:
             [kept] if kept is not None else [expand_rows(g, p.plan) for g, p in zip(grads, self._pieces, strict=True)]
         )
         return grouped_wgrad(outputs, hidden, [piece.plan.offsets_E for piece in self._pieces])
+
+    def _gathered(self, rows: list[torch.Tensor], other: torch.Tensor, rows_first: bool) -> torch.Tensor:
+        """Weight gradient whose one operand are the pieces' rows, read by index."""
+        from fluid_hf.moe import gemm_kernels
+
+        plan = self._pieces[0].plan
+        row_S, offsets_E = plan.pair_row_S, plan.offsets_E
+        if self._joint is not None:
+            row_S, offsets_E = self._joint.row_S, self._joint.offsets_E
+        return gemm_kernels.gathered_wgrad(as_source(rows), row_S, other, offsets_E, rows_first)
 
     @property
     def held_bytes(self) -> int:
@@ -186,11 +259,11 @@ class PieceGradients:
             self._first.append(first)
         else:
             if self._joint is None:
-                self._joint = JointOrder([piece.plan for piece in self._pieces])
+                self._joint = JointOrder(self._pieces)
                 pairs = self._joint.num_pairs
                 self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
                 self._first.append(tuple(p.new_empty(pairs, p.shape[1]) for p in projections))
-            hidden, joint = self._hidden[0], (self._first[0], self._joint.place_S[index])
+            hidden, joint = self._hidden[0], (self._first[0], *self._joint.places(index))
         slots = piece.plan.pair_slot_S
         row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, first, hidden, joint)
         return first
@@ -200,18 +273,27 @@ class JointOrder:
     """Places of each piece's pairs when all pieces are sorted by expert together, ties by piece.
 
     Args:
-        plans: plan of each piece.
+        pieces: all pieces.
+
+    Attributes:
+        row_S: row of the pair at each joint place, counted through all pieces; filled by the activation kernel.
     """
 
-    def __init__(self, plans: Sequence[PairPlan]) -> None:
+    def __init__(self, pieces: Sequence[Piece]) -> None:
         from fluid_hf.moe import joint_kernels
 
-        sizes = [plan.num_pairs for plan in plans]
+        sizes = [piece.plan.num_pairs for piece in pieces]
         self.num_pairs = sum(sizes)
         place_S, self.offsets_E = joint_kernels.joint_places(
-            torch.stack([plan.offsets_E for plan in plans]), self.num_pairs
+            torch.stack([piece.plan.offsets_E for piece in pieces]), self.num_pairs
         )
         self.place_S = place_S.split(sizes)
+        self.row_S = torch.empty_like(place_S)
+        self._rows_before = [0, *itertools.accumulate(piece.rows_RH.shape[0] for piece in pieces)]
+
+    def places(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Joint places of a piece's pairs, where their rows are noted, and the number of its first row."""
+        return self.place_S[index], self.row_S, self._rows_before[index]
 
     def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:
         """Rows of every piece at the joint places of their pairs: [N, H]."""
@@ -221,6 +303,16 @@ class JointOrder:
         for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
             row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)
         return out
+
+
+def as_source(pieces: Sequence[torch.Tensor]) -> RowSource:
+    """The rows of all pieces as the kernels read them: own tokens first, then what lies together in one buffer."""
+    first, *others = pieces
+    arrived = [rows for rows in others if rows.shape[0]]
+    ends = [rows.data_ptr() + rows.shape[0] * rows.stride(0) * rows.element_size() for rows in arrived]
+    if any(rows.data_ptr() != end for rows, end in zip(arrived[1:], ends, strict=False)):
+        arrived = [torch.cat(arrived)]  # a saved-tensor hook (offloading) has brought each back alone
+    return first, arrived[0] if arrived else first, first.shape[0]
 
 
 def _split(projections: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:

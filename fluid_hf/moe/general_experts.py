@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fluid_hf.moe.expert_math import ExpertFormat, Projections
-from fluid_hf.moe.experts import Piece
+from fluid_hf.moe.experts import Piece, Projected
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs, sum_dtype
 
@@ -61,14 +61,17 @@ class GeneralMath:
             biases = plain["biases"][:, :outputs], plain["biases"][:, outputs:]
         return GeneralWeights(first, plain["down"], *biases)
 
-    def project(self, piece: Piece, weights: GeneralWeights) -> Projections:
+    def project(self, piece: Piece, weights: GeneralWeights, keep: bool) -> Projected:
         inputs_SH = self.inputs(piece)
         parts = [self.linear(inputs_SH, weight, piece.plan) for weight in weights.first]
         first_SN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return (_add_bias(first_SN, weights.first_bias, piece.plan),)
+        return Projected((_add_bias(first_SN, weights.first_bias, piece.plan),))
 
-    def finish(self, piece: Piece, projections: Projections, weights: GeneralWeights, out_RH: torch.Tensor) -> None:
-        hidden_SI = self.format.gate(projections[0])
+    def starts_early(self, rows_RH: torch.Tensor, weights: GeneralWeights, top_k: int) -> bool:
+        return False
+
+    def finish(self, piece: Piece, projected: Projected, weights: GeneralWeights, out_RH: torch.Tensor) -> None:
+        hidden_SI = self.format.gate(projected.kept[0])
         output_SH = _add_bias(self.linear(hidden_SI, weights.down, piece.plan), weights.down_bias, piece.plan)
         if self.format.norm is not None:
             output_SH = self.format.norm(output_SH)

@@ -6,6 +6,9 @@ host). Here the compiled kernel is kept by what it was compiled for, and launche
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +17,14 @@ import triton
 __all__ = ["Kernel", "blocks_of", "power_of_two"]
 
 # Versions whose compiled kernels take (grid, stream, function, metadata, hooks, arguments); others are launched through
-# the public `compiled[grid](...)`, at 10 us instead of 6.
+# the public `compiled[grid](...)`, at twice the time.
 DIRECT_VERSIONS = ("3.3", "3.4", "3.5", "3.6")
+# Versions whose C launcher takes (grid, stream, function, flags, scratch memory, metadata, hooks, arguments).
+NATIVE_VERSIONS = ("3.6",)
+
+
+Grid = tuple[int, int, int]
+Launch = Callable[[Grid, Any, list[int], tuple[int, ...]], None]
 
 
 def blocks_of(size: int, block: int) -> int:
@@ -39,16 +48,19 @@ class Kernel:
 
     def __init__(self, function: Any) -> None:
         self._function = function
-        self._compiled: dict[Any, Any] = {}
-        self._direct = ".".join(triton.__version__.split(".")[:2]) in DIRECT_VERSIONS
+        self._compiled: dict[Any, Launch] = {}
+        version = ".".join(triton.__version__.split(".")[:2])
+        self._direct, self._native = version in DIRECT_VERSIONS, version in NATIVE_VERSIONS
 
     def __call__(
         self,
-        grid: tuple[int, int, int],
+        grid: Grid,
         pointers: tuple[torch.Tensor, ...],
         integers: tuple[int, ...],
         constants: tuple[Any, ...],
         num_warps: int = 4,
+        num_stages: int = 3,
+        max_registers: int | None = None,
     ) -> None:
         """Queue the kernel on the current stream.
 
@@ -57,18 +69,47 @@ class Kernel:
             pointers: tensors on one CUDA device, which must be the current one.
             integers: below 2**31.
             constants: compile-time values; each new combination compiles.
+            num_stages: pipeline stages of the loops over products.
+            max_registers: of a thread, so that more programs fit on a multiprocessor.
         """
         addresses = [tensor.data_ptr() for tensor in pointers]
-        # Triton compiles wide accesses for pointers that are multiples of 16.
-        aligned = [address & 15 == 0 for address in addresses]
+        # Triton compiles wide accesses for pointers that are multiples of 16: one test tells if all are.
+        bits = functools.reduce(operator.or_, addresses)
+        aligned = () if bits & 15 == 0 else tuple(address & 15 == 0 for address in addresses)
         device = pointers[0].device.index
-        key = (device, num_warps, constants, *aligned, *[tensor.dtype for tensor in pointers])
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._compiled[key] = self._function[grid](*pointers, *integers, *constants, num_warps=num_warps)
-        elif self._direct:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            known = (stream, compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(*grid, *known, *addresses, *integers, *constants)
-        else:
-            compiled[grid](*pointers, *integers, *constants)
+        key = (device, num_warps, num_stages, constants, aligned, *[tensor.dtype for tensor in pointers])
+        launch = self._compiled.get(key)
+        if launch is None:
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+            compiled = self._function[grid](*pointers, *integers, *constants, **options)
+            if compiled is not None:  # Triton's interpreter compiles nothing
+                self._compiled[key] = self._launcher(compiled, device, constants)
+            return
+        launch(grid, pointers, addresses, integers)
+
+    def _launcher(self, compiled: Any, device: int, constants: tuple[Any, ...]) -> Launch:
+        """Launches a compiled kernel by the shortest way that this version of Triton has."""
+        current_stream = torch._C._cuda_getCurrentRawStream if self._direct else None
+        run = getattr(compiled, "run", None)
+        scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+        if current_stream is None or run is None:
+
+            def public(grid: Grid, pointers: Any, addresses: list[int], integers: tuple[int, ...]) -> None:
+                compiled[grid](*pointers, *integers, *constants)
+
+            return public
+        function, metadata = compiled.function, compiled.packed_metadata
+        if self._native and not scratch:
+            native, flags = run.launch, (run.launch_cooperative_grid, run.launch_pdl)
+            fixed = (function, *flags, None, None, metadata, None, None, None)
+
+            def direct(grid: Grid, pointers: Any, addresses: list[int], integers: tuple[int, ...]) -> None:
+                native(*grid, current_stream(device), *fixed, *addresses, *integers, *constants)
+
+            return direct
+
+        def through_python(grid: Grid, pointers: Any, addresses: list[int], integers: tuple[int, ...]) -> None:
+            known = (current_stream(device), function, metadata, None, None, None)
+            run(*grid, *known, *addresses, *integers, *constants)
+
+        return through_python

@@ -10,6 +10,7 @@ The methods run in the order of `fluid_hf.moe.expert_parallel`, which holds the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,14 @@ from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
 from fluid_hf.moe.experts import Piece
 from fluid_hf.moe.kernels import use_kernels
-from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_rows, spread_rows
+from fluid_hf.moe.own_tokens import OwnTokens
+from fluid_hf.moe.permutation import make_pair_plan, reduce_rows, spread_rows
 from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
 from fluid_hf.moe.statistics import LayerStats
 from fluid_hf.overlap.deferred_linear import WindowWeights
 from fluid_hf.overlap.wgrad import WgradScheduler
-from fluid_hf.ranges import mark, ranged
+from fluid_hf.ranges import mark, ranged, span
 
 __all__ = ["LayerCall", "LayerContext"]
 
@@ -111,8 +113,9 @@ class LayerCall:
         self._rows: torch.Tensor | None = None
         self._own: torch.Tensor | None = None
         self._own_weights: torch.Tensor | None = None
-        self._own_plan: PairPlan | None = None
-        self._own_first: tuple[Piece, tuple[torch.Tensor, ...]] | None = None
+        self._keep = torch.is_grad_enabled() and not context.recompute
+        self._own_tokens = OwnTokens(self.math, self._keep)
+        self._held_weights: Any = None
         self.returns_in_flight = self.output_grads_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -132,10 +135,14 @@ class LayerCall:
         if status != GOOD:  # told to the peers in place of the counts, which they wait for
             index_TK = torch.zeros_like(index_TK)
         hits, handle = self._count(index_TK, weights_TK, status)
+        reading = context.exchange.start_reading(hits.counts_2PC, handle)
         # Packed while the counts travel, into a buffer for the most rows there can be.
         packed = self._pack_most(hidden_TH, weights_TK, index_TK, hits) if hits.from_kernels else None
         context.exchange.side_stream.mark(self.device)
-        counts = context.exchange.read_counts(hits.counts_2PC, handle, context.name)
+        if packed is not None and context.overlap:
+            with span("own tokens"):
+                self._own_tokens.start_early(hidden_TH, weights_TK, self._forward_weights(), size)
+        counts = context.exchange.read_counts(reading, context.name)
         context.exchange.at(context.name, "forward dispatch")
         plan = self._plan(hits, counts, index_TK.shape[0])
         route = self.route
@@ -143,8 +150,8 @@ class LayerCall:
         sent = self._pack(hidden_TH, weights_TK, index_TK, plan) if packed is None else packed[: route.num_sent]
         received = self.format.new_rows(route.num_received, self.device)
         self._rows = received
-        # Posting takes the host a while. The GPU gets the own tokens' projections before it, and the rows go behind the
-        # mark, so they do not wait for them. `received` was allocated before anything was queued after the mark.
+        # The rows go behind the mark, not behind the own tokens' projections. When `received` was allocated, no memory
+        # that was used after the mark had been given back.
         if packed is not None:
             self._start_own(hidden_TH, weights_TK, index_TK)
         with context.exchange.side_stream.posting():
@@ -154,9 +161,11 @@ class LayerCall:
     @ranged("own tokens")
     def _start_own(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> None:
         """Queue the projections of the own tokens, unless all rows travel alike."""
-        if self.route is None or not self.route.serial:
-            piece = self._own_piece(hidden_TH, weights_TK, index_TK)
-            self._own_first = piece, self.math.project(piece, self._weights())
+        if self.route is not None and self.route.serial:
+            return
+        local, pairs = self.context.num_local_experts, self.num_own_pairs
+        make_plan = functools.partial(make_pair_plan, index_TK, local, pairs)
+        self._own_tokens.start(hidden_TH, weights_TK, self._forward_weights(), make_plan, pairs)
 
     @ranged("plan")
     def _count(self, index_TK: torch.Tensor, weights_TK: torch.Tensor, status: int) -> tuple[HitMap, ExchangeHandle]:
@@ -172,10 +181,10 @@ class LayerCall:
         ones = [1] * exchange.size
         handle = exchange.all_to_all(hits.counts_2PC[1], hits.counts_2PC[0], ones, ones)
         if hits.own_pairs is not None:
-            self._own_plan = hits.own_pairs
+            self._own_tokens.plan = hits.own_pairs
         elif not serial:  # sorted while the counts travel; there are at most that many pairs
             first = exchange.rank * context.num_local_experts
-            self._own_plan = make_pair_plan(index_TK, context.num_local_experts, index_TK.numel(), first)
+            self._own_tokens.plan = make_pair_plan(index_TK, context.num_local_experts, index_TK.numel(), first)
         return hits, handle
 
     def _plan(self, hits: HitMap, counts_2PC: list[list[list[int]]], tokens: int) -> SourcePlan:
@@ -211,25 +220,22 @@ class LayerCall:
 
     @ranged("forward experts")
     def run_experts(
-        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, keep: bool = True
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
     ) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
         """Compute own tokens and every wave as it arrives; post each wave's combine at once.
 
         Own tokens fill both ends: their projections run before the first wave is waited for, the rest after the last
-        combine was posted. With `keep` the projections are returned too, for backward.
+        combine was posted. The projections that backward needs are returned too.
         """
-        context, route = self.context, self.route
-        weights = self._weights()
-        pieces: list[Piece] = []
-        projections: list[tuple[torch.Tensor, ...]] = []
-        own_first: tuple[torch.Tensor, ...] = ()
-        if self._own_first is None:
+        context, route, keep = self.context, self.route, self._keep
+        weights, self._held_weights = self._forward_weights(), None
+        pieces, projections = list[Piece](), list[tuple[torch.Tensor, ...]]()
+        if not self._own_tokens.ready:
             self._start_own(hidden_TH, weights_TK, index_TK)
-        if self._own_first is not None:
-            piece, own_first = self._own_first
-            self._own_first = None
-            pieces.append(piece)
-            projections += [own_first] if keep else []
+        own = self._own_tokens.take()
+        if own is not None:
+            pieces.append(own[0])
+            projections += [own[1].kept] if keep else []
         context.exchange.at(context.name, "forward combine")
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
@@ -239,17 +245,17 @@ class LayerCall:
             context.event(f"wait dispatch {wave}")
             low, high = route.wave_bounds(wave)
             piece = self._wave_piece(self._rows[low:high], route.wave_pairs(wave))
-            first = self.math.project(piece, weights)
+            first = self.math.project(piece, weights, keep)
             out_QH = self._new_hidden(high - low)
             self.math.finish(piece, first, weights, out_QH)
             combine.append(route.post_back(wave, out_QH, returned))
             context.event(f"post combine {wave}")
             pieces.append(piece)
-            projections += [first] if keep else []
+            projections += [first.kept] if keep else []
         self._own = None
-        if own_first:
+        if own is not None:
             self._own = self._new_hidden(hidden_TH.shape[0])
-            self.math.finish(pieces[0], own_first, weights, self._own)
+            self.math.finish(*own, weights, self._own)
         context.stats.add_load([piece.plan.offsets_E for piece in pieces])
         self._handles, self._rows = combine, returned
         return pieces, projections
@@ -292,12 +298,10 @@ class LayerCall:
         With `defer` all waves are sent at once; otherwise the last one is left for `post_last_return`, so that the
         caller computes the weight gradients first.
         """
-        context, route = self.context, self.route
-        weights = self._weights()
+        context, route, weights = self.context, self.route, self._weights()
         grads = self.math.gradients(pieces)
-        own = self._own
+        own, self._own = self._own, None
         assert own is not None
-        self._own = None
         if route is None or not route.serial:
             self._own = torch.empty_like(own)
             self._own_weights = own.new_empty(own.shape[0], self.format.top_k, dtype=self.format.weight_dtype)
@@ -374,17 +378,17 @@ class LayerCall:
         self.context.event(f"post return {wave}")
         return handle
 
+    def _forward_weights(self) -> Any:
+        """Held from first use to last: no copy in another type is given back before `received` is allocated."""
+        if self._held_weights is None:
+            self._held_weights = self._weights()
+        return self._held_weights
+
     def _weights(self) -> Any:
         return self.math.read(self._read_parameters(), self.dtype)
 
     def _new_hidden(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)
-
-    def _own_piece(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> Piece:
-        plan, self._own_plan = self._own_plan, None
-        if plan is None:
-            plan = make_pair_plan(index_TK, self.context.num_local_experts, self.num_own_pairs)
-        return Piece(hidden_TH, weights_TK.contiguous(), plan.first_pairs(self.num_own_pairs))
 
     def _wave_piece(self, rows: torch.Tensor, num_pairs: int) -> Piece:
         plan = make_pair_plan(self.format.ids_of(rows), self.context.num_local_experts, num_pairs)
@@ -393,4 +397,4 @@ class LayerCall:
     def _projections(
         self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: Any
     ) -> tuple[torch.Tensor, ...]:
-        return kept[index] if kept else self.math.project(piece, weights)
+        return kept[index] if kept else self.math.project(piece, weights, True).kept

@@ -82,7 +82,7 @@ def glu_backward(
     grad_weights_RK: torch.Tensor,
     grads: tuple[torch.Tensor, ...],
     hidden: torch.Tensor,
-    joint: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None,
+    joint: tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, int] | None = None,
 ) -> None:
     """Backward of `glu_forward` in one launch.
 
@@ -90,19 +90,20 @@ def glu_backward(
         grad_weights_RK: float32 view that receives the routing-weight gradients of the slots that have a pair.
         grads: receive the gradients of `projections`, in the same layout.
         hidden: [N, I] receives the forward output again; at its joint place if `joint` is given.
-        joint: tensors that receive the gradients of `projections` once more, and the joint place of each pair (int32).
+        joint: tensors that receive the gradients of `projections` once more, the joint place of each pair (int32), the
+            tensor that receives the row of each joint place (int32), and the number of this piece's first row.
     """
     pairs, inner = grad_SI.shape
     if not pairs:
         return
     columns, rows, warps = tile(inner, 2048, widest=1024)
-    second, place = joint if joint is not None else (grads, pair_slot_S)
+    second, place, row, first_row = joint if joint is not None else (grads, pair_slot_S, pair_slot_S, 0)
     strides = (projections[0].shape[1], weights_RK.stride(0), weights_RK.shape[1], grad_weights_RK.stride(0))
     values = (grad_SI, projections[0], projections[-1], weights_RK, pair_slot_S, grad_weights_RK)
     _glu_backward(
         (blocks_of(pairs, rows), 1, 1),
-        (*values, grads[0], grads[-1], hidden, second[0], second[-1], place),
-        (pairs,),
+        (*values, grads[0], grads[-1], hidden, second[0], second[-1], place, row),
+        (pairs, first_row),
         (*strides, inner, joint is not None, rows, columns),
         warps,
     )
@@ -199,7 +200,7 @@ def _glu_forward_kernel(
     tl.store(out + pair[:, None] * inner + at[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs", "first_row"])
 def _glu_backward_kernel(
     grad,
     gate,
@@ -213,7 +214,9 @@ def _glu_backward_kernel(
     joint_gate,
     joint_up,
     joint_place,
+    joint_row,
     pairs,
+    first_row,
     stride: tl.constexpr,
     weights_stride: tl.constexpr,
     top_k: tl.constexpr,
@@ -230,6 +233,7 @@ def _glu_backward_kernel(
     place = pair
     if JOINT:
         place = tl.load(joint_place + pair, mask=known, other=0).to(tl.int64)
+        tl.store(joint_row + place, slot // top_k + first_row, mask=known)
     second = stride - inner  # where up starts: beside gate in one tensor, or at 0 of its own
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, inner, COLUMNS):

@@ -1,0 +1,366 @@
+"""Triton grouped GEMMs that read their rows through an index, so that rows are never copied to their pairs.
+
+Legend: R rows, K experts per token, S pairs sorted by expert, E experts held here, H hidden, I intermediate. Against a
+copy and `torch.nn.functional.grouped_mm` they save the copy's time and memory, a launch and most of the host's time;
+large experts hide the copy, and torch's kernel is the faster one there: `prefers_fused` and `prefers_gathered` say
+which to take, from what was measured on an H100. Gathering inside the GEMM follows ScatterMoE (Tan et al., 2024), the
+activation in its epilogue MegaBlocks and SonicMoE.
+
+One program computes one tile; a tile of at most half the rows, of which every expert has one at its end, costs half.
+Nothing but the result is allocated, and a result may have more places than there are pairs: `offsets_E` is read on the
+device, so a call can be queued before the host knows the number of pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
+
+__all__ = ["RowSource", "gated_linear", "gathered_linear", "gathered_wgrad", "prefers_fused", "prefers_gathered"]
+
+# Rows [R, H] in one or two buffers: the second one's first row has the number of the third entry.
+RowSource = tuple[torch.Tensor, torch.Tensor, int]
+
+GROUP = 16  # row blocks whose columns are computed together, while their rows are in the L2 cache
+
+
+def prefers_fused(inner: int) -> bool:
+    """Whether `gated_linear` and `gathered_wgrad` are faster than what they replace, by the intermediate size."""
+    return inner <= 2048
+
+
+def prefers_gathered(inner: int, top_k: int) -> bool:
+    """Whether `gathered_linear` is faster than a copy and torch's grouped GEMM."""
+    return inner <= 4096 and top_k >= 4
+
+
+@functools.cache
+def _shared_bytes(device: int | None) -> int:
+    if device is None or not torch.cuda.is_available():
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _tile(tensor: torch.Tensor, columns: int, stages: int, warps: int = 8) -> tuple[int, int, int, int, int]:
+    """Rows, columns and depth of a tile, warps, stages: as many stages as fit into shared memory."""
+    if tensor.dtype == torch.float32:  # for its exactness, not its speed
+        return 32, 32, 32, 4, 2
+    fitting = _shared_bytes(tensor.device.index) // ((128 + columns) * 64 * 2)
+    return 128, columns, 64, warps, max(1, min(stages, fitting))
+
+
+def gated_linear(
+    rows_RH: torch.Tensor,
+    pair_row_S: torch.Tensor,
+    pair_slot_S: torch.Tensor,
+    offsets_E: torch.Tensor,
+    first: tuple[torch.Tensor, ...],
+    weights_RK: torch.Tensor,
+    keep: bool,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Gate and up projections of every pair and `weight * silu(gate) * up`, in one launch.
+
+    Args:
+        rows_RH: any row stride, elements of a row side by side.
+        first: contiguous `[gate_up [E, 2I, H]]`, or `[gate [E, I, H], up [E, I, H]]`.
+        weights_RK: routing weights, any row stride.
+        keep: return the projections too, in the layout of `first`: [S, 2I], or two of [S, I].
+
+    Returns:
+        The projections (none without `keep`), and the input of the down projection [S, I].
+    """
+    gate, up, hidden = first[0], first[-1], rows_RH.shape[1]
+    experts, inner, pairs = gate.shape[0], gate.shape[1] // (3 - len(first)), pair_row_S.shape[0]
+    out = rows_RH.new_empty(pairs, inner)
+    kept = tuple(rows_RH.new_empty(pairs, weight.shape[1]) for weight in first) if keep else ()
+    if pairs:
+        half = _tile(rows_RH, 256, 4)  # gate and up are one tile of twice the columns
+        height, width, depth, warps, stages = half[0], half[1] // 2, half[2], half[3], half[4]
+        tiles = (pairs // height + experts) * blocks_of(inner, width)
+        stored = kept or (out,)
+        _gated(
+            (tiles, 1, 1),
+            (rows_RH, pair_row_S, pair_slot_S, offsets_E, gate, up, weights_RK, stored[0], stored[-1], out),
+            (pairs,),
+            (rows_RH.stride(0), hidden, inner, gate.shape[1], weights_RK.stride(0), weights_RK.shape[1], experts)
+            + (power_of_two(experts), keep, height, width, depth, GROUP),
+            warps,
+            stages,
+        )
+    return kept, out
+
+
+def gathered_linear(
+    rows_RH: torch.Tensor,
+    pair_row_S: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weight: torch.Tensor,
+    transposed: bool,
+) -> torch.Tensor:
+    """`weight[expert] @ row` of every pair: [S, N].
+
+    Args:
+        rows_RH: any row stride, elements of a row side by side.
+        weight: contiguous [E, N, H], or with `transposed` [E, H, N].
+    """
+    experts, pairs, hidden = weight.shape[0], pair_row_S.shape[0], rows_RH.shape[1]
+    width = weight.shape[2 if transposed else 1]
+    out = rows_RH.new_empty(pairs, width)
+    if pairs:
+        height, columns, depth, warps, stages = _tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
+        _linear(
+            ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
+            (rows_RH, pair_row_S, offsets_E, weight, out),
+            (pairs,),
+            (rows_RH.stride(0), hidden, width, transposed, experts, power_of_two(experts))
+            + (height, columns, depth, GROUP),
+            warps,
+            stages,
+        )
+    return out
+
+
+def gathered_wgrad(
+    source: RowSource, source_row_S: torch.Tensor, other_SN: torch.Tensor, offsets_E: torch.Tensor, source_first: bool
+) -> torch.Tensor:
+    """Sum over each expert's pairs of the product of a gathered row and a row of `other_SN`.
+
+    Args:
+        source: rows to gather from, any row stride.
+        source_row_S: row of each pair, int32.
+        other_SN: contiguous.
+        source_first: the result is [E, H, N], otherwise [E, N, H].
+    """
+    first, second, split = source
+    hidden, (pairs, width), experts = first.shape[1], other_SN.shape, offsets_E.shape[0]
+    shape = (hidden, width) if source_first else (width, hidden)
+    out = other_SN.new_empty(experts, *shape)
+    height, columns, depth, warps, stages = _tile(other_SN, 128, 3, warps=4)
+    tiles = experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns)
+    if not pairs:
+        return out.zero_()
+    _wgrad(
+        (tiles, 1, 1),
+        (first, second, source_row_S, other_SN, offsets_E, out),
+        (split,),
+        (first.stride(0), second.stride(0), hidden, width, source_first, second is not first, height, columns, depth),
+        warps,
+        stages,
+        168 if height == 128 else None,  # three programs to a multiprocessor: their prologues hide each other
+    )
+    return out
+
+
+@triton.jit
+def _find_tile(
+    offsets,
+    EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Expert of this program, first pair of its rows, end of the expert's pairs, and its block of columns."""
+    tile = tl.program_id(0)
+    expert = tl.arange(0, PADDED)
+    end = tl.load(offsets + expert, mask=expert < EXPERTS, other=0)
+    start = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < EXPERTS), other=0)
+    blocks = tl.where(expert < EXPERTS, (end - start + HEIGHT - 1) // HEIGHT, 0)
+    last = tl.cumsum(blocks, 0) * COLUMNS
+    mine = tl.sum((last <= tile).to(tl.int32), 0)
+    here = expert == mine
+    low = tl.sum(tl.where(here, start, 0), 0)
+    high = tl.sum(tl.where(here, end, 0), 0)
+    number = tl.sum(tl.where(here, blocks, 0), 0)
+    place = tile - (tl.sum(tl.where(here, last, 0), 0) - number * COLUMNS)
+    group = place // (GROUP * COLUMNS)
+    size = tl.maximum(tl.minimum(number - group * GROUP, GROUP), 1)
+    place -= group * GROUP * COLUMNS
+    return mine, low + (group * GROUP + place % size) * HEIGHT, high, place // size
+
+
+@triton.jit
+def _weight_at(weight, at, mask, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, DEEP: tl.constexpr):
+    """A tile of weights; without a mask where all of it is there."""
+    if WIDTH % COLUMNS == 0 and DEEP:
+        return tl.load(weight + at)
+    return tl.load(weight + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _row_at(row, at, inside, DEEP: tl.constexpr):
+    if DEEP:
+        return tl.load(row + at)
+    return tl.load(row + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _gated_tile(
+    rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, expert, low, end, block,
+    row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
+    weights_stride: tl.constexpr, top_k: tl.constexpr, KEEP: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    pair = low + tl.arange(0, HEIGHT)
+    known = pair < end
+    row = rows + tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)[:, None] * row_stride
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < inner
+    deep = tl.arange(0, DEPTH)
+    EVEN: tl.constexpr = hidden % DEPTH == 0
+    at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * hidden + deep[:, None]
+    second = (width - inner) * hidden  # where up starts: behind gate in one tensor, or at 0 of its own
+    sum_gate = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    sum_up = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    for start in range(0, hidden, DEPTH):
+        left = deep + start < hidden
+        mask = left[:, None] & inside[None, :]
+        value = _row_at(row, (deep + start)[None, :], left[None, :], EVEN)
+        gates = _weight_at(gate, at + start, mask, inner, COLUMNS, EVEN)
+        ups = _weight_at(up, at + start + second, mask, inner, COLUMNS, EVEN)
+        sum_gate = tl.dot(value, gates, sum_gate, input_precision="ieee")
+        sum_up = tl.dot(value, ups, sum_up, input_precision="ieee")
+    slot = tl.load(pair_slot + pair, mask=known, other=0)
+    to_weight = weights + (slot // top_k).to(tl.int64) * weights_stride + slot % top_k
+    weight = tl.load(to_weight, mask=known, other=0.0).to(tl.float32)
+    mask = known[:, None] & inside[None, :]
+    place = pair.to(tl.int64)[:, None]
+    # Rounded as they are kept, so that backward sees the same values.
+    sum_gate = sum_gate.to(hidden_out.dtype.element_ty)
+    sum_up = sum_up.to(hidden_out.dtype.element_ty)
+    if KEEP:
+        tl.store(kept_gate + place * width + column[None, :], sum_gate, mask=mask)
+        tl.store(kept_up + place * width + column[None, :] + (width - inner), sum_up, mask=mask)
+    value = sum_gate.to(tl.float32)
+    value = value * tl.sigmoid(value) * sum_up.to(tl.float32) * weight[:, None]
+    tl.store(hidden_out + place * inner + column[None, :], value.to(hidden_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _gated_kernel(
+    rows, pair_row, pair_slot, offsets, gate, up, weights, kept_gate, kept_up, hidden_out, limit,
+    row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
+    weights_stride: tl.constexpr, top_k: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
+    KEEP: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    expert, low, end, block = _find_tile(offsets, EXPERTS, PADDED, (inner + COLUMNS - 1) // COLUMNS, HEIGHT, GROUP)
+    end = tl.minimum(end, limit)
+    if (expert < EXPERTS) & (low < end):
+        if end - low > HEIGHT // 2:
+            _gated_tile(
+                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, expert, low, end, block,
+                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, HEIGHT, COLUMNS, DEPTH,
+            )  # fmt: skip
+        else:
+            _gated_tile(
+                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, expert, low, end, block,
+                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, HEIGHT // 2, COLUMNS, DEPTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _linear_tile(
+    rows, pair_row, weight, out, expert, low, end, block,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    pair = low + tl.arange(0, HEIGHT)
+    known = pair < end
+    row = rows + tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)[:, None] * row_stride
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    deep = tl.arange(0, DEPTH)
+    EVEN: tl.constexpr = hidden % DEPTH == 0
+    STEP: tl.constexpr = width if TRANSPOSED else 1
+    ACROSS: tl.constexpr = 1 if TRANSPOSED else hidden
+    at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * ACROSS + deep[:, None] * STEP
+    total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    for start in range(0, hidden, DEPTH):
+        left = deep + start < hidden
+        value = _row_at(row, (deep + start)[None, :], left[None, :], EVEN)
+        weights = _weight_at(weight, at + start * STEP, left[:, None] & inside[None, :], width, COLUMNS, EVEN)
+        total = tl.dot(value, weights, total, input_precision="ieee")
+    mask = known[:, None] & inside[None, :]
+    tl.store(out + pair.to(tl.int64)[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["limit"])
+def _linear_kernel(
+    rows, pair_row, offsets, weight, out, limit,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr,
+    EXPERTS: tl.constexpr, PADDED: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    expert, low, end, block = _find_tile(offsets, EXPERTS, PADDED, (width + COLUMNS - 1) // COLUMNS, HEIGHT, GROUP)
+    end = tl.minimum(end, limit)
+    if (expert < EXPERTS) & (low < end):
+        if end - low > HEIGHT // 2:
+            _linear_tile(
+                rows, pair_row, weight, out, expert, low, end, block,
+                row_stride, hidden, width, TRANSPOSED, HEIGHT, COLUMNS, DEPTH,
+            )  # fmt: skip
+        else:
+            _linear_tile(
+                rows, pair_row, weight, out, expert, low, end, block,
+                row_stride, hidden, width, TRANSPOSED, HEIGHT // 2, COLUMNS, DEPTH,
+            )  # fmt: skip
+
+
+@triton.jit
+def _wgrad_part(base, row, column, known, width: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [DEPTH, BLOCK] of pairs, zero where there is no pair."""
+    if width % BLOCK == 0:
+        return tl.load(base + row + column[None, :], mask=known[:, None], other=0.0)
+    return tl.load(base + row + column[None, :], mask=known[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["split"])
+def _wgrad_kernel(
+    first, second, source_row, other, offsets, out, split,
+    first_stride: tl.constexpr, second_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
+    SOURCE_FIRST: tl.constexpr, TWO: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    TALL: tl.constexpr = hidden if SOURCE_FIRST else width
+    WIDE: tl.constexpr = width if SOURCE_FIRST else hidden
+    DOWN: tl.constexpr = (TALL + HEIGHT - 1) // HEIGHT
+    ACROSS: tl.constexpr = (WIDE + COLUMNS - 1) // COLUMNS
+    expert = tl.program_id(0) // (DOWN * ACROSS)
+    tile = tl.program_id(0) % (DOWN * ACROSS)
+    group = tile // (8 * ACROSS)
+    size = tl.minimum(DOWN - group * 8, 8)
+    tile -= group * 8 * ACROSS
+    line = (group * 8 + tile % size) * HEIGHT + tl.arange(0, HEIGHT)
+    column = tile // size * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    for low in range(start, end, DEPTH):
+        pair = low + tl.arange(0, DEPTH)
+        known = pair < end
+        row = tl.load(source_row + pair, mask=known, other=0)
+        if TWO:
+            own = first + row.to(tl.int64) * first_stride
+            arrived = second + (row - split).to(tl.int64) * second_stride
+            base = tl.where(row < split, own, arrived)[:, None]
+        else:
+            base = (first + row.to(tl.int64) * first_stride)[:, None]
+        place = pair.to(tl.int64)[:, None] * width
+        if SOURCE_FIRST:
+            left = _wgrad_part(base, 0, line, known, hidden, HEIGHT)
+            right = _wgrad_part(other, place, column, known, width, COLUMNS)
+        else:
+            left = _wgrad_part(other, place, line, known, width, HEIGHT)
+            right = _wgrad_part(base, 0, column, known, hidden, COLUMNS)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+    at = out + expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])
+
+
+_gated = Kernel(_gated_kernel)
+_linear = Kernel(_linear_kernel)
+_wgrad = Kernel(_wgrad_kernel)

@@ -1,0 +1,111 @@
+"""Grouped GEMMs that read rows by index, against plain products. On a GPU, or on the CPU with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from families import relative_error
+
+from fluid_hf.moe.experts import as_source
+from fluid_hf.moe.permutation import PairPlan, make_pair_plan
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AVAILABLE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
+kernels = pytest.mark.skipif(not AVAILABLE, reason="needs Triton and a GPU, or its interpreter")
+if AVAILABLE:
+    from fluid_hf.moe import gemm_kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Triton's interpreter multiplies bfloat16 as the integers it keeps it in.
+DTYPES = [dtype for dtype in TOLERANCE if not (INTERPRETED and dtype == torch.bfloat16)]
+# Tokens, hidden, inner, experts held, experts per token; the last has an expert with more rows than a tile.
+SIZES = [(1, 32, 32, 1, 1), (50, 96, 40, 6, 3), (30, 40, 72, 5, 4), (40, 33, 30, 4, 2), (150, 64, 32, 2, 2)]
+MANY = 7  # places for pairs that there are not
+
+
+class Case:
+    """Rows of a wider buffer, their pairs among experts of which two are elsewhere, and weights."""
+
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype) -> None:
+        tokens, hidden, inner, experts, top_k = size
+        generator = torch.Generator().manual_seed(tokens)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+        index = torch.rand(tokens, experts + 2, generator=generator).argsort(1)[:, :top_k]
+        ids = torch.where(index < experts, index, -1)
+        plan = make_pair_plan(ids, experts, int((ids >= 0).sum()))
+        self.plan = PairPlan(*(field.to(DEVICE, torch.int32) for field in vars(plan).values()))
+        self.expert = torch.repeat_interleave(
+            torch.arange(experts), torch.diff(plan.offsets_E, prepend=torch.zeros(1, dtype=torch.int32))
+        ).to(DEVICE)
+        self.one_hot = torch.nn.functional.one_hot(self.expert, experts).float()
+        self.rows = random(tokens, hidden + 8)[:, :hidden]
+        self.pairs = self.rows[self.plan.pair_row_S.long()].float()
+        self.weights = torch.rand(tokens, top_k + 2, generator=generator).to(DEVICE)[:, :top_k]
+        self.gate_up, self.down = random(experts, 2 * inner, hidden), random(experts, hidden, inner)
+        self.first = torch.einsum("sh,snh->sn", self.pairs, self.gate_up[self.expert].float())
+        self.grad, self.inner = random(plan.num_pairs, 2 * inner), inner
+
+    def near(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        assert ours.shape == theirs.shape and ours.dtype == self.rows.dtype
+        if theirs.numel():
+            assert relative_error(ours.double(), theirs.double()) <= TOLERANCE[ours.dtype]
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_projections(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    case = Case(size, dtype)
+    plan, inner = case.plan, case.inner
+    weight_S = case.weights.reshape(-1)[plan.pair_slot_S.long()]
+    hidden = torch.nn.functional.silu(case.first[:, :inner]) * case.first[:, inner:] * weight_S[:, None]
+    separate = case.gate_up[:, :inner].contiguous(), case.gate_up[:, inner:].contiguous()
+    beyond = torch.full((MANY,), 10**6, dtype=torch.int32, device=DEVICE)
+    for first in ((case.gate_up,), separate):
+        for places in (plan.num_pairs, plan.num_pairs + MANY, plan.num_pairs // 2):
+            where = [torch.cat([field, beyond])[:places] for field in (plan.pair_row_S, plan.pair_slot_S)]
+            known = min(places, plan.num_pairs)
+            for keep in (True, False):
+                kept, ours = gemm_kernels.gated_linear(case.rows, *where, plan.offsets_E, first, case.weights, keep)
+                case.near(ours[:known], hidden[:known])
+                assert [tensor.shape[1] for tensor in kept] == [w.shape[1] for w in first] * keep
+                if keep:
+                    case.near(torch.cat(kept, 1)[:known], case.first[:known])
+    case.near(gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.gate_up, False), case.first)
+    ours = gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.down, True)
+    case.near(ours, torch.einsum("sh,shi->si", case.pairs, case.down[case.expert].float()))
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_weight_gradients(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    case = Case(size, dtype)
+    expected = torch.einsum("se,sn,sh->enh", case.one_hot, case.grad.float(), case.pairs)
+    half = case.rows.shape[0] // 2
+    wider = torch.empty(case.rows.shape[0] - half, case.rows.shape[1] + 16, device=DEVICE, dtype=dtype)
+    arrived = wider[:, : case.rows.shape[1]]
+    arrived.copy_(case.rows[half:])
+    cut = arrived.shape[0] // 3
+    for pieces in ([case.rows], [case.rows[:half], arrived[:cut], arrived[cut:cut], arrived[cut:]]):
+        args = as_source(pieces), case.plan.pair_row_S, case.grad, case.plan.offsets_E
+        case.near(gemm_kernels.gathered_wgrad(*args, False), expected)
+        case.near(gemm_kernels.gathered_wgrad(*args, True), expected.transpose(1, 2))
+
+
+def test_pieces_of_one_buffer_stay_where_they_are() -> None:
+    own, buffer = torch.randn(3, 4), torch.randn(9, 6)[:, :4]
+    first, second, split = as_source([own, buffer[:2], buffer[2:2], buffer[2:]])
+    assert first is own and second.data_ptr() == buffer.data_ptr() and split == 3
+    apart = [own, buffer[:2].clone(), buffer[2:]]
+    assert torch.equal(as_source(apart)[1], buffer)
+    assert as_source([own, buffer[:0]])[1] is own
