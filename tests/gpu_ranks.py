@@ -1,17 +1,16 @@
-"""Parity on real NCCL, several ranks on one GPU: random sizes, uneven counts, delayed streams. Prints OK per rank.
+"""Parity on real NCCL: random sizes, uneven counts, delayed streams. Prints OK per rank.
 
 torchrun --nproc_per_node 2 tests/gpu_ranks.py --rounds 30
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
 
 import torch
 import torch.distributed as dist
 from families import relative_error
+from gpu_world import run_cases
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -19,13 +18,13 @@ from fluid_hf import ExpertParallelExperts
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 
-def compare(seed: int, rank: int, world: int) -> float:
+def compare(seed: int, rank: int, world: int, device: torch.device) -> float:
     """Worst error of one random case in float32, with a stream delayed at random."""
     plan = random.Random(seed)  # equal on all ranks
     experts = world * plan.choice([1, 2, 5, 8])
     top_k, hidden, inner = plan.randint(1, min(4, experts)), plan.choice([24, 72, 136]), plan.choice([16, 40, 104])
     counts = [plan.choice([0, 1, 7, 50, 333]) for _ in range(world)]
-    ways = [{"overlap": False}, {"waves": 1}, {"waves": 3}, {"waves": 5, "recompute": True}]
+    ways = [{"overlap": False}, {"waves": 1}, {"waves": 3}, {"waves": 5, "recompute": True}, {"waves": None}]
     settings, policy = plan.choice(ways), plan.choice(["layer", "off"])
     config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=experts)
     config._experts_implementation = "eager"
@@ -34,22 +33,22 @@ def compare(seed: int, rank: int, world: int) -> float:
     for weight in full.parameters():
         weight.data.normal_(std=0.3, generator=generator)
     total = sum(counts)
-    x_all, dy_all = (torch.randn(total, hidden, generator=generator).cuda() for _ in range(2))
-    w_all = torch.rand(total, top_k, generator=generator).cuda().requires_grad_()
-    index_all = torch.rand(total, experts, generator=generator).argsort(1)[:, :top_k].cuda()
-    full.cuda()
+    x_all, dy_all = (torch.randn(total, hidden, generator=generator).to(device) for _ in range(2))
+    w_all = torch.rand(total, top_k, generator=generator).to(device).requires_grad_()
+    index_all = torch.rand(total, experts, generator=generator).argsort(1)[:, :top_k].to(device)
+    full.to(device)
     x_all.requires_grad_()
     y_all = full(x_all, index_all, w_all)
     if total:
         y_all.backward(dy_all)
     layer = ExpertParallelExperts(
-        experts, hidden, inner, group=dist.group.WORLD, scheduler=WgradScheduler(policy), device="cuda", **settings
+        experts, hidden, inner, group=dist.group.WORLD, scheduler=WgradScheduler(policy), device=device, **settings
     )
     held = slice(rank * experts // world, (rank + 1) * experts // world)
     layer.gate_up_proj.data, layer.down_proj.data = full.gate_up_proj.data[held], full.down_proj.data[held]
     span = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     x, w = x_all.detach()[span].requires_grad_(), w_all.detach()[span].requires_grad_()
-    if plan.random() < 0.5 and plan.randrange(world) == rank:
+    if plan.random() < 0.5 and plan.randrange(world) == rank and device.type == "cuda":
         torch.cuda._sleep(20_000_000)
     y = layer(x, index_all[span], w)
     y.backward(dy_all[span])
@@ -63,20 +62,5 @@ def compare(seed: int, rank: int, world: int) -> float:
     return max(errors)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=30, help="random cases")
-    rounds = parser.parse_args().rounds
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", rank % torch.cuda.device_count())  # several ranks may share a GPU
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    dist.all_reduce(torch.ones(1, device="cuda"))
-    worst = max(compare(seed, rank, world) for seed in range(rounds))
-    assert worst <= 1e-5, f"rank {rank}: error {worst:.2e}"
-    print(f"OK rank {rank} of {world}: {rounds} cases, worst error {worst:.2e}", flush=True)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, 30, compare)

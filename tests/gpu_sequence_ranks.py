@@ -1,17 +1,15 @@
-"""Sequence parallelism on real NCCL, several ranks on one GPU: random models, layouts and delayed streams.
+"""Sequence parallelism on real NCCL: random models, layouts and delayed streams.
 
 torchrun --nproc_per_node 2 tests/gpu_sequence_ranks.py --rounds 12
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
 
 import torch
-import torch.distributed as dist
 from families import FAMILIES, batch, relative_error, tiny_model
+from gpu_world import run_cases
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -40,7 +38,7 @@ def compare(seed: int, rank: int, world: int, device: torch.device) -> float:
     model = fluid_hf.patch_model(
         tiny_model(family, **heads).to(device), FluidConfig(sp_size=sp_size, **settings)
     ).train()
-    if device.type == "cuda" and plan.random() < 0.5 and plan.randrange(world) == rank:
+    if plan.random() < 0.5 and plan.randrange(world) == rank and device.type == "cuda":
         torch.cuda._sleep(20_000_000)
     group, place = divmod(rank, sp_size)
     shard = model.fluid.shard_batch(wholes[group])
@@ -62,24 +60,5 @@ def compare(seed: int, rank: int, world: int, device: torch.device) -> float:
     return max(errors)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12, help="random cases")
-    parser.add_argument("--cpu", action="store_true", help="on the CPU with gloo")
-    options = parser.parse_args()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cpu") if options.cpu else torch.device("cuda", 0)
-    if options.cpu:
-        dist.init_process_group("gloo")
-    else:
-        torch.cuda.set_device(0)
-        dist.init_process_group("nccl", device_id=device)
-        dist.all_reduce(torch.ones(1, device=device))
-    worst = max(compare(seed, rank, world, device) for seed in range(options.rounds))
-    assert worst <= 1e-5, f"rank {rank}: error {worst:.2e}"
-    print(f"OK rank {rank} of {world}: {options.rounds} cases, worst error {worst:.2e}", flush=True)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, 12, compare)

@@ -173,3 +173,16 @@ def test_ranks_agree_on_the_speed_of_the_link(pool2: RankPool) -> None:
     first, second = pool2.run(measure)
     assert first == second
     assert min(first[:3]) > 0 and 0 <= first[3] <= 0.9
+
+
+def run_gpu_case(rank: int, world: int, seed: int) -> tuple[float, float]:
+    import gpu_ranks
+    import gpu_sequence_ranks
+
+    device = torch.device("cpu")
+    return gpu_ranks.compare(seed, rank, world, device), gpu_sequence_ranks.compare(seed, rank, world, device)
+
+
+def test_cases_of_the_gpu_scripts_are_right_on_the_cpu(pool2: RankPool) -> None:
+    for errors in pool2.run(run_gpu_case, 3):
+        assert max(errors) <= 1e-5
