@@ -70,7 +70,7 @@ def draw_timeline(passes: Sequence[tuple[str, PassTimeline]], out: str | Path, *
 def draw_expert_load(
     steps: Sequence[int], load: Sequence[Sequence[float]], out: str | Path, *, title: str = ""
 ) -> list[Path]:
-    """Draw a heat map of expert load over training: colour is an expert's pairs over the mean (1: balanced).
+    """Draw a heat map of expert load over training: white is the mean, red above it, blue below.
 
     Args:
         steps: optimizer steps [S].
@@ -82,14 +82,16 @@ def draw_expert_load(
         MissingPackageError: matplotlib is not installed.
     """
     figure = _matplotlib().Figure(figsize=(9.5, 4.2), dpi=150)
+    from matplotlib.colors import TwoSlopeNorm
+
     figure.patch.set_facecolor(CARD)
     figure.patch.set_gid("card")
     axis = figure.subplots()
     rows = [[float(step[expert]) for step in load] for expert in range(len(load[0]))]
     edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
     experts = [index - 0.5 for index in range(len(rows) + 1)]
-    highest = max(2.0, *(max(row) for row in rows))
-    mesh = axis.pcolormesh(edges, experts, rows, cmap="viridis", vmin=0, vmax=highest, rasterized=True)
+    norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, *(max(row) for row in rows)))
+    mesh = axis.pcolormesh(edges, experts, rows, cmap="RdBu_r", norm=norm, rasterized=True)
     bar = figure.colorbar(mesh, ax=axis, pad=0.015)
     bar.set_label("tokens over the mean", color=TEXT, fontsize=9)
     axis.set_title(f"Load of each expert {title} (1: balanced)", loc="left", color=TEXT, fontsize=11, weight="bold")

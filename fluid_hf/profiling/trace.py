@@ -198,7 +198,7 @@ class _Reader:
             thread, at = (launch["tid"], launch["ts"]) if launch is not None else (None, 0.0)
             phase = _innermost(self.phases[thread], at) if launch is not None else None
             posts = self.posts[thread] if launch is not None else []
-            index = bisect.bisect_right([post.start for post in posts], at) - 1
+            index = bisect.bisect_right(posts, at, key=lambda post: post.start) - 1
             post = posts[index] if index >= 0 and at <= posts[index].end else None
             if post is not None and _is_transfer(event["name"]):
                 communication.append(Work(start, end, post.label, post.phase))
