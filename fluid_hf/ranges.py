@@ -30,8 +30,9 @@ def span(name: str, *details: object) -> contextlib.AbstractContextManager[Any]:
 
 def mark(name: str) -> None:
     """A range without length."""
-    with span("event", name):
-        pass
+    if torch.autograd._profiler_enabled():
+        with span("event", name):
+            pass
 
 
 def ranged(phase: str) -> Callable[[FunctionT], FunctionT]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
-from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.mirror import MirrorGroup, init_mirror
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def mirror() -> Iterator[None]:
-    init_mirror(2)
-    yield
+@pytest.fixture(params=[2, 8])
+def mirror(request: pytest.FixtureRequest) -> Iterator[int]:
+    init_mirror(request.param)
+    yield request.param
     dist.destroy_process_group()
 
 
@@ -41,12 +42,75 @@ class CoreBackward(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_one_gradient_layout_for_each_layout_of_the_core(mirror: None) -> None:
+def test_one_gradient_layout_for_each_layout_of_the_core(mirror: int) -> None:
     """PyTorch's cache of cuDNN graphs presumes it: a second layout would be read as the first."""
-    bench = AttentionBench(ATTENTION_SHAPES["tiny"], 2, 64, CPU, dtype=torch.float32, layers=1)
+    bench = AttentionBench(ATTENTION_SHAPES["tiny"], mirror, 64, CPU, dtype=torch.float32, layers=1)
     with CoreBackward() as seen:
         bench.limits(repeats=1)
         for build in bench.variants([1, 2]).values():
             bench.gradients(*build())
     assert len(seen.found) >= 3
     assert all(len(layouts) == 1 for layouts in seen.found.values()), dict(seen.found)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what the host has PyTorch do: kernels, views and allocations alike."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the work that one kernel does on a GPU, and the link's, count as little as there: shapes only."""
+
+    def from_wire(received: torch.Tensor, batch: int, chunk: Any, tables: Any, norms: Any) -> tuple[torch.Tensor, ...]:
+        heads = chunk.num_q + 2 * chunk.num_kv
+        dim, tokens = received.shape[2] // heads, received.shape[0] * received.shape[1]
+        counts = (chunk.num_q, chunk.num_kv, chunk.num_kv)[: 3 if chunk.num_kv else 1]
+        shapes = [(1, count, tokens, dim) for count in counts]
+        return tuple(received.as_strided(shape, (0, dim, heads * dim, 1)) for shape in shapes)
+
+    def to_wire(grads: Any, batch: int, chunk: Any, tables: Any, norms: Any, raw: Any, sent: torch.Tensor) -> Any:
+        sent.zero_()
+        return None if norms is None else (torch.zeros_like(norms.q), torch.zeros_like(norms.k))
+
+    def all_to_all(self: Any, output: torch.Tensor, *args: Any) -> Any:
+        return self._work([output], [])
+
+    monkeypatch.setattr("fluid_hf.attention.overlapped.heads_from_wire", from_wire)
+    monkeypatch.setattr("fluid_hf.attention.overlapped.heads_to_wire", to_wire)
+    monkeypatch.setattr(
+        "fluid_hf.attention.fused_projection.pack_gradient", lambda layout, chunk, grad, *_: grad.zero_()
+    )
+    monkeypatch.setattr(MirrorGroup, "alltoall_base", all_to_all)
+    monkeypatch.setattr(MirrorGroup, "all_to_all_single", all_to_all)
+
+
+LIMITS = {("tiny", 1): (45, 45), ("tiny", 2): (80, 70), ("tiny-normed", 1): (45, 50), ("tiny-normed", 2): (80, 80)}
+
+
+def test_operations_of_a_call(mirror: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer, forward and backward: what the README states, and with one chunk less than half of DeepSpeed's."""
+    as_kernels(monkeypatch)
+    for shape in ("tiny", "tiny-normed"):
+        sizes = dataclasses.replace(ATTENTION_SHAPES[shape], heads=16)
+        bench = AttentionBench(sizes, mirror, 8 * mirror, CPU, dtype=torch.float32, layers=1)
+        counts = {}
+        for name, build in bench.variants([1, 2]).items():
+            layer, module = build()
+            bench.gradients(layer, module)
+            hidden = bench.hidden.detach().requires_grad_()
+            with Operations() as forward:
+                output = layer(hidden)
+            with Operations() as backward:
+                output.backward(bench.grad)
+            counts[name] = (forward.count, backward.count)
+        theirs = counts["UlyssesSPAttentionHF"]
+        for chunks in (1, 2):
+            found, limits = counts[f"overlap {chunks}"], LIMITS[shape, chunks]
+            assert found[0] <= limits[0] and found[1] <= limits[1], (shape, chunks, found)
+            assert sum(found) < sum(theirs), (shape, found, theirs)
+        assert 2 * sum(counts["overlap 1"]) < sum(theirs)

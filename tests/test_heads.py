@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluid_hf.attention.fused_projection import FusedChunk
+from fluid_hf.attention.fused_projection import HeadPlan
 from fluid_hf.attention.heads import HeadChunk, plan_heads
-from fluid_hf.attention.planner import SERIAL, choose_head_chunks
+from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.errors import ConfigError
 
 
@@ -61,13 +61,12 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
     }
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     x = torch.randn(tokens, hidden, dtype=torch.double, requires_grad=True)
-    into = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    grad_x = torch.zeros_like(x)
     q, k, v = ((x @ leaves[name].t()).unflatten(1, (-1, dim)) for name in "qkv")
+    plan = HeadPlan(layout, dim, chunks)
     loss = torch.zeros((), dtype=torch.double)
-    for chunk in layout.chunks(chunks):
-        fused = FusedChunk(layout, chunk, dim)
-        found = torch.bmm(x.detach().expand(size, -1, -1), fused.by_rank(weights).mT)
+    packed = torch.full((tokens, (heads + 2 * kv_heads) * dim), torch.nan, dtype=torch.double)
+    for index, (chunk, right) in enumerate(zip(plan.chunks, plan.by_rank(weights), strict=True)):
+        found = torch.bmm(x.detach().expand(size, -1, -1), right.mT)
         grad = torch.randn_like(found)
         for rank in range(size):
             start = rank * layout.local_q
@@ -75,24 +74,15 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
             wanted = torch.cat([q[:, start + chunk.q[0] : start + chunk.q[1]], k[:, kv], v[:, kv]], dim=1).flatten(1)
             torch.testing.assert_close(found[rank], wanted)
             loss = loss + (wanted * grad[rank]).sum()
-        packed = fused.pack_gradient(grad)
-        grad_x += packed @ fused.flat(weights)
-        fused.unpack(packed.t() @ x.detach(), into)
+        plan.pack_gradient(index, grad, packed)
+    into = plan.split(packed.t() @ x.detach())
+    grad_x = packed @ torch.cat([weights[name] for name in "qkv"])
     loss.backward()
     torch.testing.assert_close(grad_x, x.grad)
     for name, leaf in leaves.items():
         torch.testing.assert_close(into[name], leaf.grad)
 
 
-@pytest.mark.parametrize(
-    ("num_bytes", "on_gpu", "chunks"),
-    [
-        (18 << 20, True, SERIAL),
-        (70 << 20, True, SERIAL),
-        (144 << 20, True, 2),
-        (1 << 20, False, 1),
-        (1 << 30, False, 2),
-    ],
-)
-def test_chunks_where_they_pay(num_bytes: int, on_gpu: bool, chunks: int) -> None:
-    assert choose_head_chunks(num_bytes, on_gpu=on_gpu) == chunks
+@pytest.mark.parametrize(("num_bytes", "chunks"), [(0, 1), (18 << 20, 1), (37 << 20, 2), (1 << 30, 2)])
+def test_chunks_where_they_pay(num_bytes: int, chunks: int) -> None:
+    assert choose_head_chunks(num_bytes) == chunks

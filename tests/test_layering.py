@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"models"},
     {"moe", "attention"},
     {"overlap", "comm"},
-    {"process_groups", "config", "errors", "ranges"},
+    {"process_groups", "config", "errors", "ranges", "kernels", "launch"},
 ]
 LEVEL = {unit: level for level, layer in enumerate(LAYERS) for unit in layer}
 OUTSIDE_CORE = LAYERS[0]

@@ -280,7 +280,7 @@ SCHEDULE = [
     *("post heads 0", "post heads 1", "wait heads 0", "post results 0", "wait heads 1", "post results 1"),
     *("wait results 0", "wait results 1", "post result grads 1", "post result grads 0"),
     *("wait result grads 1", "post return 1", "wait result grads 0", "post return 0", "wgrad o", "wait return 1"),
-    *("wgrad early", "wait return 0", "wgrad v", "wgrad k", "wgrad q"),
+    *("wait return 0", "wgrad q", "wgrad k", "wgrad v"),
 ]
 
 
@@ -290,7 +290,7 @@ def test_order_of_events_and_bytes(pool2: RankPool) -> None:
             assert found == SCHEDULE
             tokens, layers, heads = 2 * 6, 2, 4 // 2 + 2 * 2 // 2 + 4 // 2  # q, k and v, results to the other rank
             assert sent == layers * tokens * heads * 8 * 4
-            assert inside >= 2 * layers  # o_proj, and the early part of q, k and v
+            assert inside >= layers  # o_proj
 
 
 def test_benchmark_checks_every_variant(tmp_path: Path) -> None:

@@ -1,25 +1,26 @@
 """One forward (and backward) of one sequence-parallel attention layer: the work behind its autograd nodes.
 
-Legend: B sequences, L tokens of each here, M = B * L, T = S * L, S ranks, H hidden, N heads, D head size; a chunk has
-C columns per rank (its query, key and value heads) and E columns of results (its query heads).
+Legend: B sequences, L tokens of each here, M = B * L, T = S * L, S ranks, K chunks, H hidden, N heads, D head size; a
+chunk has C columns per rank (its query, key and value heads) and E columns of results (its query heads).
 
     forward    scatter: C per rank -> wire          core, chunk by chunk, results -> wire     gather: o_proj
     backward   gather: gradients of results -> wire core, chunk by chunk, gradients -> wire   scatter: input gradient
 
-The methods run in the order of `fluid_hf.attention.overlapped`, which holds the schedule.
+The methods run in the order of `fluid_hf.attention.overlapped`, which holds the schedule. What two ranks exchange is
+the other one's part only; more of them exchange all parts in one all-to-all, the own one among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from fluid_hf.attention.fused_projection import FusedChunk, Projections
+from fluid_hf.attention.fused_projection import HeadPlan, Projections
 from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
-from fluid_hf.comm.tournament import num_rounds, round_peer
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradWork
 from fluid_hf.ranges import mark, ranged
 
@@ -37,6 +38,7 @@ class AttentionContext:
         scheduler: weight gradient scheduler.
         record: called with the name of each event, for tests and timelines; `None` for nothing.
         name: of the layer, in the ranges of a profile.
+        plans: plans made so far, by the number of chunks.
     """
 
     exchange: PeerExchange
@@ -45,12 +47,19 @@ class AttentionContext:
     scheduler: WgradScheduler
     record: Callable[[str], None] | None = None
     name: str = "attention"
+    plans: dict[int, HeadPlan] = field(default_factory=dict)
 
     def event(self, name: str) -> None:
         """Record an event, if anybody listens."""
         if self.record is not None:
             self.record(name)
         mark(name)
+
+    def plan(self, chunks: int) -> HeadPlan:
+        """How the heads are cut into at most so many chunks."""
+        if chunks not in self.plans:
+            self.plans[chunks] = HeadPlan(self.layout, self.head_dim, chunks)
+        return self.plans[chunks]
 
 
 class AttentionCall:
@@ -60,7 +69,7 @@ class AttentionCall:
         context: the layer's context.
         read: returns the projections as they are at the time of the call (ZeRO-3 gathers them again for backward).
         shape: B, L, H of the input.
-        chunks: pieces the heads are cut into, equal on all ranks.
+        chunks: pieces the heads are cut into at most, equal on all ranks.
         dtype: type the projections compute in.
     """
 
@@ -75,21 +84,17 @@ class AttentionCall:
         self.context, self.dtype = context, dtype
         self.batch, self.length, self.hidden = shape
         self._read = read
-        layout, size = context.layout, context.layout.sp_size
-        self.fused = [FusedChunk(layout, chunk, context.head_dim) for chunk in layout.chunks(chunks)]
-        peers = (round_peer(index, context.exchange.rank, size) for index in range(num_rounds(size)))
-        self.peers = [peer for peer in peers if peer is not None]
-        # One product per destination, each posted before the next is computed, unless chunks do that already.
-        self.by_peer = len(self.peers) == 1 or len(self.fused) == 1
-        self._handles: list[list[ExchangeHandle]] = []
+        self._during_forward: Projections | None = None  # never longer: ZeRO-3 frees the weights after it
+        self.plan = context.plan(chunks)
+        self.num_chunks = len(self.plan.chunks)
+        self.size, self.own = context.layout.sp_size, context.exchange.rank
+        self.peer = 1 - self.own if self.size == 2 else None  # whose part alone is exchanged
+        self._handles: list[ExchangeHandle | None] = []
         self._received: list[torch.Tensor] = []
+        self._own_results: list[torch.Tensor | None] = []
         self._returns: list[torch.Tensor | None] = []
+        self._own_returns: list[torch.Tensor | None] = []
         self.returns_in_flight = False
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of heads."""
-        return len(self.fused)
 
     @property
     def complete(self) -> bool:
@@ -104,33 +109,34 @@ class AttentionCall:
     @ranged("forward attention")
     def scatter(self, x_MH: torch.Tensor) -> None:
         """Project for one chunk of all other ranks' heads after the other and post it; own heads last."""
-        context, own = self.context, self.context.exchange.rank
-        context.exchange.drain()
-        projections = self.projections()
-        biases = {name: bias[:, None] for name, bias in projections.biases.items() if bias is not None and name != "o"}
-        rights, sums = [], []
-        for index, fused in enumerate(self.fused):
-            rights.append(fused.by_rank(projections.weights).mT)
-            sums.append(fused.by_rank(biases).mT if biases else None)
-            self._received.append(self._new(x_MH, fused.columns))
-            self._handles.append(self._post_products(x_MH, rights[-1], sums[-1], self._received[-1]))
-            context.event(f"post heads {index}")
-        for right, bias, received in zip(rights, sums, self._received, strict=True):
-            if self.by_peer:
-                _product(x_MH, right[own], None if bias is None else bias[own], out=received[own])
+        self.context.exchange.drain()
+        projections = self._during_forward = self.projections()
+        biases = {name: bias for name, bias in projections.biases.items() if bias is not None and name != "o"}
+        rights = [right.mT for right in self.plan.by_rank(projections.weights)]  # [S, H, C] each
+        sums: list[torch.Tensor | None] = [*self.plan.by_rank(biases)] if biases else [None] * len(rights)
+        self._own_results = [None] * len(rights)
+        self._post_products(x_MH, rights, sums, range(len(rights)), "post heads")
 
     @ranged("forward attention")
     def arrive(self, index: int) -> torch.Tensor:
-        """Wait for a chunk: query, key and value heads of this rank for all tokens, [B, S, L, heads, D]."""
+        """Wait for a chunk: query, key and value heads of this rank for all tokens, [S, M, C]."""
         received = self._wait(index)
         self.context.event(f"wait heads {index}")
-        return self._by_sequence(received)
+        return received
 
     @ranged("forward attention")
     def post_context(self, index: int, context_BTnD: torch.Tensor) -> None:
         """Send the results of a chunk to the ranks that own the tokens."""
-        by_rank = context_BTnD.flatten(2).unflatten(1, (-1, self.length)).transpose(0, 1)
-        self._post(index, by_rank.reshape(by_rank.shape[0], -1, by_rank.shape[-1]).contiguous())
+        if self.batch == 1:
+            by_rank = context_BTnD.reshape(self.size, self.length, -1)
+        else:
+            by_rank = context_BTnD.reshape(self.batch, self.size, self.length, -1).transpose(0, 1)
+            by_rank = by_rank.reshape(self.size, self.batch * self.length, -1)
+        if self.peer is not None:
+            parts = by_rank.unbind(0)
+            self._own_results[index], by_rank = parts[self.own], parts[self.peer]
+        received = torch.empty_like(by_rank)
+        self._handles[index], self._received[index] = self._exchange(by_rank, received), received
         self.context.event(f"post results {index}")
 
     @ranged("forward attention")
@@ -140,21 +146,25 @@ class AttentionCall:
         Returns:
             The output [M, H], and the results of all heads [M, N * D], chunk by chunk, for backward.
         """
-        projections = self.projections()
+        projections, self._during_forward = self._during_forward or self.projections(), None
         weight, bias = self._output_weight(projections.weights["o"]), projections.biases["o"]
-        size = self.context.layout.sp_size
-        first = self._received[0]
-        full = first.new_empty(first.shape[1], weight.shape[1])
-        early, start = None, 0
+        tokens, last = self._received[0].shape[-2], self.num_chunks - 1
+        full = self._received[0].new_empty(tokens, weight.shape[1])
+        places = full.view(tokens, self.num_chunks * self.size, -1).unbind(1)  # chunk by chunk, rank by rank
+        for index, results in enumerate(self._own_results):
+            if results is not None:
+                places[index * self.size + self.own].copy_(results)
+        early, start = None, last * weight.shape[1] // self.num_chunks
         for index in range(self.num_chunks):
-            if index and index == self.num_chunks - 1:
+            if index and index == last:
                 early = _mm_float(full[:, :start], weight[:, :start])
             received = self._wait(index)
             self.context.event(f"wait results {index}")
-            end = start + size * received.shape[2]
-            full[:, start:end].unflatten(1, (size, -1)).copy_(received.transpose(0, 1))
-            if index < self.num_chunks - 1:
-                start = end
+            if self.peer is not None:
+                places[index * self.size + self.peer].copy_(received)
+            else:
+                chunk = full.view(tokens, self.num_chunks, self.size, -1).select(1, index)
+                chunk.copy_(received.transpose(0, 1))
         if early is None:
             return torch.nn.functional.linear(full, weight, bias), full
         output = early.add_(_mm_float(full[:, start:], weight[:, start:]))
@@ -165,143 +175,153 @@ class AttentionCall:
     def post_result_grads(self, grad_MH: torch.Tensor) -> None:
         """Send each head's result gradient to the rank that computed the head, the last chunk first."""
         self.context.exchange.drain()
-        own = self.context.exchange.rank
-        weight = self.projections().weights["o"].unflatten(1, (self.context.layout.sp_size, self.num_chunks, -1))
-        rights = [weight[:, :, index].transpose(0, 1) for index in range(self.num_chunks)]  # [S, H, E] each
-        self._received = [self._new(grad_MH, right.shape[2]) for right in rights]
-        self._handles = [[] for _ in rights]
-        self._returns = [None] * self.num_chunks
-        for index in reversed(range(self.num_chunks)):
-            self._handles[index] = self._post_products(grad_MH, rights[index], None, self._received[index])
-            self.context.event(f"post result grads {index}")
-        for index in reversed(range(self.num_chunks)):
-            if self.by_peer:
-                torch.mm(grad_MH, rights[index][own], out=self._received[index][own])
+        weight = self.projections().weights["o"]
+        by_rank = weight.unflatten(1, (self.size, self.num_chunks, -1)).permute(2, 1, 0, 3)
+        rights = list(by_rank.unbind(0))  # [S, H, E] each
+        self._returns, self._own_returns = [None] * self.num_chunks, [None] * self.num_chunks
+        order = range(self.num_chunks - 1, -1, -1)
+        self._post_products(grad_MH, rights, [None] * len(rights), order, "post result grads")
 
     @ranged("backward attention")
     def arrive_grad(self, index: int) -> torch.Tensor:
         """Wait for the result gradients of a chunk: [B, T, n, D]."""
         received = self._wait(index)
         self.context.event(f"wait result grads {index}")
-        return self._by_sequence(received).flatten(1, 2)
+        shape = (self.size, self.batch, self.length, -1, self.context.head_dim)
+        if self.batch == 1:  # without a copy
+            return received.view(1, self.size * self.length, *shape[3:])
+        return received.view(shape).transpose(0, 1).flatten(1, 2)
+
+    def new_return(self, index: int) -> torch.Tensor:
+        """Room for the gradients of a chunk's heads by rank: [S, M, C]."""
+        chunk, like = self.plan.chunks[index], self._received[index]
+        columns = (chunk.num_q + 2 * chunk.num_kv) * self.context.head_dim
+        return like.new_empty(self.size, self.batch * self.length, columns, dtype=self.dtype)
 
     @ranged("backward attention")
     def post_return(self, index: int, grad_SMC: torch.Tensor) -> None:
         """Send the gradients of a chunk's query, key and value heads back to the ranks that projected them."""
-        self._post(index, grad_SMC)
-        self._returns[index] = self._received[index]
+        received = torch.empty_like(grad_SMC)
+        if self.peer is None:
+            self._handles[index] = self._exchange(grad_SMC, received)
+        else:
+            parts = grad_SMC.unbind(0)
+            self._handles[index] = self._exchange(parts[self.peer], received[self.peer])
+            self._own_returns[index] = parts[self.own]
+        self._received[index] = self._returns[index] = received
         self.returns_in_flight = True
         self.context.event(f"post return {index}")
 
     @ranged("backward attention")
-    def finish_input_grad(
-        self, wanted: bool, early: Callable[[dict[int, torch.Tensor]], None]
-    ) -> tuple[torch.Tensor | None, dict[int, torch.Tensor]]:
+    def finish_input_grad(self, wanted: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Wait for the returns, last chunk first, and sum what they give for the input.
 
         Args:
             wanted: whether the input needs a gradient.
-            early: called with the packed gradients of all chunks but the first, before that is waited for.
 
         Returns:
-            The input's gradient [M, H] and the packed gradients of each chunk.
+            The input's gradient [M, H], and the gradients of the q, k and v projections' results side by side.
         """
         weights = self.projections().weights
-        grad: torch.Tensor | None = None
-        packed: dict[int, torch.Tensor] = {}
+        whole = torch.cat([weights[name] for name in ("q", "k", "v")]) if wanted else None
+        packed = self.plan.new_packed(next(r for r in self._returns if r is not None), self.complete)
         for index in reversed(range(self.num_chunks)):
-            if index == 0 and packed:
-                early(packed)
             returned = self._returns[index]
-            if returned is None:
-                continue
-            self._wait(index)
-            self.context.event(f"wait return {index}")
-            packed[index] = self.fused[index].pack_gradient(returned)
-            if wanted:
-                flat = self.fused[index].flat(weights)
-                grad = packed[index] @ flat if grad is None else grad.addmm_(packed[index], flat)
-        self._returns, self._received, self._handles = [], [], []
+            if returned is not None:
+                self._wait(index)
+                self.context.event(f"wait return {index}")
+                self.plan.pack_gradient(index, returned, packed, self.own, self._own_returns[index])
+        self._returns, self._received, self._handles, self._own_returns = [], [], [], []
         self.returns_in_flight = False
-        return grad, packed
+        return None if whole is None else packed @ whole, packed
 
-    def output_work(self, grad_MH: torch.Tensor, full: torch.Tensor) -> WgradWork:
-        """The weight gradient of o_proj, and of its bias."""
+    def output_work(self, grad_MH: torch.Tensor, full: torch.Tensor, names: list[str]) -> WgradWork:
+        """The weight gradients of o_proj: of its weight, of its bias."""
 
         def weight() -> torch.Tensor:
             gradient = grad_MH.t() @ full
             if self.num_chunks == 1:
                 return gradient
-            by_chunk = gradient.unflatten(1, (self.num_chunks, self.context.layout.sp_size, -1))
+            by_chunk = gradient.unflatten(1, (self.num_chunks, self.size, -1))
             return by_chunk.transpose(1, 2).flatten(1)
 
         compute = {"o": weight, "o.bias": lambda: grad_MH.sum(0)}
         held = (grad_MH.numel() + full.numel()) * full.element_size()
-        return WgradWork(compute, held, lambda: self.returns_in_flight)
+        return WgradWork({name: compute[name] for name in names}, held, lambda: self.returns_in_flight)
 
-    def unpack(self, packed: Mapping[int, torch.Tensor], x_MH: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
-        """Compute the weight (and bias) gradients of some chunks into those of q, k, v."""
-        weights = {name: grad for name, grad in into.items() if "." not in name}
-        biases = {name.partition(".")[0]: grad[:, None] for name, grad in into.items() if "." in name}
-        for index, gradient in packed.items():
-            if weights:
-                self.fused[index].unpack(gradient.t() @ x_MH, weights)
-            if biases:
-                self.fused[index].unpack(gradient.sum(0)[:, None], biases)
+    def input_work(self, packed_MN: torch.Tensor, x_MH: torch.Tensor, names: list[str]) -> WgradWork:
+        """The weight gradients of q_proj, k_proj and v_proj, and of their biases: views of one product each."""
+        made: dict[bool, dict[str, torch.Tensor]] = {}
+
+        def gradient(name: str) -> torch.Tensor:
+            base, _, bias = name.partition(".")
+            if bool(bias) not in made:
+                made[bool(bias)] = self.plan.split(packed_MN.sum(0) if bias else packed_MN.t() @ x_MH)
+            return made[bool(bias)].pop(base)
+
+        held = x_MH.numel() * x_MH.element_size() + packed_MN.numel() * packed_MN.element_size()
+        compute = {name: (lambda name=name: gradient(name)) for name in names}  # type: ignore[misc]
+        return WgradWork(compute, held, lambda: self.returns_in_flight)
 
     # -- shared ---------------------------------------------------------------------------------------------------
     def _post_products(
-        self, x_MK: torch.Tensor, right_SKC: torch.Tensor, bias_S1C: torch.Tensor | None, received_SMC: torch.Tensor
-    ) -> list[ExchangeHandle]:
-        """Compute and send one product to each peer; with a product for all at once, own rows are copied."""
-        exchange = self.context.exchange
-        if self.by_peer:
-            handles = []
-            for peer in self.peers:
-                product = _product(x_MK, right_SKC[peer], None if bias_S1C is None else bias_S1C[peer])
-                handles.append(exchange.post([(peer, product)], [(peer, received_SMC[peer])]))
-            return handles
-        x_SMK = x_MK.expand(right_SKC.shape[0], *x_MK.shape)
-        products = torch.bmm(x_SMK, right_SKC) if bias_S1C is None else torch.baddbmm(bias_S1C, x_SMK, right_SKC)
-        return [self._post_to_peers(products, received_SMC)]
+        self,
+        x_MK: torch.Tensor,
+        rights_SKC: list[torch.Tensor],
+        sums_SC: list[torch.Tensor | None],
+        order: range,
+        event: str,
+    ) -> None:
+        """Compute and send what each chunk's destinations get, [M, C] each; of two ranks, the own part last."""
+        self._received = [x_MK.new_empty(self.size, len(x_MK), right.shape[2]) for right in rights_SKC]
+        self._handles = [None] * len(rights_SKC)
+        own: list[Callable[[], torch.Tensor]] = []
+        for index in order:
+            right, added, received = rights_SKC[index], sums_SC[index], self._received[index]
+            if self.peer is None:
+                x_SMK = x_MK.expand(self.size, *x_MK.shape)
+                product = torch.bmm(x_SMK, right) if added is None else torch.baddbmm(added[:, None], x_SMK, right)
+            else:
+                parts, sums, arriving = right.unbind(0), added if added is None else added.unbind(0), received.unbind(0)
+                product, received = _product(x_MK, parts, sums, self.peer), arriving[self.peer]
+                own.append(functools.partial(_product, x_MK, parts, sums, self.own, arriving[self.own]))
+            self._handles[index] = self._exchange(product, received)
+            self.context.event(f"{event} {index}")
+        for compute in own:
+            compute()
 
-    def _post(self, index: int, sent_SMC: torch.Tensor) -> None:
-        received = torch.empty_like(sent_SMC)
-        self._handles[index] = [self._post_to_peers(sent_SMC, received)]
-        self._received[index] = received
-
-    def _post_to_peers(self, sent_SMC: torch.Tensor, received_SMC: torch.Tensor) -> ExchangeHandle:
-        sends = [(peer, sent_SMC[peer]) for peer in self.peers]
-        handle = self.context.exchange.post(sends, [(peer, received_SMC[peer]) for peer in self.peers])
-        own = self.context.exchange.rank
-        received_SMC[own].copy_(sent_SMC[own])
-        return handle
+    def _exchange(self, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        """Post an all-to-all: of [S, ...], or with one peer only."""
+        if self.peer is None:
+            ones = [1] * self.size
+            return self.context.exchange.all_to_all(received, sent, ones, ones)
+        rows = [0 if rank == self.own else len(sent) for rank in range(2)]
+        return self.context.exchange.all_to_all(received, sent, rows, rows)
 
     def _wait(self, index: int) -> torch.Tensor:
-        for handle in self._handles[index]:
+        handle = self._handles[index]
+        if handle is not None:
             handle.wait()
-        self._handles[index] = []
+            self._handles[index] = None
         return self._received[index]
-
-    def _new(self, like_MK: torch.Tensor, columns: int) -> torch.Tensor:
-        return like_MK.new_empty(self.context.layout.sp_size, like_MK.shape[0], columns)
-
-    def _by_sequence(self, received_SMC: torch.Tensor) -> torch.Tensor:
-        """[S, M, heads * D] to [B, S, L, heads, D], without a copy."""
-        ranks = received_SMC.shape[0]
-        return received_SMC.view(ranks, self.batch, self.length, -1, self.context.head_dim).transpose(0, 1)
 
     def _output_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """o_proj with its columns in the order in which chunks arrive: [H, N * D]."""
         if self.num_chunks == 1:
             return weight
-        return weight.unflatten(1, (self.context.layout.sp_size, self.num_chunks, -1)).transpose(1, 2).flatten(1)
+        return weight.unflatten(1, (self.size, self.num_chunks, -1)).transpose(1, 2).flatten(1)
 
 
 def _product(
-    x: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    rights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] | None,
+    rank: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return torch.mm(x, right, out=out) if bias is None else torch.addmm(bias, x, right, out=out)
+    if biases is None:
+        return torch.mm(x, rights[rank], out=out)
+    return torch.addmm(biases[rank], x, rights[rank], out=out)
 
 
 def _mm_float(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

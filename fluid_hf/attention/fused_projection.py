@@ -1,19 +1,22 @@
-"""Query, key and value projections of one chunk of heads for all destinations, as one matrix.
+"""Query, key and value projections of a chunk of heads for all destinations, as one matrix.
 
-Legend: S ranks, C columns that one rank gets (its query, key and value heads of the chunk, D each), H hidden,
-M tokens of this rank, K columns after the gradients of replicated key/value heads were summed.
+Legend: S ranks, K chunks, C columns that one rank gets of a chunk (its query, key and value heads, D each), H hidden,
+M tokens of this rank, N columns of all gradients: those of q, k and v one after the other, as the weights have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from fluid_hf.attention.heads import HeadChunk, HeadLayout
+from fluid_hf.attention.head_layouts import pack_gradient
+from fluid_hf.attention.heads import HeadLayout
 
-__all__ = ["FusedChunk", "Projections"]
+__all__ = ["HeadPlan", "Projections"]
+
+NAMES = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -32,83 +35,60 @@ class Projections:
         return Projections(weights, biases)
 
 
-class FusedChunk:
-    """How the rows of the q, k and v weights belong to one chunk.
+class HeadPlan:
+    """How the rows of the q, k and v weights belong to chunks and ranks; the same for every call of a layer.
 
     Args:
         layout: heads over ranks.
-        chunk: the chunk's heads.
         head_dim: D.
+        wanted: chunks at most.
+
+    Attributes:
+        chunks: heads of each chunk.
+        rows: rows of the q, k and v weights.
     """
 
-    def __init__(self, layout: HeadLayout, chunk: HeadChunk, head_dim: int) -> None:
-        self.layout, self.chunk, self.head_dim = layout, chunk, head_dim
-        self.heads = chunk.num_q + 2 * chunk.num_kv
-        self.columns = self.heads * head_dim
-        self.sums = layout.replicated and chunk.num_kv > 0
+    def __init__(self, layout: HeadLayout, head_dim: int, wanted: int) -> None:
+        self.layout, self.head_dim = layout, head_dim
+        self.chunks = layout.chunks(wanted)
+        kv_rows = layout.num_kv_heads * head_dim
+        self.rows = (layout.num_heads * head_dim, kv_rows, kv_rows)
+        self._replicas: dict[torch.device, torch.Tensor] = {}
 
-    def by_rank(self, projections: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Weights (or biases as [out, 1]) of the chunk: [S, C, H]."""
-        layout, chunk = self.layout, self.chunk
-        parts = [self._view(projections["q"], layout.local_q, chunk.q)]
-        if chunk.num_kv:
-            for name in ("k", "v"):
-                heads = projections[name].unflatten(0, (layout.num_kv_heads, self.head_dim))
-                if layout.replicated:
-                    heads = torch.cat([heads[head : head + 1] for head in layout.kv_index()])
-                parts.append(self._view(heads.flatten(0, 1), layout.local_kv, chunk.kv))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    def by_rank(self, projections: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Weights [out, H] (or biases [out]) of q, k and v as [S, C, H] (or [S, C]) of each chunk."""
+        size, count = self.layout.sp_size, len(self.chunks)
+        tail = projections["q"].shape[1:]
+        queries = projections["q"].reshape(size, count, -1, *tail).unbind(1)
+        spread = count if self.layout.local_kv > 1 else 1  # one key/value head travels with the first chunk
+        k, v = (self._replicated(projections[name]).view(size, spread, -1, *tail).unbind(1) for name in ("k", "v"))
+        return [torch.cat([q, k[index], v[index]], dim=1) if index < spread else q for index, q in enumerate(queries)]
 
-    def pack_gradient(self, grad_SMC: torch.Tensor) -> torch.Tensor:
-        """Gradients by rank to [M, K], those of replicas of a key/value head summed."""
-        if not self.sums:
-            return grad_SMC.transpose(0, 1).flatten(1)
-        width = self.head_dim * self.chunk.num_q
-        parts = [grad_SMC[..., :width].transpose(0, 1).flatten(1)]
-        for grad in grad_SMC[..., width:].chunk(2, dim=2):
-            parts.append(self._sum_replicas(grad.transpose(0, 1).unflatten(2, (-1, self.head_dim)).flatten(1, 2)))
-        return torch.cat(parts, dim=1)
+    def new_packed(self, like: torch.Tensor, complete: bool) -> torch.Tensor:
+        """Room for the gradients of all heads, [M, N]; zeros unless every chunk will be packed."""
+        new = like.new_empty if complete else like.new_zeros
+        return new(like.shape[1], sum(self.rows))
 
-    def flat(self, projections: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Weights in the order of `pack_gradient`: [K, H]."""
-        if not self.sums:
-            return self.by_rank(projections).flatten(0, 1)
-        q = self._view(projections["q"], self.layout.local_q, self.chunk.q).flatten(0, 1)
-        return torch.cat([q, projections["k"], projections["v"]])
+    def pack_gradient(
+        self,
+        index: int,
+        grad_SMC: torch.Tensor,
+        packed_MN: torch.Tensor,
+        own_rank: int = 0,
+        own_MC: torch.Tensor | None = None,
+    ) -> None:
+        """Write a chunk's gradients by rank to their places: see `fluid_hf.attention.head_layouts.pack_gradient`."""
+        pack_gradient(self.layout, self.chunks[index], grad_SMC, packed_MN, own_rank, own_MC)
 
-    def unpack(self, fused_KH: torch.Tensor, into: Mapping[str, torch.Tensor]) -> None:
-        """Write gradients in the order of `pack_gradient` to their places in those of q, k and v (if wanted)."""
-        layout, chunk = self.layout, self.chunk
-        q_rows, kv_rows = chunk.num_q * self.head_dim, chunk.num_kv * self.head_dim
-        if self.sums:
-            rows = [layout.sp_size * q_rows, *([layout.num_kv_heads * self.head_dim] * 2)]
-            q, k, v = fused_KH.split(rows)
-            q = q.unflatten(0, (layout.sp_size, q_rows))
-        else:
-            q, k, v = fused_KH.unflatten(0, (layout.sp_size, -1)).split([q_rows, kv_rows, kv_rows], dim=1)
-        if "q" in into:
-            self._view(into["q"], layout.local_q, chunk.q).copy_(q)
-        for name, part in (("k", k), ("v", v)):
-            if name in into and chunk.num_kv:
-                target = into[name] if self.sums else self._view(into[name], layout.local_kv, chunk.kv)
-                target.copy_(part)
+    def split(self, rows_N: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What [N, ...] has of q, k and v."""
+        return dict(zip(NAMES, rows_N.split(self.rows), strict=True))
 
-    def _view(self, rows: torch.Tensor, local: int, heads: tuple[int, int]) -> torch.Tensor:
-        """Rows of some heads of every rank: [S, heads * D, H]."""
-        if heads == (0, local):
-            return rows.unflatten(0, (self.layout.sp_size, -1))
-        by_rank = rows.unflatten(0, (self.layout.sp_size, local * self.head_dim))
-        return by_rank[:, heads[0] * self.head_dim : heads[1] * self.head_dim]
-
-    def _sum_replicas(self, grad_MND: torch.Tensor) -> torch.Tensor:
-        kv_heads, replicas = self.layout.num_kv_heads, self.layout.kv_index()
-        times = len(replicas) // kv_heads
-        if replicas == [head for head in range(kv_heads) for _ in range(times)]:
-            return grad_MND.unflatten(1, (kv_heads, times)).sum(2).flatten(1)
-        total = grad_MND.new_zeros(grad_MND.shape[0], kv_heads, self.head_dim, dtype=torch.float32)
-        for place, head in enumerate(replicas):  # in a fixed order: no atomics
-            total[:, head] += grad_MND[:, place]
-        return total.to(grad_MND.dtype).flatten(1)
-
-
-ReadProjections = Callable[[], Projections]
+    def _replicated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the key or value heads in the order in which they travel."""
+        if not self.layout.replicated:
+            return rows
+        index = self._replicas.get(rows.device)
+        if index is None:  # copied to the device once
+            index = self._replicas[rows.device] = torch.tensor(self.layout.kv_index(), device=rows.device)
+        return rows.reshape(self.layout.num_kv_heads, -1).index_select(0, index)

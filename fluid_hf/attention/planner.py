@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["SERIAL", "choose_head_chunks"]
+__all__ = ["choose_head_chunks"]
 
-SERIAL = 0
-# Measured on an H100 with a link of 44 GB/s each way: below, a chunk costs the host more than the overlap hides (18 to
-# 73 MB: slower than plain all-to-alls), above it pays (151 MB: 1.2 times as fast); more than two chunks gain nothing.
-MIN_BYTES = 96 << 20
-MIN_BYTES_PER_CHUNK = 64 << 20
+# A second chunk costs the host some 35 calls (0.3 to 0.5 ms on the H100 host of the README) and hides about half of
+# what crosses the link: at 44 GB/s that is as long from 16 MiB a chunk on. Computed, not measured. More than two chunks
+# gained nothing (measured with 32k tokens on 2 and 8 ranks).
+MIN_BYTES_PER_CHUNK = 16 << 20
 MAX_CHUNKS = 2
 
 
-def choose_head_chunks(num_bytes: int, *, on_gpu: bool) -> int:
-    """Pieces that the heads of a sequence-parallel attention layer are cut into; `SERIAL` for plain all-to-alls.
+def choose_head_chunks(num_bytes: int) -> int:
+    """Pieces that the heads of a sequence-parallel attention layer are cut into.
 
     Args:
         num_bytes: what a rank sends in a forward pass; equal on all ranks, as pieces of sequences are.
-        on_gpu: whether the host queues kernels; on a CPU a chunk costs nothing extra.
     """
-    if on_gpu and num_bytes < MIN_BYTES:
-        return SERIAL
     return max(1, min(num_bytes // MIN_BYTES_PER_CHUNK, MAX_CHUNKS))

@@ -18,25 +18,27 @@ class RotaryTables:
     """Cosines and sines of all tokens, shaped once per forward pass.
 
     Attributes:
-        cos: [B or 1, S, L, 1, D].
+        cos, sin: [B or 1, S, L, 1, D], contiguous.
         sin_low, sin_high: the sines' halves [B or 1, S, L, 1, D / 2].
     """
 
     cos: torch.Tensor
+    sin: torch.Tensor
     sin_low: torch.Tensor
     sin_high: torch.Tensor
 
     @classmethod
     def shaped(cls, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, sp_size: int) -> RotaryTables:
         """From the tables of the model's rotary embedding."""
-        cos, sin = (table.unflatten(1, (sp_size, -1)).unsqueeze(3) for table in (cos_BTD, sin_BTD))
-        return cls(cos, *sin.chunk(2, dim=-1))
+        cos, sin = (table.contiguous().unflatten(1, (sp_size, -1)).unsqueeze(3) for table in (cos_BTD, sin_BTD))
+        return cls(cos, sin, *sin.chunk(2, dim=-1))
 
     def to(self, dtype: torch.dtype) -> RotaryTables:
         """The same in another type."""
         if self.cos.dtype == dtype:
             return self
-        return RotaryTables(self.cos.to(dtype), self.sin_low.to(dtype), self.sin_high.to(dtype))
+        sin = self.sin.to(dtype)
+        return RotaryTables(self.cos.to(dtype), sin, *sin.chunk(2, dim=-1))
 
 
 def rotate(x_BSLnD: torch.Tensor, tables: RotaryTables) -> torch.Tensor:

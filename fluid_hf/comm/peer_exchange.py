@@ -134,7 +134,7 @@ class PeerExchange:
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
     ) -> ExchangeHandle:
         """Start one uneven all-to-all along dimension 0; the reference for every wave schedule."""
-        row_bytes = input[:1].numel() * input.element_size() if input.shape[0] else 0
+        row_bytes = input.nbytes // max(1, input.shape[0])
         with self._posting(row_bytes * (sum(input_splits) - input_splits[self.rank])):
             assert self.group is not None
             # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.

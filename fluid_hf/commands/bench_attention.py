@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fluid_hf.attention.planner import SERIAL, choose_head_chunks
+from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--shapes", nargs="+", default=shapes, choices=sorted(ATTENTION_SHAPES), help="models by name")
     add("--sp", nargs="+", type=int, default=[2, 8], help="sequence parallel sizes; 1 for the layer alone")
     add("--tokens", nargs="+", type=int, default=[8192, 32768], help="tokens of the whole sequence")
-    add("--chunks", nargs="+", type=int, default=[1, 2, 4], help="chunks of heads to time beside the planner's choice")
+    add("--chunks", nargs="+", type=int, default=[1, 2], help="chunks of heads to time beside the planner's choice")
     add("--layers", type=int, default=4, help="calls in a row; times are per call")
     add("--repeats", type=int, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
@@ -73,9 +73,8 @@ def _bench(options: Any, sp_size: int) -> list[dict[str, Any]]:
 
 
 def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
-    choice = choose_head_chunks(bench.bytes_sent(), on_gpu=bench.device.type == "cuda")
-    planned = len(bench.layout.chunks(choice)) if choice != SERIAL else SERIAL
-    chunks = sorted({planned or 1, *(len(bench.layout.chunks(count)) for count in options.chunks)})
+    planned = len(bench.layout.chunks(choose_head_chunks(bench.bytes_sent())))
+    chunks = sorted({planned, *(len(bench.layout.chunks(count)) for count in options.chunks)})
     cell: dict[str, Any] = {"shape": name, "sp_size": bench.sp_size, "tokens": bench.tokens, "layers": bench.layers}
     cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}
     cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}}

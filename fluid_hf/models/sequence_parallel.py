@@ -9,7 +9,7 @@ what the first run had.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from fluid_hf.attention.attention_call import AttentionContext
 from fluid_hf.attention.fused_projection import Projections
+from fluid_hf.attention.head_layouts import HeadNorms
 from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.attention.overlapped import overlapped_attention
-from fluid_hf.attention.planner import SERIAL, choose_head_chunks
+from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
@@ -170,11 +171,9 @@ class OverlappedForward:
         if args or not isinstance(sequence, ShardedSequence) or sequence.rotary is None or not self._plain():
             return self._own(hidden_states, *args, **kwargs)
         module, form = self._module, self._form
-        tokens, size = hidden_states[..., 0].numel(), module.q_proj.weight.element_size()
+        tokens, size = hidden_states.shape[0] * hidden_states.shape[1], module.q_proj.weight.element_size()
         sent = self.context.layout.bytes_sent(tokens, self.context.head_dim, size)
-        chunks = self._chunks or choose_head_chunks(sent, on_gpu=hidden_states.is_cuda)
-        if chunks == SERIAL:
-            return self._own(hidden_states, *args, **kwargs)
+        chunks = self._chunks or choose_head_chunks(sent)
         extra = {name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS}
         extra |= {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
         extra |= form.window(module)
@@ -182,7 +181,9 @@ class OverlappedForward:
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self._attention.call_core(module, sequence, q, k, v, extra)
 
-        norms = (_norm(module.q_norm), _norm(module.k_norm)) if form.normed else None
+        norms = None
+        if form.normed:
+            norms = HeadNorms(module.q_norm.weight, module.k_norm.weight, module.q_norm.variance_epsilon)
         output = overlapped_attention(hidden_states, self.context, self._read, chunks, sequence.rotary, core, norms)
         return output, None
 
@@ -196,14 +197,6 @@ class OverlappedForward:
         return Projections(
             {name: layer.weight for name, layer in layers.items()}, {name: layer.bias for name, layer in layers.items()}
         )
-
-
-def _norm(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def norm(heads: torch.Tensor) -> torch.Tensor:
-        weight = layer.weight.to(heads.dtype)
-        return nn.functional.rms_norm(heads, (heads.shape[-1],), weight, layer.variance_epsilon)
-
-    return norm
 
 
 def _interface(module: Any, *args: Any, **kwargs: Any) -> Any:

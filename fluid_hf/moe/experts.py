@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluid_hf.kernels import use_kernels
 from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
-from fluid_hf.moe.kernels import use_kernels
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 
 if TYPE_CHECKING:  # needs Triton

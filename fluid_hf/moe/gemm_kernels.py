@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
 __all__ = ["RowSource", "gated_linear", "gathered_linear", "gathered_wgrad", "prefers_fused", "prefers_gathered"]
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.launch import Kernel
+from fluid_hf.launch import Kernel
 
 __all__ = ["joint_places"]
 

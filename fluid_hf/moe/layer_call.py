@@ -20,10 +20,10 @@ import torch
 from fluid_hf.comm.faults import GOOD, input_status, routing_error
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
+from fluid_hf.kernels import use_kernels
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
 from fluid_hf.moe.experts import Piece
-from fluid_hf.moe.kernels import use_kernels
 from fluid_hf.moe.own_tokens import OwnTokens
 from fluid_hf.moe.permutation import make_pair_plan, reduce_rows, spread_rows
 from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fluid_hf.moe.kernels import use_kernels
+from fluid_hf.kernels import use_kernels
 
 __all__ = [
     "PairPlan",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fluid_hf.comm.tournament import part_bounds
-from fluid_hf.moe.kernels import use_kernels
+from fluid_hf.kernels import use_kernels
 from fluid_hf.moe.permutation import PairPlan
 
 __all__ = ["HitMap", "SourcePlan", "count_rows", "local_expert_ids", "place_rows"]

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.launch import Kernel, blocks_of
+from fluid_hf.launch import Kernel, blocks_of
 
 __all__ = ["expand", "glu_backward", "glu_forward", "reduce_pairs", "reduce_rows", "tile"]
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
 __all__ = ["most_rows", "pair_plan", "source_plan"]
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.moe.launch import Kernel, blocks_of, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, power_of_two
 from fluid_hf.moe.row_kernels import tile
 from fluid_hf.moe.rows import RowFormat
 

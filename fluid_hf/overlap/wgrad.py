@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fluid_hf.errors import WgradPendingError
 
-__all__ = ["WgradScheduler", "WgradStats", "WgradWork", "wgrad_token"]
+__all__ = ["WgradScheduler", "WgradStats", "WgradWork", "wgrad_token", "wgrad_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -171,3 +171,24 @@ def wgrad_token(weight: torch.Tensor, take: Callable[[], torch.Tensor]) -> torch
         take: called in backward, returns the gradient in the weight's shape.
     """
     return _WgradToken.apply(weight, take)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WgradTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, take: Callable[[], Sequence[torch.Tensor]], *weights: torch.Tensor) -> torch.Tensor:
+        ctx.take = take
+        return weights[0].new_empty(0)  # not a view, on the weights' device: see `_WgradToken`
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *ctx.take()
+
+
+def wgrad_tokens(weights: Sequence[torch.Tensor], take: Callable[[], Sequence[torch.Tensor]]) -> torch.Tensor:
+    """One token (`wgrad_token`) for several parameters, whose gradients come from the same products.
+
+    Args:
+        weights: the parameters, one at least.
+        take: called in backward, returns their gradients in order.
+    """
+    return _WgradTokens.apply(take, *weights)  # type: ignore[no-any-return, no-untyped-call]
