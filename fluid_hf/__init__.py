@@ -23,6 +23,7 @@ from fluid_hf.errors import (
     WgradPendingError,
 )
 from fluid_hf.models.catalogue import SupportedModel, supported_models
+from fluid_hf.models.expert_blocks import register_block
 from fluid_hf.moe.layer import ExpertParallelExperts
 from fluid_hf.patching import patch_model, unpatch_model
 from fluid_hf.state import FluidState
@@ -53,6 +54,7 @@ __all__ = [
     "WgradPendingError",
     "from_pretrained",
     "patch_model",
+    "register_block",
     "save_pretrained",
     "supported_models",
     "unpatch_model",

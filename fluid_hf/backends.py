@@ -16,6 +16,7 @@ from torch import nn
 
 from fluid_hf.config import FluidConfig
 from fluid_hf.models.expert_formats import extra_modules
+from fluid_hf.models.expert_lists import ExpertList, stored_parameters
 from fluid_hf.models.registry import LOADED_SHARE
 from fluid_hf.moe.general_layer import GeneralExperts
 from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer
@@ -63,10 +64,12 @@ class TorchBackend:
         return create_groups(ep_size)
 
     def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
-        weights = {name: getattr(source, name) for name in settings.weight_names}
-        if groups.ep_size > 1:  # else the parameters stay the very same objects
+        if groups.ep_size > 1 or isinstance(source, ExpertList):
             held = take_local_experts(source, settings)
-            weights = {name: nn.Parameter(held[name], requires_grad=w.requires_grad) for name, w in weights.items()}
+            trainable = {name: stored_parameters(source, name)[0].requires_grad for name in held}
+            weights = {name: nn.Parameter(held[name], requires_grad=trainable[name]) for name in held}
+        else:  # the parameters stay the very same objects
+            weights = {name: getattr(source, name) for name in settings.weight_names}
         if settings.context.math is not None:
             return GeneralExperts(settings, weights, extra_modules(source))
         return ExpertParallelExperts.from_parameters(weights["gate_up_proj"], weights["down_proj"], settings)
@@ -90,6 +93,8 @@ def take_local_experts(source: Any, layer: ExpertParallelLayer) -> dict[str, tor
         return {name: getattr(source, name).data for name in layer.weight_names}
     start = layer.ep_rank * layer.num_local_experts
     held = slice(start, start + layer.num_local_experts)
+    if isinstance(source, ExpertList):
+        return {name: source.take(name, held) for name in layer.weight_names}
     return {name: getattr(source, name).data[held].clone() for name in layer.weight_names}
 
 

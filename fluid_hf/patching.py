@@ -21,9 +21,10 @@ from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, U
 from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
+from fluid_hf.models.expert_lists import ExpertList, stored_parameters
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
-from fluid_hf.models.shared_experts import bind_blocks, unbind_blocks
+from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
@@ -81,7 +82,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     state = FluidState(config, requested, groups, backend, control)
     wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
-        adapters = adapters_of(model, site.module)
+        adapters = [] if isinstance(site.module, ExpertList) else adapters_of(model, site.module)
         _swap(site, state, wave_choice)
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
         if config.ep_size > 1 and adapters:
@@ -135,21 +136,32 @@ def unpatch_model(model: ModelT) -> ModelT:
     if state.cross_layer is not None:
         state.cross_layer.detach()
     unbind_blocks(model, state.bound_blocks)
-    for name, original in state.originals.items():
-        layer = state.layers[name]
-        join_adapters(adapters_of(model, layer))
-        if state.groups.ep_size > 1:
-            with state.gathering():
-                whole = gather_experts(layer, state, to_all=True)
-            for weight_name, weight in whole.items():
-                getattr(original, weight_name).data = weight
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, original)
+    for name in state.originals:
+        _swap_back(model, name, state)
     state.control.close()
     release_exchange_groups(state.groups)
     del model.fluid
     model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
     return model
+
+
+def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
+    original, layer = state.originals[name], state.layers[name]
+    join_adapters(adapters_of(model, layer))
+    parent, _, attribute = name.rpartition(".")
+    block = model.get_submodule(parent)
+    if state.groups.ep_size > 1 or isinstance(original, ExpertList):
+        with state.gathering():
+            whole = gather_experts(layer, state, to_all=True)
+        for weight_name, weight in whole.items():
+            if isinstance(original, ExpertList):
+                original.put(weight_name, weight)
+            else:
+                getattr(original, weight_name).data = weight
+    if isinstance(original, ExpertList):
+        unbind_methods(block, state.bound_methods[name])
+        original.modules.train(layer.training)
+    setattr(block, attribute, original.modules if isinstance(original, ExpertList) else original)
 
 
 class _RefuseDDP:
@@ -243,8 +255,9 @@ def _choose_backend(config: FluidConfig) -> Backend:
 
 def _description(site: ExpertsSite) -> tuple[str, int, str]:
     """What must be equal on all ranks, shapes and types included: messages of other sizes would not match."""
-    weights = {name: getattr(site.module, name) for name in ("gate_up_proj", "down_proj") if hasattr(site.module, name)}
-    shapes = {name: (*getattr(w, "ds_shape", w.shape), str(w.dtype)) for name, w in weights.items()}
+    names = [name for name in ("gate_up_proj", "down_proj") if name in site.weight_names]
+    dtypes = {name: str(stored_parameters(site.module, name)[0].dtype) for name in names}
+    shapes = {name: (*site.parameter_shape(name), dtypes[name]) for name in names}
     return site.name, site.num_experts, str(shapes)
 
 
@@ -266,7 +279,13 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
     layer = state.backend.build_layer(source, settings, state.groups)
     layer.context.name = site.name
     layer.train(source.training)
-    if state.groups.ep_size > 1:  # the full weights live on in shares only
+    if isinstance(source, ExpertList):
+        layer.parts = source.parts
+        bind_methods(site.parent, site.methods)
+        state.bound_methods[site.name] = list(site.methods)
+        for weight_name in site.weight_names:
+            source.release(weight_name)
+    elif state.groups.ep_size > 1:  # the full weights live on in shares only
         for parameter in (getattr(source, name) for name in site.weight_names):
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.new_empty(0)

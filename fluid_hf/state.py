@@ -18,6 +18,7 @@ from fluid_hf.control import ControlGroup
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
+from fluid_hf.models.expert_lists import ExpertList
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.sampler import OverlapSampler
@@ -40,6 +41,8 @@ class FluidState:
         cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
         sequence_exchange: exchange of the sequence-parallel group.
         bound_blocks: names of the blocks with a forward of `fluid_hf.models.block_forms`.
+        bound_methods: names of the methods of the block around a list of experts that call all of them at once, by
+            the layer's name.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
         engine_bound: whether an engine drives the model.
         staging_folder: where whole models are kept for the moment between gathering and saving them; `None` is the
@@ -69,8 +72,9 @@ class FluidState:
         self.sequence: SequenceParallel | None = None
         self.cross_layer: CrossLayerWgrad | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
-        self.originals: dict[str, nn.Module] = {}
+        self.originals: dict[str, nn.Module | ExpertList] = {}
         self.bound_blocks: list[str] = []
+        self.bound_methods: dict[str, list[str]] = {}
         self.engine_bound = False
         self.staging_folder: str | None = None
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext

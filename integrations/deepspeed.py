@@ -39,6 +39,7 @@ from fluid_hf.integrations.deepspeed_checks import check_training
 from fluid_hf.integrations.optimizer_groups import split_groups
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
+from fluid_hf.models.expert_lists import ExpertList, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups
@@ -135,33 +136,41 @@ class DeepSpeedBackend(TorchBackend):
         return ParallelGroups(ep_size, dist.get_rank(group), group, edp_group, world_size)
 
     def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
-        if groups.ep_size == 1:
+        if groups.ep_size == 1 and not isinstance(source, ExpertList):
             return super().build_layer(source, settings, groups)
-        weights = {name: getattr(source, name) for name in settings.weight_names}
-        trainable = {name: weight.requires_grad for name, weight in weights.items()}
-        name = _group_name(groups.ep_size)
-        convert = getattr(weights["down_proj"], "convert_to_zero_parameters", None)
-        with self.full(weights.values()):
-            if not any(trainable.values()):  # nothing to reduce: an AutoEP layer would ask for an optimizer group
-                layer = super().build_layer(source, settings, groups)
+        stored = {name: stored_parameters(source, name) for name in settings.weight_names}
+        trainable = {name: parameters[0].requires_grad for name, parameters in stored.items()}
+        convert = getattr(stored["down_proj"][0], "convert_to_zero_parameters", None)
+        # One AutoEP layer asks for an optimizer group of its own: not for experts that are whole, or not trained.
+        split = groups.ep_size > 1 and any(trainable.values())
+        with self.full(parameter for parameters in stored.values() for parameter in parameters):
+            if split:
+                layer: ExpertParallelLayer = self._split_layer(source, settings, groups, trainable)
             else:
-                math = settings.context.math
-                transposed = isinstance(math, GeneralMath) and math.format.transposed
-                experts = SplitExperts(take_local_experts(source, settings), trainable, transposed)
-                modules = extra_modules(source) if math is not None else {}
-                layer = DeepSpeedExperts(settings, name, experts, modules)
-                layer.ep_group = groups.ep_group  # type: ignore[assignment]
-        split = layer.split_parameters()
-        for parameter in split:
-            _mark_expert_parameter(parameter, name)
+                layer = super().build_layer(source, settings, groups)
+        own = layer.split_parameters()
+        for parameter in own if groups.ep_size > 1 else ():
+            _mark_expert_parameter(parameter, _group_name(groups.ep_size))
             if isinstance(layer, DeepSpeedExperts):
                 setattr(parameter, constants.DS_AUTOEP_UC_META, layer.checkpoint_metadata(parameter))
         if convert is not None:  # the model was built under zero.Init: the new parameters join it
-            for parameter in split:
+            for parameter in own if groups.ep_size > 1 else ():
                 setattr(parameter, "ds_zero_partition_process_group", groups.expert_data_group)  # noqa: B010
-            convert(param_list=split)
+            convert(param_list=own)
         # ZeRO-3 gathers the whole layer at once: its parameters are read outside their own module's forward.
         set_z3_leaf_module(layer, True)
+        return layer
+
+    @staticmethod
+    def _split_layer(
+        source: Any, settings: ExpertParallelLayer, groups: ParallelGroups, trainable: dict[str, bool]
+    ) -> DeepSpeedExperts:
+        math = settings.context.math
+        transposed = isinstance(math, GeneralMath) and math.format.transposed
+        experts = SplitExperts(take_local_experts(source, settings), trainable, transposed)
+        modules = extra_modules(source) if math is not None else {}
+        layer = DeepSpeedExperts(settings, _group_name(groups.ep_size), experts, modules)
+        layer.ep_group = groups.ep_group  # type: ignore[assignment]
         return layer
 
     def full(self, parameters: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:

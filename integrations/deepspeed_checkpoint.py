@@ -48,7 +48,7 @@ def bind_checkpoints(engine: Any, model: nn.Module, state: FluidState) -> None:
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         return stage_weights(model, state, frozen if exclude_frozen_parameters else ())
 
-    if state.groups.ep_size > 1:
+    if state.groups.ep_size > 1 or state.bound_methods:
         engine._zero3_consolidated_16bit_state_dict = consolidated
 
 

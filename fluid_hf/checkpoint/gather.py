@@ -1,8 +1,11 @@
-"""All weights of a patched model under transformers' names, one after the other; experts gathered from their ranks."""
+"""All weights of a patched model under transformers' names, one after the other; experts gathered from their ranks.
+
+Experts that were a list of modules go through here as tensors of all of them, too; `by_expert` gives their names back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -10,16 +13,35 @@ from torch import nn
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import TensorSpec
+from fluid_hf.models.expert_lists import split_experts
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.state import FluidState
 
-__all__ = ["gather_experts", "iterate_weights", "weight_specs"]
+__all__ = ["by_expert", "gather_experts", "iterate_weights", "local_weights", "weight_specs"]
 
 
 def split_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:
-    """Layers of which this rank holds a share only, by their name in `model` (which may wrap the patched model)."""
+    """Layers whose weights are not the model's as they are, by their name in `model` (which may wrap the patched one).
+
+    This rank holds a share only, or the experts were a list of modules.
+    """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertParallelLayer)}
-    return {name: layer for name, layer in layers.items() if layer.ep_size > 1}
+    return {name: layer for name, layer in layers.items() if layer.ep_size > 1 or layer.parts is not None}
+
+
+def by_expert(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those of lists of experts expert by expert under the names that the model gave them."""
+    parts = {name: layer.parts for name, layer in split_layers(model).items() if layer.parts is not None}
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, weight = name.rpartition(".")
+        if layer in parts and weight in parts[layer]:
+            found.update(
+                {f"{layer}.{key}": value for key, value in split_experts(parts[layer], weight, tensor).items()}
+            )
+        else:
+            found[name] = tensor
+    return found
 
 
 def weight_specs(model: nn.Module) -> dict[str, TensorSpec]:
@@ -48,6 +70,17 @@ def dense_names(model: nn.Module, layers: dict[str, ExpertParallelLayer]) -> lis
         if id(tensor) not in split:
             groups.setdefault(id(tensor), []).append(name)
     return [next((name for name in names if name not in tied), names[0]) for names in groups.values()]
+
+
+def local_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of a model with `ep_size` 1, as they are here: views, by the names of `by_expert`."""
+    layers, found = split_layers(model), {}
+    for name in weight_specs(model):
+        parent, _, attribute = name.rpartition(".")
+        layer = layers.get(parent)
+        own = {} if layer is None else layer.named_weights(layer.expert_parameters())
+        found[name] = (own[attribute] if attribute in own else _lookup(model, name)).detach()
+    return by_expert(model, found)
 
 
 def _held_specs(layer: ExpertParallelLayer) -> dict[str, torch.Tensor]:
@@ -89,7 +122,12 @@ def gather_experts(layer: ExpertParallelLayer, state: FluidState, *, to_all: boo
 
 @torch.no_grad()
 def _gather_weight(layer: ExpertParallelLayer, state: FluidState, name: str, *, to_all: bool) -> torch.Tensor | None:
-    group, size, rank = state.groups.ep_group, state.groups.ep_size, dist.get_rank()
+    group, size = state.groups.ep_group, state.groups.ep_size
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if size == 1:
+        with state.backend.full(layer.parameters()):
+            weight = layer.named_weights(layer.expert_parameters())[name].clone()
+        return weight if to_all else weight.cpu() if rank == 0 else None
     takes_part = to_all or 0 in dist.get_process_group_ranks(group)
     with state.backend.full(layer.parameters()):
         if not takes_part:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish
-from fluid_hf.checkpoint.gather import iterate_weights, weight_specs
+from fluid_hf.checkpoint.gather import by_expert, iterate_weights, local_weights, weight_specs
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
 from fluid_hf.state import FluidState
@@ -229,14 +229,21 @@ def stage_weights(
     state.control.gather(None, "saving a patched model (state_dict)")
     specs = {name: spec for name, spec in weight_specs(model).items() if name not in exclude}
     folder = Path(state.staging_folder or tempfile.gettempdir())
+    meta = by_expert(model, {name: spec.meta() for name, spec in specs.items()})
+    named = {name: TensorSpec.of(tensor) for name, tensor in meta.items()}
     attempt = _Attempt(_is_main())
-    attempt.run(lambda: _StageWriter(folder, specs, owns_folder=state.staging_folder is not None))
+    attempt.run(lambda: _StageWriter(folder, named, owns_folder=state.staging_folder is not None))
+
+    def write(name: str, tensor: torch.Tensor) -> None:
+        for key, value in by_expert(model, {name: tensor}).items():
+            attempt.result.file.write(key, value)
+
     with state.gathering():
         for name, tensor in iterate_weights(model, state, list(specs)):
-            attempt.run(lambda name=name, tensor=tensor: attempt.result.file.write(name, tensor))  # type: ignore[misc]
+            attempt.run(lambda name=name, tensor=tensor: write(name, tensor))  # type: ignore[misc]
     attempt.run(lambda: attempt.result.file.close())
     attempt.agree(state, folder)
-    return StagedWeights(attempt.result.path, specs) if _is_main() else {}
+    return StagedWeights(attempt.result.path, named) if _is_main() else {}
 
 
 class _StageWriter:
@@ -256,7 +263,7 @@ class _StageWriter:
 
 def bind_saving(model: nn.Module, state: FluidState) -> None:
     """Let the model's own `save_pretrained`, and its `state_dict` under an engine, give complete checkpoints."""
-    if state.groups.ep_size == 1:
+    if state.groups.ep_size == 1 and not state.bound_methods:
         return
 
     def save(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -268,6 +275,8 @@ def bind_saving(model: nn.Module, state: FluidState) -> None:
             return
         weights = kwargs.pop("state_dict", None)
         is_main = kwargs.pop("is_main_process", None)
+        if weights is None and state.groups.ep_size == 1 and not state.engine_bound:
+            weights = local_weights(model)  # nothing to gather: one rank may call it alone, as without patching
         if weights is None:
             save_pretrained(model, directory, **kwargs)
         elif is_main is None or is_main:

@@ -23,6 +23,32 @@ DeepSpeed, too (ZeRO 0 to 3, tested with a family of each kind of experts). This
 |---|---|---|---|---|
 """
 
+TAIL = """
+## Models with code of their own
+
+Code from the Hub (`trust_remote_code=True`) and from before transformers 5 has one module per expert, in a
+`nn.ModuleList`. Such a block is served if its code is known, whatever its classes and layers are called:
+
+- an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))` between `nn.Linear` layers, with or without
+  biases; gate and up may be one layer;
+- the block sums each token's experts in a loop like Mixtral's (a one-hot mask or `index == e`, then `index_add_`) or
+  DeepSeek's (tokens repeated, `y[index == e] = expert(...)`; `moe_infer` for evaluation).
+
+Its router, auxiliary losses and shared experts stay the model's code. Checkpoints have the model's own names and
+shapes, under DeepSpeed, too. Load the whole model with transformers, then call `patch_model`.
+
+A block with another loop is an `UnsupportedModelError` that names the method. Give it a forward with one call of all
+experts, before patching; every rank must call it in every forward, also without tokens:
+
+```python
+@fluid_hf.register_block(type(model.model.layers[0].mlp))
+def forward(self, hidden_states):
+    flat = hidden_states.view(-1, hidden_states.shape[-1])
+    weights, index = self.gate(flat).softmax(-1).topk(self.top_k)  # as the block's own code routes
+    return self.experts(flat, index, weights).view(hidden_states.shape)  # [T, H], [T, K], [T, K] -> [T, H]
+```
+"""
+
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command."""
@@ -43,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 def page() -> str:
     """The whole page."""
     version = ".".join(transformers.__version__.split(".")[:2])
-    return HEAD.format(version=version) + "".join(_line(model) for model in supported_models())
+    return HEAD.format(version=version) + "".join(_line(model) for model in supported_models()) + TAIL
 
 
 def _line(model: SupportedModel) -> str:

@@ -82,7 +82,9 @@ def _gate_of(act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Ten
     return gate
 
 
-def extra_modules(module: nn.Module) -> dict[str, nn.Module]:
+def extra_modules(module: Any) -> dict[str, nn.Module]:
     """Children that the layer in its place keeps, for their parameters and buffers."""
+    if not isinstance(module, nn.Module):  # a list of experts, whose code has neither
+        return {}
     children = dict(module.named_children())
     return {name: children[name] for name in EXTRA_MODULES if name in children}

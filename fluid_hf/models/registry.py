@@ -1,18 +1,23 @@
 """Finds the experts modules of a Hugging Face model and checks that they can be patched.
 
 A module qualifies by its interface, not by its family: transformers' `use_experts_implementation` experts, called as
-`experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K])`.
+`experts(hidden [T, H], top_k_index [T, K], top_k_weights [T, K])`; or a `nn.ModuleList` of experts in a block whose
+code is known (`fluid_hf.models.expert_lists`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from fluid_hf.errors import UnsupportedModelError
+from fluid_hf.models.expert_blocks import block_methods
 from fluid_hf.models.expert_formats import expert_format, is_experts, weight_names
+from fluid_hf.models.expert_lists import ExpertList, is_expert_list, read_expert_list
 from fluid_hf.models.shared_experts import find_form
 from fluid_hf.moe.expert_math import ExpertFormat
 
@@ -32,24 +37,30 @@ class ExpertsSite:
         module: the experts.
         weight_names: names of the weights with one slice per expert.
         format: what the experts compute, if it is not `act(gate) * up` between two plain projections.
+        methods: methods that take the place of the block's own, by name.
     """
 
     name: str
     parent: nn.Module
     attribute: str
-    module: nn.Module
+    module: nn.Module | ExpertList
     weight_names: tuple[str, ...]
     format: ExpertFormat | None
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
+        if isinstance(self.module, ExpertList):
+            return len(self.module.modules)
         if hasattr(self.module, LOADED_SHARE):
             return int(getattr(self.module, LOADED_SHARE))
         return int(self.parameter_shape("down_proj")[0])
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, also when ZeRO-3 has partitioned it."""
+        if isinstance(self.module, ExpertList):
+            return self.module.shape(name)
         parameter = getattr(self.module, name)
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -65,18 +76,21 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
     for name, module in model.named_modules():
         if is_experts(module):
             sites.append(_make_site(model, name, module))
+        elif is_expert_list(name, module):
+            assert isinstance(module, nn.ModuleList)
+            sites.append(_make_list_site(model, name, module))
     if not sites:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts module with transformers' experts interface "
-            "(`use_experts_implementation`: gate_up_proj and down_proj as 3-D parameters); patch a mixture-of-experts "
-            "model such as Mixtral, Qwen2-MoE or Qwen3-MoE."
+            "(`use_experts_implementation`: gate_up_proj and down_proj as 3-D parameters) and no nn.ModuleList of "
+            "experts; patch a mixture-of-experts model such as Mixtral, Qwen2-MoE or Qwen3-MoE."
         )
     return sites
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether any module follows transformers' experts interface."""
-    return any(is_experts(module) for module in model.modules())
+    """Whether any module is one of experts, or a list of them."""
+    return any(is_experts(module) or is_expert_list(name, module) for name, module in model.named_modules())
 
 
 def _check_model(model: nn.Module) -> None:
@@ -119,6 +133,16 @@ def _make_site(model: nn.Module, name: str, module: nn.Module) -> ExpertsSite:
     return ExpertsSite(name, model.get_submodule(parent), attribute, module, names, format)
 
 
+def _make_list_site(model: nn.Module, name: str, modules: nn.ModuleList) -> ExpertsSite:
+    parent, _, attribute = name.rpartition(".")
+    block = model.get_submodule(parent)
+    experts = read_expert_list(modules, f"{type(block).__name__} ({name})")
+    for weight in experts.parts:
+        _check_values(experts.parameters(weight)[0], f"{type(block).__name__} ({name}).{weight}")
+    methods = block_methods(block, attribute, f"{type(block).__name__} ({parent})")
+    return ExpertsSite(name, block, attribute, experts, tuple(experts.parts), experts.format, methods)
+
+
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Shape of a parameter, also when ZeRO-3 has partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -129,10 +153,14 @@ def _check_weight(module: nn.Module, name: str, where: str) -> None:
     dimensions = 2 if name.endswith("_bias") else 3
     if not isinstance(parameter, nn.Parameter) or len(_shape(parameter)) != dimensions:
         raise UnsupportedModelError(f"{where} has no {dimensions}-D parameter {name}.")
+    _check_values(parameter, f"{where}.{name}")
+
+
+def _check_values(parameter: nn.Parameter, where: str) -> None:
     if type(parameter.data) is not torch.Tensor:
         kind = type(parameter.data).__name__
-        raise UnsupportedModelError(f"{where}.{name} is a {kind}; only plain tensors can be split over ranks.")
+        raise UnsupportedModelError(f"{where} is a {kind}; only plain tensors can be split over ranks.")
     if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
         raise UnsupportedModelError(
-            f"{where}.{name} has dtype {parameter.dtype} (quantised); load the model in bfloat16 or float32."
+            f"{where} has dtype {parameter.dtype} (quantised); load the model in bfloat16 or float32."
         )

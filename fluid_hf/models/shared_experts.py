@@ -15,13 +15,22 @@ import ast
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["bind_blocks", "canonical_text", "find_form", "has_form", "register_form", "unbind_blocks"]
+__all__ = [
+    "bind_blocks",
+    "bind_methods",
+    "canonical_text",
+    "find_form",
+    "has_form",
+    "register_form",
+    "unbind_blocks",
+    "unbind_methods",
+]
 
 Forward = Callable[..., Any]
 _FORMS: dict[str, Forward] = {}
@@ -95,7 +104,19 @@ def bind_blocks(model: nn.Module, experts: Iterable[str]) -> list[str]:
 def unbind_blocks(model: nn.Module, names: Iterable[str]) -> None:
     """Give the blocks their classes' own forwards back."""
     for name in names:
-        vars(model.get_submodule(name)).pop("forward", None)
+        unbind_methods(model.get_submodule(name), ["forward"])
+
+
+def bind_methods(block: nn.Module, methods: Mapping[str, Forward]) -> None:
+    """Give a block these methods instead of its class's."""
+    for name, method in methods.items():
+        setattr(block, name, types.MethodType(method, block))
+
+
+def unbind_methods(block: nn.Module, names: Iterable[str]) -> None:
+    """Give a block its class's own methods back."""
+    for name in names:
+        vars(block).pop(name, None)
 
 
 def run_between(
