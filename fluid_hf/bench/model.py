@@ -19,7 +19,7 @@ from torch import nn
 
 from fluid_hf.bench.shapes import SHAPES, LayerShape
 
-__all__ = ["ALLOWED", "MODELS", "ModelBench", "ModelSlice", "StepTime"]
+__all__ = ["ALLOWED", "MODELS", "ModelBench", "ModelSlice", "StepTime", "clear", "start_engine"]
 
 # Attention heads, key-value heads, size of the shared expert (0 for none).
 MODELS = {
@@ -98,12 +98,14 @@ class ModelBench:
         """The unpatched slice on the device; the same weights each time and on all ranks."""
         return _build(self.part, self.shape, self.device, self.dtype)
 
-    def make_reference(self) -> None:
+    def make_reference(self, model: nn.Module) -> None:
         """Output and embedding gradient of the unpatched model on whole sequences, all its experts on this device."""
-        model = self.build()
+        weight = _embedding(model)
+        for parameter in model.parameters():  # no memory for the other gradients
+            parameter.requires_grad_(parameter is weight)
         output = model(input_ids=self.ids).last_hidden_state
         output.backward(self.grad)
-        self._expected = [self._piece(output.detach()).contiguous(), _embedding(model).grad]
+        self._expected, weight.grad = [self._piece(output.detach()).clone(), weight.grad], None
 
     def error(self, model: nn.Module) -> float:
         """Largest relative difference from the reference over all ranks; gradients are cleared. Collective."""
@@ -145,29 +147,11 @@ class ModelBench:
         model.train()
         return found
 
-    def training_step(self, model: nn.Module) -> tuple[Callable[[], None], Callable[[], None]]:
-        """A step with DeepSpeed ZeRO 1 and AdamW of a model with split experts, and what ends it. Collective."""
-        import deepspeed
-
-        from fluid_hf.integrations.optimizer_groups import split_expert_groups
-
-        settings = {
-            "train_micro_batch_size_per_gpu": self.part.batch,
-            "zero_optimization": {"stage": 1},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "gradient_clipping": 1.0,
-        }
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=self.device.type == "cuda")
-        split_expert_groups(optimizer.param_groups)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-
-        def step() -> None:
-            output = engine(**self.inputs).last_hidden_state
-            engine.backward((output * self.piece_grad).float().mean())
-            engine.step()
-
-        return step, engine.destroy
+    def step(self, engine: Any) -> None:
+        """A training step of DeepSpeed's engine."""
+        output = engine(**self.inputs).last_hidden_state
+        engine.backward((output * self.piece_grad).float().mean())
+        engine.step()
 
     def missing_bytes(self, model: nn.Module) -> int:
         """Device memory that a training step lacks, at most over the ranks; 0 or less if it fits. Collective."""
@@ -214,6 +198,25 @@ class ModelBench:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def start_engine(model: nn.Module, bench: ModelBench) -> Any:
+    """DeepSpeed's engine with ZeRO 1 and AdamW around a model with split experts. Collective."""
+    import deepspeed
+
+    from fluid_hf.integrations.optimizer_groups import split_expert_groups
+
+    settings = {
+        "train_micro_batch_size_per_gpu": bench.part.batch,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bench.dtype == torch.bfloat16},
+        "gradient_clipping": 1.0,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=bench.device.type == "cuda")
+    split_expert_groups(optimizer.param_groups)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
 
 
 def clear(model: nn.Module) -> None:

@@ -1,0 +1,238 @@
+"""Runs the slices of one model and number of layers in every variant; what costs time to build serves all of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluid_hf.bench.model import ALLOWED, ModelBench, ModelSlice, start_engine
+from fluid_hf.bench.model_report import draw_pictures, trace_pass
+from fluid_hf.bench.model_variants import PEERS, Way, patched, peer_model, release, select, ways
+from fluid_hf.bench.stages import Stages
+from fluid_hf.comm.calibration import measure_launch, measure_link
+from fluid_hf.overlap.cost_model import SERIAL, hardware_of
+from fluid_hf.overlap.planner import predicted_seconds
+
+__all__ = ["RunSettings", "SliceRun"]
+
+TRACED = ("serial", "fluid_hf")
+PREDICTED = (SERIAL, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is timed of each slice.
+
+    Attributes:
+        modes: of "inference", "forward", "backward" (forward and backward) and "step".
+        repeats: timed runs of each variant and mode.
+        variants: only those whose name contains one of these; all if empty.
+        waves, max_ctas: fixed numbers of waves, and limits of NCCL's thread blocks, timed of the first slice.
+        pictures: folder for the timeline of the first slice; `None` for none.
+        timeout: seconds that a rank waits for another one.
+    """
+
+    modes: Sequence[str]
+    repeats: int
+    variants: Sequence[str] = ()
+    waves: Sequence[int] = ()
+    max_ctas: Sequence[int] = ()
+    pictures: str | None = None
+    timeout: float = 300.0
+
+    def wants(self, variant: str) -> bool:
+        """Whether a variant is timed."""
+        return not self.variants or any(part in variant for part in self.variants)
+
+
+@dataclass
+class _Cell:
+    part: ModelSlice
+    bench: ModelBench
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class SliceRun:
+    """Slices that differ in their batch only.
+
+    Args:
+        parts: the slices, small ones first.
+        save: called after each result.
+
+    Attributes:
+        cells: results of each slice.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[ModelSlice],
+        settings: RunSettings,
+        stages: Stages,
+        device: torch.device,
+        save: Callable[[], None],
+    ) -> None:
+        self.settings, self.stages, self.device, self.save = settings, stages, device, save
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._cells = [_Cell(part, ModelBench(part, device, self.dtype)) for part in parts]
+        for cell in self._cells:
+            cell.data = {**asdict(cell.part), "model": cell.part.name, "variants": {}, "errors": {}, "waves": {}}
+            cell.data |= {"skipped": [], "timeline": {}}
+        self.cells = [cell.data for cell in self._cells]
+        self.ways = [way for way in ways(settings.waves, settings.max_ctas) if settings.wants(way.name)]
+
+    def run(self) -> None:
+        """Ours on one patched model, fewer thread blocks on others, then the peers."""
+        bench = self._cells[0].bench
+        self.stages.say(f"\n{self._cells[0].part}, {bench.size} ranks")
+        if not self._time_left("everything"):
+            return
+        with self.stages.stage("unpatched reference"):
+            model = bench.build()
+            for cell in self._cells:
+                cell.bench.make_reference(model)
+        del model
+        self._free()
+        for max_ctas in dict.fromkeys(way.max_ctas for way in self.ways):
+            self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
+        for name in filter(self.settings.wants, PEERS):
+            if self._time_left(name):
+                self._peer(name)
+        first = self.cells[0]
+        if self.settings.pictures and self.stages.is_first and first["timeline"]:
+            with self.stages.stage("picture"):
+                draw_pictures(first, self.settings.pictures)
+
+    def _ours(self, group: list[Way], max_ctas: int | None) -> None:
+        if not self._time_left(group[0].name):
+            return
+        with self.stages.stage("build and patch"):
+            settings = {"nccl_max_ctas": max_ctas, "timeout_seconds": self.settings.timeout}
+            model: Any = patched(self._cells[0].bench, **settings)
+        if max_ctas is None and self.device.type == "cuda":
+            with self.stages.stage("speed of the link") as found:
+                found.append(self._predict(model))
+        for way, cell in self._pairs(group):
+            select(model, way)
+            self._modes(model, way.name, cell)
+            layer = next(iter(model.fluid.layers.values()))
+            cell.data["waves"][way.name] = layer.context.waves if way.overlap else SERIAL
+            if self.settings.pictures and way.name in TRACED and cell is self._cells[0]:
+                self._trace(model, way.name, cell)
+        self._steps(model, group)
+        release(model)
+        del model
+        self._free()
+
+    def _peer(self, name: str) -> None:
+        try:
+            with self.stages.stage(f"{name}: build"):
+                model = peer_model(self._cells[0].bench, name)
+            for _, cell in self._pairs([Way(name)]):
+                self._modes(model, name, cell)
+            if name == "AutoEP":  # DeepSpeed's engine takes no other peer's split experts
+                self._steps(model, [Way(name)])
+            release(model)
+            del model
+        except Exception as error:  # a peer that fails is a result too; ours must not
+            text = f"{type(error).__name__}: {error}"[:300]
+            for data in self.cells:
+                data["errors"][name] = text
+            self.stages.say(f"           {name}: {text}")
+        self._free()
+
+    def _pairs(self, group: list[Way]) -> Iterator[tuple[Way, _Cell]]:
+        """Every variant on the smallest slice, those without fixed settings on the others too, while time is left."""
+        for way in group:
+            for cell in self._cells:
+                fixed = way.waves is not None or way.max_ctas is not None
+                if (cell is self._cells[0] or not fixed) and self._time_left(way.name, cell):
+                    yield way, cell
+
+    def _modes(self, model: nn.Module, name: str, cell: _Cell) -> None:
+        what = self._what(name, cell)
+        with self.stages.stage(f"{what}: first pass and comparison") as found:
+            error = cell.bench.error(model)
+            found.append(f"differs {error:.1e}")
+        if error > ALLOWED[self.dtype]:
+            cell.data["errors"][name] = f"differs from the unpatched model by {error:.1e}"
+            return
+        cell.data["errors"][name] = error
+        cell.data["variants"][name] = {}
+        for mode in self.settings.modes:
+            if mode != "step" and self._time_left(f"{name}, {mode}", cell):
+                with self.stages.stage(f"{what}: {mode}") as found:
+                    self._note(cell, name, mode, cell.bench.time_mode(model, mode, self.settings.repeats), found)
+
+    def _steps(self, model: nn.Module, group: list[Way]) -> None:
+        if "step" not in self.settings.modes:
+            return
+        names = ", ".join(way.name for way in group)
+        lacking = self._cells[-1].bench.missing_bytes(model)
+        if lacking > 0:
+            self._skip(f"{names}, step: {lacking / 1e9:.1f} GB of memory missing")
+            return
+        if not self._time_left(f"{names}, step"):
+            return
+        with self.stages.stage("DeepSpeed engine"):
+            engine = start_engine(model, self._cells[0].bench)
+        for way, cell in self._pairs(group):
+            if way.name in cell.data["variants"]:
+                if way.name not in PEERS:
+                    select(model, way)
+                with self.stages.stage(f"{self._what(way.name, cell)}: step") as found:
+                    timing = cell.bench.time(lambda cell=cell: cell.bench.step(engine), self.settings.repeats)  # type: ignore[misc]
+                    self._note(cell, way.name, "step", timing, found)
+        engine.destroy()
+
+    def _predict(self, model: Any) -> str:
+        """Measure the link as the planner does, and note what it predicts of one layer."""
+        exchange = model.fluid.exchange
+        if exchange.size == 1:
+            return "no exchange"
+        link, launch = measure_link(exchange, self.device), measure_launch(exchange, self.device)
+        hardware = hardware_of(self.device, link, launch)
+        for cell in self._cells:
+            tokens = cell.part.batch * cell.part.sequence // cell.part.sp
+            sizes = cell.bench.shape.sizes(tokens, exchange.size, torch.finfo(self.dtype).bits // 8)
+            cell.data["link"] = {"bytes_per_second": float(link), **vars(link), "launch": launch}
+            cell.data["predicted_ms"] = {
+                waves: [predicted_seconds(sizes, hardware, waves, training=which) * 1e3 for which in (False, True)]
+                for waves in PREDICTED
+            }
+        costs = f"latency {link.latency * 1e6:.0f} us, post {link.post * 1e6:.0f} us, taken {link.taken:.0%}"
+        return f"{link / 1e9:.0f} GB/s each way, {costs}, launch {launch * 1e6:.1f} us"
+
+    def _note(self, cell: _Cell, name: str, mode: str, timing: Any, found: list[str]) -> None:
+        cell.data["variants"][name][mode] = asdict(timing)
+        found.append(f"{timing.median:8.2f} ms (+-{timing.spread:.2f})")
+        self.save()
+
+    def _trace(self, model: nn.Module, name: str, cell: _Cell) -> None:
+        with self.stages.stage(f"{name}: trace"):
+            timeline = trace_pass(cell.bench.modes(model)["backward"], self.stages.is_first)
+            if timeline is not None:
+                cell.data["timeline"][name] = timeline
+
+    def _what(self, name: str, cell: _Cell) -> str:
+        return name if len(self._cells) == 1 else f"batch {cell.part.batch}, {name}"
+
+    def _time_left(self, what: str, cell: _Cell | None = None) -> bool:
+        left = self.stages.time_left()
+        if not left:
+            self._skip(f"{what}: no time left", cell)
+        return left
+
+    def _skip(self, why: str, cell: _Cell | None = None) -> None:
+        for one in [cell] if cell is not None else self._cells:
+            one.data["skipped"].append(why)
+        self.stages.say(f"           skipped {why}")
+
+    def _free(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
