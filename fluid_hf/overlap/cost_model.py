@@ -105,18 +105,19 @@ def forward_seconds(sizes: LayerSizes, hardware: Hardware, waves: int) -> float:
     """From the router's output to the layer's output; `waves` may be `SERIAL`."""
     run, (own, far), trip = _Run(hardware), _split(sizes), _trip(sizes, hardware)
     run.compute(_PLAN, 2 * sizes.rows * sizes.hidden * sizes.element_bytes / hardware.memory)
-    run.gpu = run.host = max(run.gpu, run.host) + hardware.latency  # the counts, for which the host waits
+    packed = run.gpu
+    counts = max(packed, run.host) + hardware.latency  # for which the host waits
     if waves == SERIAL:
+        run.host = run.gpu = counts
         run.wait(run.post(trip + _kept_rows(sizes) / hardware.memory))
         run.compute(_WAVE, _first(sizes, hardware, sizes.pairs) + _second(sizes, hardware, sizes.pairs))
         run.wait(run.post(trip + _kept_rows(sizes) / hardware.memory))
         run.compute(_SUM, _rows_bytes(sizes) / hardware.memory)
         return run.gpu
-    packed = run.gpu
-    run.host += _OWN * hardware.launch
-    queued = run.host
+    queued = run.host + hardware.launch
+    run.host = max(run.host + _OWN * hardware.launch, counts)
     arrivals = [run.post(trip / waves, packed) for _ in range(waves)]
-    run.compute(0, _first(sizes, hardware, own), queued)
+    run.compute(0, _first(sizes, hardware, own) + _OWN * hardware.kernel, queued)
     backs = []
     for arrival in arrivals:
         run.wait(arrival)
