@@ -24,6 +24,7 @@ from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.expert_lists import ExpertList, stored_parameters
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
+from fluid_hf.models.sequence_router import RouterGather
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
@@ -102,13 +103,22 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
 
 
 def _attach_sequence(model: nn.Module, state: FluidState) -> None:
-    sites, config = find_attention(model, state.groups.sp_size), state.config
+    model, config = _inside_adapters(model), state.config
+    sites = find_attention(model, state.groups.sp_size)
+    state.sequence_router = RouterGather(model, state.sequence_exchange)
+    state.sequence_router.attach()
     state.sequence = SequenceParallel(
         model, sites, state.sequence_exchange, state.scheduler, overlap=config.overlap, chunks=config.waves
     )
     state.sequence.attach()
     for name in state.sequence.overlapped:
         state.backend.gather_together(model.get_submodule(name), True)
+
+
+def _inside_adapters(model: Any) -> nn.Module:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
 
 
 def _attach_cross_layer(model: nn.Module, state: FluidState) -> None:
@@ -131,8 +141,10 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_saving(model)
     if state.sequence is not None:
         for name in state.sequence.overlapped:
-            state.backend.gather_together(model.get_submodule(name), False)
+            state.backend.gather_together(_inside_adapters(model).get_submodule(name), False)
         state.sequence.detach()
+    if state.sequence_router is not None:
+        state.sequence_router.detach()
     if state.cross_layer is not None:
         state.cross_layer.detach()
     unbind_blocks(model, state.bound_blocks)
@@ -205,7 +217,7 @@ def _prepare(
         world = dist.get_world_size() if dist.is_initialized() else 1
         sp_size = resolve_sp_size(requested.sp_size, world)
         if sp_size > 1:
-            find_attention(model, sp_size)
+            find_attention(_inside_adapters(model), sp_size)
         sites = find_experts(model) if sp_size == 1 or has_experts(model) else []
         counts = sorted({site.num_experts for site in sites})
         if requested.ep_size is not None and requested.ep_size > 1 and not dist.is_initialized():

@@ -20,6 +20,7 @@ from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.expert_lists import ExpertList
 from fluid_hf.models.sequence_parallel import SequenceParallel
+from fluid_hf.models.sequence_router import RouterGather
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
@@ -38,6 +39,7 @@ class FluidState:
         layers: expert-parallel layers by module name.
         originals: what `unpatch_model` puts back, by module name.
         sequence: the attention layers' sequence parallelism; `None` with `sp_size` 1.
+        sequence_router: hands the balancing loss the router logits of whole sequences; `None` with `sp_size` 1.
         cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
         sequence_exchange: exchange of the sequence-parallel group.
         bound_blocks: names of the blocks with a forward of `fluid_hf.models.block_forms`.
@@ -70,6 +72,7 @@ class FluidState:
             exchange.timeout_seconds = config.timeout_seconds
             set_group_timeout(exchange.group, config.timeout_seconds)
         self.sequence: SequenceParallel | None = None
+        self.sequence_router: RouterGather | None = None
         self.cross_layer: CrossLayerWgrad | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | ExpertList] = {}

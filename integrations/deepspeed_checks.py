@@ -26,12 +26,13 @@ def check_training(config: Any, model: nn.Module, state: FluidState, *, split: t
     Raises:
         ConfigError: see the functions below.
     """
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    _refuse_unscaled_loss(stage, config)
     if state.groups.ep_size == 1:
         return
     check_adapters(model, state.layers.values())
     _match_training(state, split, frozen)
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     _refuse_frozen_experts(stage, state, split)
     _refuse_unclipped_experts(stage, config, state)
 
@@ -59,10 +60,19 @@ def _refuse_frozen_experts(stage: Any, state: FluidState, split: type) -> None:
         )
 
 
+def _refuse_unscaled_loss(stage: Any, config: Any) -> None:
+    """At stage 0 DeepSpeed 0.19 divides float16 gradients by a loss scale that it never multiplied the loss by."""
+    if stage == 0 and isinstance(config, dict) and _enabled(config.get("fp16")):
+        raise ConfigError(
+            "zero_optimization.stage (0) must be 1 or more when fp16.enabled (true): DeepSpeed would divide gradients "
+            "by the loss scale without having multiplied the loss by it, patched or not; use stage 1."
+        )
+
+
 def _refuse_unclipped_experts(stage: Any, config: Any, state: FluidState) -> None:
-    """At stage 0 in 16-bit types DeepSpeed 0.19 leaves the experts out of the norm that it clips by."""
+    """At stage 0 in bfloat16 DeepSpeed 0.19 leaves the experts out of the norm that it clips by."""
     settings = config if isinstance(config, dict) else {}
-    reduced = [name for name in ("bf16", "bfloat16", "fp16") if _enabled(settings.get(name))]
+    reduced = [name for name in ("bf16", "bfloat16") if _enabled(settings.get(name))]
     trained = any(p.requires_grad for layer in state.layers.values() for p in layer.split_parameters())
     clipping = settings.get("gradient_clipping", 0)
     if stage == 0 and reduced and trained and isinstance(clipping, (int, float)) and clipping > 0:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from fluid_hf.bench.parity import CellResult, markdown_summary, run
 from fluid_hf.bench.parity_cells import FACTORS, Cell, all_cells, covering_cells
 
-HANG = 60  # seconds in which a collective must end
+HANG = 120  # seconds in which a collective must end
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cell", nargs="+", metavar="NAME=VALUE", help="one cell, plain in all other settings")
     parser.add_argument("--fixed", nargs="*", default=[], metavar="NAME=VALUE", help="settings with one value only")
     parser.add_argument("--seed", type=int, default=0, help="which of the many covering arrays")
+    parser.add_argument("--seconds", type=float, help="start no more cells after so long; --json continues")
     parser.add_argument("--json", type=Path, help="file with one line per finished cell")
     parser.add_argument("--quiet", action="store_true", help="print only what is not equal")
     return parser.parse_args(arguments)
@@ -53,13 +54,13 @@ def read_fixed(pairs: list[str]) -> dict[str, Any]:
     return fixed
 
 
-def choose(options: argparse.Namespace, world: int, float16: bool) -> list[Cell]:
+def choose(options: argparse.Namespace, world: int) -> list[Cell]:
     fixed = read_fixed(options.fixed)
     if options.cell:
         return [Cell(**read_fixed(options.cell))]
     if options.all:
-        return list(all_cells(world, float16=float16, fixed=fixed))
-    return covering_cells(world, strength=options.strength, float16=float16, seed=options.seed, fixed=fixed)
+        return list(all_cells(world, fixed=fixed))
+    return covering_cells(world, strength=options.strength, seed=options.seed, fixed=fixed)
 
 
 def read_results(path: Path | None) -> list[CellResult]:
@@ -88,7 +89,7 @@ def work(options: argparse.Namespace) -> bool:
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     done = read_results(options.json)
     known = {result.cell for result in done}
-    cells = [cell for cell in choose(options, world, cuda) if cell not in known]
+    cells = [cell for cell in choose(options, world) if cell not in known]
 
     def report(result: CellResult) -> None:
         write_result(options.json, result)
@@ -97,11 +98,14 @@ def work(options: argparse.Namespace) -> bool:
                 f"{result.status:<8} {result.seconds:5.1f} s  {result.cell.name}\n         {result.detail}", flush=True
             )
 
-    results = done + run(cells, report=report)
+    results = done + run(cells, seconds=options.seconds, report=report)
     if int(os.environ.get("RANK", 0)) == 0:
         counts = collections.Counter(result.status for result in results)
         print(markdown_summary(results))
-        print(f"{len(results)} cells on {world} ranks: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+        print(
+            f"{len(results)} of {len(done) + len(cells)} cells on {world} ranks: "
+            + ", ".join(f"{n} {status}" for status, n in counts.items())
+        )
     return all(result.good for result in results)
 
 

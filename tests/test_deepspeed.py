@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler
 
 import fluid_hf
 from fluid_hf import FluidConfig, cli
+from fluid_hf.bench.parity_train import float16_everywhere
 from fluid_hf.integrations.optimizer_groups import split_groups
 
 pool2 = rank_pool(2)
@@ -167,6 +168,52 @@ def test_frozen_experts(pool2: RankPool) -> None:
         for curve in pool2.run(run_frozen, stage, True):
             assert_near(curve, expected)
     assert "use stage 2, or ep_size 1" in pool2.expect("ConfigError", run_frozen, 3, True)[0]
+
+
+def run_overflow(rank: int, world: int, stage: int, scaling: dict[str, Any], where: str) -> list[tuple[float, ...]]:
+    """Three steps on one batch, with an infinite gradient on the last rank in the second: loss, sum of weights,
+    skipped steps and loss scale of each."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe").half(), FluidConfig(ep_size=2))
+    weights = list(next(iter(model.fluid.layers.values())).split_parameters())
+    weight = weights[0] if where == "experts" else model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    bad = False
+    weight.register_hook(lambda grad: grad * float("inf") if bad else grad)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {**settings(stage), "fp16": {"enabled": True, **scaling}}
+    found = []
+    with float16_everywhere():
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+        for step in range(3):
+            bad = step == 1 and rank == world - 1
+            ids = batch(rank, 1)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            shards = [getattr(p, "ds_tensor", p).double().abs().sum() for p in model.parameters()]
+            scale = float(engine.optimizer.loss_scale)
+            found.append((float(loss), float(torch.stack(shards).sum()), float(engine.skipped_steps), scale))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("scaling", [{"loss_scale": 64}, {"initial_scale_power": 6, "hysteresis": 1}], ids=str)
+@pytest.mark.parametrize(("stage", "where"), [(1, "experts"), (2, "experts"), (3, "experts"), (2, "attention")])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(
+    pool2: RankPool, stage: int, where: str, scaling: dict[str, Any]
+) -> None:
+    for first, second, third in pool2.run(run_overflow, stage, scaling, where):
+        assert [step[2] for step in (first, second, third)] == [0, 1, 1]
+        assert second[1] == first[1] != third[1], "weights change in a step that is not skipped, and in no other"
+        assert third[0] == second[0] < first[0]
+        assert third[3] == second[3] == first[3] / (1 if "loss_scale" in scaling else 2)
+
+
+def test_loss_scaling_that_deepspeed_leaves_out_is_refused(pool2: RankPool) -> None:
+    for text in pool2.expect("ConfigError", run_overflow, 0, {"loss_scale": 64}, "experts"):
+        assert "zero_optimization.stage (0) must be 1 or more when fp16.enabled (true)" in text
 
 
 def run_accelerate(rank: int, world: int, patched: bool) -> list[float]:

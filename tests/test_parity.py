@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from distributed import ROOT, launch
 
 from fluid_hf.bench.parity import CellResult, _deviation, markdown_summary, run
-from fluid_hf.bench.parity_cells import FACTORS, Cell, all_cells, covering_cells, impossible
+from fluid_hf.bench.parity_cells import FACTORS, Cell, all_cells, covering_cells, impossible, refused
 from fluid_hf.bench.parity_train import train_plain
 
 SCRIPT = ROOT / "tests" / "parity.py"
@@ -28,6 +29,8 @@ def run_matrix(folder: Path, world: int, *options: str) -> list[CellResult]:
 def check(results: list[CellResult]) -> None:
     bad = [f"{result.status}: {result.cell.name}\n    {result.detail}" for result in results if not result.good]
     assert not bad, "\n".join(bad)
+    for result in results:
+        assert (result.status == "refused") == refused(dataclasses.asdict(result.cell)), result
 
 
 def test_every_pair_of_settings_on_two_ranks(tmp_path: Path) -> None:
@@ -86,8 +89,8 @@ def test_covering_cells_hold_every_possible_pair() -> None:
     for one, other in itertools.combinations(FACTORS, 2):
         held = {(getattr(cell, one), getattr(cell, other)) for cell in cells}
         for pair in itertools.product(FACTORS[one], FACTORS[other]):
-            possible = impossible({one: pair[0], other: pair[1]}, 2, float16=False) is None
-            if possible and not (one, other) == ("engine", "dtype"):
+            possible = impossible({one: pair[0], other: pair[1]}, 2) is None
+            if possible:
                 assert pair in held or _contradictory(one, other, pair), (one, other, pair)
 
 
@@ -95,12 +98,14 @@ def _contradictory(one: str, other: str, pair: tuple[object, object]) -> bool:
     """Pairs that no whole cell can hold: each side asks for another value of a third setting."""
     return not any(
         getattr(cell, one) == pair[0] and getattr(cell, other) == pair[1]
-        for cell in itertools.islice(all_cells(2, float16=False, fixed={one: pair[0], other: pair[1]}), 1)
+        for cell in itertools.islice(all_cells(2, fixed={one: pair[0], other: pair[1]}), 1)
     )
 
 
 def test_impossible_combinations() -> None:
-    assert "ZeRO" in str(impossible({"offload": "cpu", "engine": "torch"}, 2, float16=False))
-    assert "Mixtral" in str(impossible({"jitter": True, "family": "qwen3_moe"}, 2, float16=False))
-    assert impossible({"dtype": "float16", "engine": "zero1"}, 2, float16=True) is None
-    assert impossible({"ep_size": 4}, 2, float16=True) is not None
+    assert "noise" in str(impossible({"jitter": True, "sp_size": 2}, 2))
+    assert "ZeRO" in str(impossible({"offload": "cpu", "engine": "torch"}, 2))
+    assert "Mixtral" in str(impossible({"jitter": True, "family": "qwen3_moe"}, 2))
+    assert impossible({"dtype": "float16", "engine": "zero1"}, 2) is None
+    assert impossible({"ep_size": 4}, 2) is not None
+    assert impossible({"sp_size": 2}, 1) is not None

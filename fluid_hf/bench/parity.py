@@ -18,7 +18,7 @@ __all__ = ["CellResult", "markdown_summary", "run", "run_cell"]
 
 EXACT = 1e-5  # float32: relative error of losses and norms; of weight changes beside their rounding
 References = dict[tuple[Cell, bool], Outcome]
-LOW_PRECISION = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "autocast": 2.0**-8}
+LOW_PRECISION = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float16_static": 2.0**-11, "autocast": 2.0**-8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,7 @@ def run(
     *,
     strength: int = 2,
     fixed: dict[str, Any] | None = None,
+    seconds: float | None = None,
     report: Callable[[CellResult], None] | None = None,
 ) -> list[CellResult]:
     """Train every cell and compare. Collective over all ranks of the default process group, if there is one.
@@ -57,19 +58,23 @@ def run(
         cells: which; by default those that contain every possible combination of `strength` settings.
         strength: 2 for every pair of settings.
         fixed: settings with one value only, by name (`{"family": "mixtral"}`).
+        seconds: start no more cells after so long; `None` for all of them.
         report: called on rank 0 with each result as it comes.
 
     Returns:
-        All results, equal on all ranks.
+        All results, equal on all ranks; fewer than there are cells if time was over.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu")
     if cells is None:
-        cells = covering_cells(world, strength=strength, float16=device.type == "cuda", fixed=fixed)
+        cells = covering_cells(world, strength=strength, fixed=fixed)
     control = dist.new_group(backend="gloo") if world > 1 else None
     references: References = {}
-    results = []
+    results: list[CellResult] = []
+    start = time.monotonic()
     for cell in cells:
+        if seconds is not None and _on_rank_0(time.monotonic() - start > seconds, control):
+            break
         result = run_cell(cell, device, rank, world, control, references)
         results.append(result)
         if report is not None and rank == 0:
@@ -91,10 +96,9 @@ def run_cell(
     start = time.monotonic()
     outcome, errors = _attempt(cell, device, world, control, patched=True)
     if not errors:
-        verdict = list(_judge(cell, outcome, device, world, references)) if rank == 0 and outcome else ["", ""]
-        if control is not None:
-            dist.broadcast_object_list(verdict, src=0, group=control)
-        return CellResult(cell, verdict[0], verdict[1], time.monotonic() - start)
+        verdict = _judge(cell, outcome, device, world, references) if rank == 0 and outcome else ("", "")
+        status, detail = _on_rank_0(verdict, control)
+        return CellResult(cell, status, detail, time.monotonic() - start)
     status = "refused" if len(errors) == world and all(named for named, _ in errors.values()) else "failed"
     first = next(iter(errors))
     if status == "failed" and len(errors) == world:
@@ -102,6 +106,14 @@ def run_cell(
         if {text for _, text in theirs.values()} == {text for _, text in errors.values()}:
             status = "unavailable"
     return CellResult(cell, status, f"rank {first}: {errors[first][1]}", time.monotonic() - start)
+
+
+def _on_rank_0(value: Any, control: dist.ProcessGroup | None) -> Any:
+    """The value that rank 0 has, on every rank."""
+    values = [value]
+    if control is not None:
+        dist.broadcast_object_list(values, src=0, group=control)
+    return values[0]
 
 
 def _attempt(
@@ -149,7 +161,18 @@ def _judge(cell: Cell, outcome: Outcome, device: torch.device, world: int, refer
 
 def _reference(cell: Cell, exact: bool, device: torch.device, world: int, references: References) -> Outcome:
     """What one process without fluid_hf gives; only some settings matter to it."""
-    kept = ("family", "checkpointing", "accumulation", "dtype", "trained", "aux_loss", "jitter", "batch", "num_items")
+    kept = (
+        "family",
+        "sp_size",
+        "checkpointing",
+        "accumulation",
+        "dtype",
+        "trained",
+        "aux_loss",
+        "jitter",
+        "batch",
+        "num_items",
+    )
     engine = "torch" if cell.engine == "torch" else "zero1"
     cell = Cell(engine=engine, **{name: getattr(cell, name) for name in kept})
     if (cell, exact) not in references:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,12 +20,15 @@ from fluid_hf.bench.parity_cells import Cell
 from fluid_hf.checkpoint.gather import iterate_weights, weight_specs
 from fluid_hf.config import FluidConfig
 from fluid_hf.patching import get_state, patch_model
+from fluid_hf.state import FluidState
 
 __all__ = ["Outcome", "train_patched", "train_plain"]
 
 STEPS, VOCABULARY = 2, 96
-CLIP, RATE = 0.5, 0.5
-DTYPES = {"float32": torch.float32, "autocast": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CLIP, RATE, AUX = 0.5, 0.5, 0.1
+TIMEOUT = 120.0  # seconds for a peer to come: it may still compile its kernels
+LOSS_SCALE = 2.0**8  # float16: small enough not to overflow, large enough for the smallest gradients
+FLOAT32 = ("float32", "autocast")
 EXCHANGES: dict[str, dict[str, Any]] = {"planned": {}, "waves3": {"waves": 3}, "serial": {"overlap": False}}
 
 
@@ -46,6 +50,12 @@ class Outcome:
     trained: set[str]
 
 
+def _dtype(cell: Cell) -> torch.dtype:
+    """Of the weights."""
+    found: torch.dtype = torch.float32 if cell.dtype in FLOAT32 else getattr(torch, cell.dtype.removesuffix("_static"))
+    return found
+
+
 def build_model(cell: Cell, device: torch.device) -> nn.Module:
     """A model of two layers and four experts with the same random weights on every rank."""
     sizes: dict[str, Any] = {
@@ -59,7 +69,7 @@ def build_model(cell: Cell, device: torch.device) -> nn.Module:
         # that follows, with and without fluid_hf.
         "num_experts_per_tok": 2 if cell.dtype == "float32" else 4,
         "output_router_logits": cell.aux_loss,
-        "router_aux_loss_coef": 0.1,
+        "router_aux_loss_coef": AUX,
         "initializer_range": 0.1,
         "use_cache": False,
     }
@@ -69,7 +79,7 @@ def build_model(cell: Cell, device: torch.device) -> nn.Module:
         sizes |= {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "head_dim": 8}
     torch.manual_seed(0)
     model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(cell.family, **sizes))
-    return model.to(device, DTYPES[cell.dtype]).train()
+    return model.to(device, _dtype(cell)).train()
 
 
 def freeze(cell: Cell, model: nn.Module) -> None:
@@ -106,7 +116,7 @@ def prepare(cell: Cell, device: torch.device, patch: Callable[[nn.Module], objec
     patch(model)
     if lora and cell.lora_order == "patch_first":
         model = add_lora(cell, model)
-    model.to(DTYPES[cell.dtype])  # PEFT makes its own weights float32; DeepSpeed would change them back
+    model.to(_dtype(cell))  # PEFT makes its own weights float32; DeepSpeed would change them back
     if cell.checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": cell.checkpointing == "reentrant"})
         if lora and cell.checkpointing == "reentrant":
@@ -115,7 +125,7 @@ def prepare(cell: Cell, device: torch.device, patch: Callable[[nn.Module], objec
 
 
 def inputs(cell: Cell, device: torch.device, step: int, micro: int, rank: int) -> dict[str, torch.Tensor]:
-    """One micro-batch of one rank."""
+    """One micro-batch of one rank, or of one group of ranks that share their sequences."""
     generator = torch.Generator().manual_seed((step * 16 + micro) * 64 + rank)
     rows, length = (1 + rank % 3, 7 + 3 * rank) if cell.batch == "uneven" else (2, 12)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
@@ -133,13 +143,13 @@ def seed_noise(step: int, micro: int, rank: int) -> None:
     torch.manual_seed(1 + (step * 16 + micro) * 64 + rank)
 
 
-def loss_options(cell: Cell, device: torch.device, step: int, world: int) -> tuple[dict[str, int], float]:
-    """Further arguments of the model, and the factor on its loss that makes the mean over ranks right."""
+def loss_options(cell: Cell, device: torch.device, step: int, readers: int) -> tuple[dict[str, int], float]:
+    """Further arguments of the model, and the factor on its loss that makes the mean over `readers` batches right."""
     if not cell.num_items:
         return {}, 1.0
-    batches = [inputs(cell, device, step, m, r) for m in range(cell.accumulation) for r in range(world)]
+    batches = [inputs(cell, device, step, m, r) for m in range(cell.accumulation) for r in range(readers)]
     items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    return {"num_items_in_batch": items}, float(world * cell.accumulation)
+    return {"num_items_in_batch": items}, float(readers * cell.accumulation)
 
 
 def autocast(cell: Cell, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -153,37 +163,39 @@ def train_plain(cell: Cell, device: torch.device, world: int, *, exact: bool) ->
     Args:
         cell: its reduced types keep float32 master weights where DeepSpeed does.
         device: where.
-        world: number of ranks.
+        world: number of ranks, of which `sp_size` share a batch.
         exact: compute in float32 instead of the cell's type, from the same starting weights.
     """
     model = prepare(cell, device, lambda model: None)
     if exact:
         model.float()
         cell = dataclasses.replace(cell, dtype="float32")
+    scale = LOSS_SCALE if cell.dtype.startswith("float16") else 1.0
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: p.detach().float() for name, p in trained.items()}
     before = {name: value.detach().double().cpu() for name, value in model.state_dict().items()}
     outcome = Outcome([], [], before, {}, set(trained))
+    readers = world // cell.sp_size
     for step in range(STEPS):
-        options, factor = loss_options(cell, device, step, world)
+        options, factor = loss_options(cell, device, step, readers)
         total = torch.zeros((), dtype=torch.float64, device=device)
         grads = {name: torch.zeros_like(master) for name, master in masters.items()}
         for micro in range(cell.accumulation):
-            for rank in range(world):
+            for rank in range(readers):
                 seed_noise(step, micro, rank)
                 with autocast(cell, device):
                     loss = model(**inputs(cell, device, step, micro, rank), **options).loss * factor
-                (loss / (world * cell.accumulation)).backward()
-                total += loss.detach().double() / (world * cell.accumulation)
+                (loss * (scale / (readers * cell.accumulation))).backward()
+                total += loss.detach().double() / (readers * cell.accumulation)
                 for name, parameter in trained.items():
                     if parameter.grad is not None:
-                        grads[name] += parameter.grad.float()
+                        grads[name] += parameter.grad.float() / scale
                         parameter.grad = None
         norm = torch.stack([grad.double().norm() for grad in grads.values()]).norm()
-        scale = float((CLIP / (norm + 1e-6)).clamp(max=1.0))
+        clip = float((CLIP / (norm + 1e-6)).clamp(max=1.0))
         with torch.no_grad():
             for name, parameter in trained.items():
-                masters[name] -= RATE * scale * grads[name]
+                masters[name] -= RATE * clip * grads[name]
                 parameter.copy_(masters[name])
                 if cell.engine == "torch":
                     masters[name] = parameter.detach().float()
@@ -204,16 +216,18 @@ def train_patched(cell: Cell, device: torch.device, *, patched: bool = True) -> 
     Raises:
         FluidError: fluid_hf refuses the cell.
     """
-    config = FluidConfig(ep_size=cell.ep_size, wgrad=cell.wgrad, recompute=cell.recompute, **EXCHANGES[cell.exchange])
     with contextlib.ExitStack() as stack:
 
         def patch(model: nn.Module) -> None:
             if patched:
-                patch_model(model, config)
+                settings = {"wgrad": cell.wgrad, "recompute": cell.recompute, **EXCHANGES[cell.exchange]}
+                settings["timeout_seconds"] = TIMEOUT
+                patch_model(model, FluidConfig(ep_size=cell.ep_size, sp_size=cell.sp_size, **settings))
                 stack.callback(_forget, model)
 
         model = prepare(cell, device, patch)
         if cell.compiled:
+            torch.compiler.reset()  # transformers finds no router logits in code compiled for a model that gave none
             model.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=RATE)
@@ -230,12 +244,16 @@ def _run(cell: Cell, device: torch.device, model: Any, step_of: Step) -> Outcome
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     outcome = Outcome([], [], _weights(model), {}, set())
     model_call = getattr(step_of, "engine", model)
+    reader = rank // cell.sp_size
     for step in range(STEPS):
-        options, factor = loss_options(cell, device, step, world)
+        options, factor = loss_options(cell, device, step, world // cell.sp_size)
 
         def forward(micro: int, step: int = step, options: Any = options, factor: float = factor) -> torch.Tensor:
             seed_noise(step, micro, rank)
-            return model_call(**inputs(cell, device, step, micro, rank), **options).loss * factor
+            batch = inputs(cell, device, step, micro, reader)
+            if cell.sp_size == 1 or not hasattr(model, "fluid"):
+                return model_call(**batch, **options).loss * factor
+            return _sequence_loss(get_state(model), model_call, batch, **options) * factor
 
         loss, norm = step_of([lambda m=m: forward(m) for m in range(cell.accumulation)])  # type: ignore[misc]
         total = torch.tensor(loss, dtype=torch.float64, device=device)
@@ -245,6 +263,14 @@ def _run(cell: Cell, device: torch.device, model: Any, step_of: Step) -> Outcome
         outcome.norms.append(norm)
     outcome.after = _weights(model)
     return outcome
+
+
+def _sequence_loss(state: FluidState, model_call: Any, batch: dict[str, torch.Tensor], **options: int) -> torch.Tensor:
+    """The loss of whole sequences from this rank's piece, as a loop without the Trainer computes it."""
+    shard = state.shard_batch(batch)
+    output = model_call(**shard)
+    loss = state.sequence_loss(output.logits, shard["shift_labels"], **options)
+    return loss if output.aux_loss is None else loss + AUX * output.aux_loss
 
 
 def _plain_step(cell: Cell, model: Any, optimizer: torch.optim.Optimizer) -> Step:
@@ -302,15 +328,34 @@ def _engine(cell: Cell, model: Any, optimizer: torch.optim.Optimizer) -> Iterato
     }
     if cell.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True}
-    if cell.dtype == "float16":
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 8}
+    if cell.dtype.startswith("float16"):
+        static = cell.dtype == "float16_static"
+        scale = {"loss_scale": LOSS_SCALE} if static else {"initial_scale_power": int(math.log2(LOSS_SCALE))}
+        settings["fp16"] = {"enabled": True, **scale}
     if cell.dtype == "autocast":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with float16_everywhere():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        try:
+            yield engine
+        finally:
+            engine.destroy()
+
+
+@contextlib.contextmanager
+def float16_everywhere() -> Iterator[None]:
+    """Let DeepSpeed train in float16 on CPUs without float16 instructions, where torch computes in it too, slowly."""
+    import deepspeed
+
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.is_fp16_supported():
+        yield
+        return
+    accelerator.is_fp16_supported = lambda: True
     try:
-        yield engine
+        yield
     finally:
-        engine.destroy()
+        del accelerator.is_fp16_supported
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:

@@ -35,6 +35,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fixed", nargs="*", default=[], metavar="NAME=VALUE", help="--parity with these settings only"
     )
+    parser.add_argument("--quick", action="store_true", help="--parity with every value of every setting once")
+    parser.add_argument("--seconds", type=float, help="--parity starts no more cells after so long")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a rank waits for others (default: 120)")
     parser.add_argument("--skip", nargs="+", default=[], choices=list(CHECKS), help="checks to leave out")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import datetime
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from fluid_hf.bench.parity import CellResult
 from fluid_hf.bench.parity import run as run_cells
-from fluid_hf.bench.parity_cells import FACTORS
+from fluid_hf.bench.parity_cells import FACTORS, covering_cells
 from fluid_hf.errors import ConfigError
 
 
@@ -29,12 +30,15 @@ def run(options: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        timeout = datetime.timedelta(seconds=options.timeout)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    cells = covering_cells(world, strength=1 if options.quick else 2, fixed=fixed)
 
     def report(result: CellResult) -> None:
         print(f"{result.status:<12} {result.seconds:5.1f} s  {result.cell.name}  {result.detail}", flush=True)
 
-    results = run_cells(fixed=fixed, report=None if options.json == "-" else report)
+    results = run_cells(cells, seconds=options.seconds, report=None if options.json == "-" else report)
     if first:
         counts = collections.Counter(result.status for result in results)
         text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
@@ -42,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
             with open(options.json, "w", encoding="utf-8") as file:
                 file.write(text)
         summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-        print(text if options.json == "-" else f"\n{len(results)} cells: {summary}")
+        print(text if options.json == "-" else f"\n{len(results)} of {len(cells)} cells on {world} ranks: {summary}")
     return int(not all(result.good for result in results))
 
 

@@ -103,6 +103,7 @@ class LayerAttention:
             raise UnsupportedModelError(f"attn_implementation ({name!r}) was unknown when the model was patched.")
         return function
 
+    @torch.compiler.disable  # exchanges are host code, here and below: the compiled parts end there
     def run(
         self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -165,6 +166,7 @@ class OverlappedForward:
         name = f"attention {getattr(module, 'layer_idx', '')}".strip()
         self.context = AttentionContext(attention.exchange, attention.layout, head_dim, scheduler, name=name)
 
+    @torch.compiler.disable
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward."""
         sequence = kwargs.get(KEYWORD)
@@ -282,6 +284,7 @@ class SequenceParallel:
                 "rank; use model.fluid.shard_batch and model.fluid.sequence_loss."
             )
 
+    @torch.compiler.disable
     def _prepare(
         self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
