@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def write_repository(folder: Path, style: str) -> None:
 
 def load(folder: str, modules: str) -> Any:
     """A model with code from the folder, which transformers copies to `modules` before it is imported."""
-    dynamic_module_utils.HF_MODULES_CACHE = modules
+    if "transformers_modules" not in sys.modules:  # else it stays where it was imported from
+        dynamic_module_utils.HF_MODULES_CACHE = modules
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
@@ -206,6 +208,35 @@ def test_trust_remote_code(pool2: RankPool, tmp_path: Path) -> None:
     states = [load(str(folder / name), str(folder / "modules")).state_dict() for name in ("ours", "theirs")]
     assert states[0].keys() == states[1].keys()
     assert max(relative_error(states[0][name], weight) for name, weight in states[1].items()) < TOLERANCE
+
+
+def load_shares(rank: int, world: int, folder: str) -> list[Any]:
+    """Experts held, and whether the model is that which transformers loads: patched, saved, unpatched."""
+    plain = load(folder, f"{folder}/modules{rank}")
+    ids = batch(rank, 2)
+    own = {"trust_remote_code": True}
+    found: list[Any] = []
+    for options in (own, {"auto_class": type(plain)}):
+        model = fluid_hf.from_pretrained(folder, FluidConfig(ep_size=world), **options)
+        assert type(model) is type(plain)
+        experts = sum(p.numel() for layer in model.fluid.layers.values() for p in layer.parameters())
+        with torch.no_grad():
+            error = relative_error(model(input_ids=ids).logits, plain.eval()(input_ids=ids).logits)
+        model.save_pretrained(f"{folder}/shares")
+        fluid_hf.unpatch_model(model)
+        state = plain.state_dict()
+        same = all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
+        found.append((experts, error < TOLERANCE, same and len(model.state_dict()) == len(state)))
+    return found
+
+
+def test_loading_by_shares(pool2: RankPool, tmp_path: Path) -> None:
+    folder = tmp_path / "shares_repository"
+    write_repository(folder, "flat_pairs")
+    half = 2 * (4 * 3 * 24 * 32) // 2  # two layers of four experts of three projections
+    assert pool2.run(load_shares, str(folder)) == [[(half, True, True)] * 2] * 2
+    saved = {path.name: path.read_bytes() for path in (folder / "shares").glob("*.safetensors")}
+    assert saved == {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
 def train(rank: int, world: int, folder: str, stage: int, ep_size: int | None) -> tuple[list[Any], list[str]]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from fluid_hf.backends import LOADED_SHARE
 from fluid_hf.checkpoint.files import TensorSpec
@@ -27,12 +29,15 @@ from fluid_hf.checkpoint.saving import quiet_progress
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CheckpointError, FluidError, UnsupportedModelError
+from fluid_hf.models.expert_lists import AbsentExpert, ExpertList
 from fluid_hf.models.registry import ExpertsSite, find_experts
 from fluid_hf.patching import patch_model, requested_config
 from fluid_hf.process_groups import resolve_ep_size
 
 __all__ = ["from_pretrained"]
 
+# Which of transformers' options say where files are.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # How long ranks wait for the slowest to read its share: a slow file system is not an error.
 LOADING_TIMEOUT_SECONDS = 3600.0
 
@@ -41,6 +46,8 @@ def from_pretrained(
     path: str, config: FluidConfig | None = None, *, auto_class: Any = AutoModelForCausalLM, **hf_kwargs: Any
 ) -> Any:
     """Load a model by shares and patch it. Collective over all ranks.
+
+    Models with code of their own (`trust_remote_code=True`) are loaded so, too.
 
     Equal to `patch_model(AutoModelForCausalLM.from_pretrained(path))`, but a rank reads only the shared weights and
     its own experts, into a model built without memory. Both layouts are read: one tensor per expert, as on the Hub, and
@@ -59,7 +66,7 @@ def from_pretrained(
     Raises:
         CheckpointError: on every rank: files are missing, cut off or do not fit the model; names the file and tensor.
         ConfigError: the settings do not fit the model or the world size.
-        UnsupportedModelError: the model cannot be patched, or its code comes from the Hub.
+        UnsupportedModelError: the model cannot be patched.
     """
     control = ControlGroup(LOADING_TIMEOUT_SECONDS)
     loader = _ShareLoader(path, control)
@@ -68,7 +75,7 @@ def from_pretrained(
         try:
             loader.requested = requested_config(config)
             with _without_zero_init(), quiet_progress(rank != 0):
-                loading_class = _loading_class(auto_class, loader)
+                loading_class = _loading_class(auto_class, loader, path, hf_kwargs)
                 model, info = loading_class.from_pretrained(path, output_loading_info=True, **hf_kwargs)
             loader.check_complete(info)
             model.__class__ = loader.model_class
@@ -106,17 +113,22 @@ class _ShareLoader:
         sites = find_experts(model)
         world = dist.get_world_size() if dist.is_initialized() else 1
         split: dict[str, ExpertShare] = {}
+        absent: set[str] = set()
         shares = []
         for site in sites:
             ep_size = resolve_ep_size(self.requested.ep_size, world, site.num_experts)
             held = site.num_experts // ep_size
             start = (dist.get_rank() % ep_size if world > 1 else 0) * held
             share = ExpertShare(site.num_experts, start, start + held)
-            split.update({f"{site.name}.{key}": share for key in site.weight_names})
+            if isinstance(site.module, ExpertList):
+                absent.update(_outside(site, share))
+            else:
+                split.update({f"{site.name}.{key}": share for key in site.weight_names})
             shares.append((site, share))
         matched = match_tensors(model, stored, load_config.weight_mapping or [])
         self._check_names(model, expected, matched, files)
-        wanted = select_share(expected, matched, split)
+        held_here = {name: sources for name, sources in matched.items() if name not in absent}
+        wanted = select_share(expected, held_here, split)
         self.agree(None)  # nobody starts to read gigabytes before all have found their files in order
         for site, share in shares:
             _shrink(site, share)
@@ -127,8 +139,7 @@ class _ShareLoader:
         """transformers would fill with random numbers what it did not find."""
         if self.model_class is None:
             raise UnsupportedModelError(
-                f"code of {self._path} comes from the Hub, which cannot be loaded by shares; load the whole model and "
-                "call patch_model."
+                f"{self._path} has code that loads it in a way of its own; load the whole model and call patch_model."
             )
         for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
             if info.get(kind):
@@ -176,12 +187,30 @@ class _ShareLoader:
             )
 
 
-def _loading_class(auto_class: Any, loader: _ShareLoader) -> Any:
-    """`auto_class`, or a model class, that loads through `loader`."""
+def _loading_class(auto_class: Any, loader: _ShareLoader, path: str, options: dict[str, Any]) -> Any:
+    """`auto_class`, or a model class, that loads through `loader`; the class itself if the model brings its own."""
     mapping = getattr(auto_class, "_model_mapping", None)
     if mapping is None:
         return _with_shares(auto_class, loader)
+    own = _class_of_its_own(auto_class, path, options) if options.get("trust_remote_code") else None
+    if own is not None:
+        return _with_shares(own, loader)
     return type(auto_class.__name__, (auto_class,), {"_model_mapping": _ClassMapping(mapping, loader)})
+
+
+def _class_of_its_own(auto_class: Any, path: str, options: dict[str, Any]) -> Any:
+    """The class that comes with a model, as transformers' auto classes find it; `None` if it is transformers' own."""
+    where = {name: options[name] for name in HUB_OPTIONS if name in options}
+    revision = options.pop("code_revision", None)
+    config = options.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True, code_revision=revision, **where)
+    reference = (getattr(config, "auto_map", None) or {}).get(auto_class.__name__)
+    if reference is None:
+        return None
+    model_class: Any = get_class_from_dynamic_module(reference, path, code_revision=revision, **where)
+    model_class.register_for_auto_class(auto_class)
+    return add_generation_mixin_to_remote_model(model_class)
 
 
 class _ClassMapping:
@@ -227,11 +256,24 @@ def _shrink(site: ExpertsSite, share: ExpertShare) -> None:
     """Leave room for this rank's experts only; the module is on the meta device."""
     if share.stop - share.start == share.num_experts:
         return
+    if isinstance(site.module, ExpertList):
+        for index in set(range(share.num_experts)) - set(range(share.start, share.stop)):
+            site.module.modules[index] = AbsentExpert()
+        return
     for key in site.weight_names:
         value = getattr(site.module, key)
         data = value.data.new_empty((share.stop - share.start, *value.shape[1:]))
         setattr(site.module, key, nn.Parameter(data, requires_grad=value.requires_grad))
     setattr(site.module, LOADED_SHARE, share.num_experts)
+
+
+def _outside(site: ExpertsSite, share: ExpertShare) -> Iterator[str]:
+    """Names of the tensors of other ranks' experts, where an expert is a module."""
+    assert isinstance(site.module, ExpertList)
+    for index in range(share.num_experts):
+        if not share.start <= index < share.stop:
+            for parts in site.module.parts.values():
+                yield from (f"{site.name}.{index}.{part}" for part in parts)
 
 
 @contextlib.contextmanager

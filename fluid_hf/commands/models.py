@@ -35,7 +35,8 @@ Code from the Hub (`trust_remote_code=True`) and from before transformers 5 has 
   DeepSeek's (tokens repeated, `y[index == e] = expert(...)`; `moe_infer` for evaluation).
 
 Its router, auxiliary losses and shared experts stay the model's code. Checkpoints have the model's own names and
-shapes, under DeepSpeed, too. Load the whole model with transformers, then call `patch_model`.
+shapes, under DeepSpeed, too. Load the whole model with transformers, then call `patch_model`; or let each rank read its
+own experts only: `fluid_hf.from_pretrained(path, config, trust_remote_code=True)`.
 
 A block with another loop is an `UnsupportedModelError` that names the method. Give it a forward with one call of all
 experts, before patching; every rank must call it in every forward, also without tokens:

@@ -9,6 +9,7 @@ all experts; checkpoints keep the names and shapes that the model gave them.
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from fluid_hf.errors import UnsupportedModelError
 from fluid_hf.models.code_reading import choose_branches, follow, function_source, same_words
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["ExpertList", "is_expert_list", "read_expert_list", "split_experts", "stored_parameters"]
+__all__ = ["AbsentExpert", "ExpertList", "is_expert_list", "read_expert_list", "split_experts", "stored_parameters"]
 
 # Elementwise activations: their slope is taken element by element.
 FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, torch.sigmoid, torch.tanh)
@@ -38,6 +39,10 @@ class _Mlp:
     down: str
     act: Callable[[torch.Tensor], torch.Tensor]
     gated: bool
+
+
+class AbsentExpert(nn.Module):
+    """Stands in a list for an expert that this rank has not loaded."""
 
 
 class ExpertList:
@@ -58,6 +63,7 @@ class ExpertList:
         gated: bool,
     ) -> None:
         self.modules, self.parts, self.act_fn, self.gated = modules, parts, act_fn, gated
+        self._loaded = _present(modules)
 
     @property
     def training(self) -> bool:
@@ -77,7 +83,7 @@ class ExpertList:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters that make a weight."""
-        return [expert.get_parameter(part) for expert in self.modules for part in self.parts[name]]
+        return [expert.get_parameter(part) for expert in self._loaded for part in self.parts[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight, also when ZeRO-3 has partitioned its parts."""
@@ -92,17 +98,26 @@ class ExpertList:
                 parameter.data = parameter.data.new_empty(0)
 
     def take(self, name: str, held: slice) -> torch.Tensor:
-        """A copy of a weight of some experts: [E, N, H] or, of biases, [E, N]."""
-        rows = [[e.get_parameter(part).data for part in self.parts[name]] for e in list(self.modules)[held]]
+        """A copy of a weight of some experts: [E, N, H] or, of biases, [E, N]; of those loaded, if not all are."""
+        chosen = self._loaded if len(self._loaded) < len(self.modules) else self._loaded[held]
+        rows = [[expert.get_parameter(part).data for part in self.parts[name]] for expert in chosen]
         out = rows[0][0].new_empty((len(rows), *self.shape(name)[1:]))
         for expert, weights in zip(out, rows, strict=True):
             torch.cat(weights, out=expert)
         return out
 
     def put(self, name: str, weight: torch.Tensor) -> None:
-        """Give each expert its own copy of its part."""
+        """Give each expert, also those that were not loaded, its own copy of its part."""
+        for index, expert in enumerate(self.modules):
+            if isinstance(expert, AbsentExpert):
+                self.modules[index] = copy.deepcopy(self._loaded[0])
+        self._loaded = _present(self.modules)
         for part, value in split_experts(self.parts, name, weight).items():
             self.modules.get_parameter(part).data = value.clone()
+
+
+def _present(modules: nn.ModuleList) -> list[nn.Module]:
+    return [expert for expert in modules if not isinstance(expert, AbsentExpert)]
 
 
 def split_experts(parts: Mapping[str, tuple[str, ...]], name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -123,7 +138,7 @@ def is_expert_list(name: str, module: nn.Module) -> bool:
     """Whether a module is a list of experts, by what it is called and holds."""
     if not isinstance(module, nn.ModuleList) or "expert" not in name.rpartition(".")[2]:
         return False
-    return len(module) > 1 and "shared" not in name.rpartition(".")[2] and len({type(m) for m in module}) == 1
+    return len(module) > 1 and "shared" not in name.rpartition(".")[2] and len({type(m) for m in _present(module)}) == 1
 
 
 def read_expert_list(modules: nn.ModuleList, where: str) -> ExpertList:
@@ -132,7 +147,7 @@ def read_expert_list(modules: nn.ModuleList, where: str) -> ExpertList:
     Raises:
         UnsupportedModelError: they are not alike, or their code is not known; says which and why.
     """
-    expert = modules[0]
+    expert = _present(modules)[0]
     mlp = _read_mlp(expert)
     if mlp is None:
         raise UnsupportedModelError(
@@ -164,11 +179,14 @@ def _check_alike(modules: nn.ModuleList, known: set[str], where: str) -> None:
             for name, p in expert.named_parameters()
         }
 
-    first = describe(modules[0])
+    present = _present(modules)
+    first = describe(present[0])
     other = sorted(first.keys() - known)
     if other:
         raise UnsupportedModelError(f"{where}.0 has a parameter {other[0]} whose use is not known.")
     for index, expert in enumerate(modules):
+        if isinstance(expert, AbsentExpert):
+            continue
         for name, found in describe(expert).items():
             if found != first.get(name):
                 raise UnsupportedModelError(
