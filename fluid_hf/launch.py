@@ -60,7 +60,6 @@ class Kernel:
         constants: tuple[Any, ...],
         num_warps: int = 4,
         num_stages: int = 3,
-        max_registers: int | None = None,
     ) -> None:
         """Queue the kernel on the current stream.
 
@@ -70,7 +69,6 @@ class Kernel:
             integers: below 2**31.
             constants: compile-time values; each new combination compiles.
             num_stages: pipeline stages of the loops over products.
-            max_registers: of a thread, so that more programs fit on a multiprocessor.
         """
         addresses = [tensor.data_ptr() for tensor in pointers]
         # Triton compiles wide accesses for pointers that are multiples of 16: one test tells if all are.
@@ -80,7 +78,7 @@ class Kernel:
         key = (device, num_warps, num_stages, constants, aligned, *[tensor.dtype for tensor in pointers])
         launch = self._compiled.get(key)
         if launch is None:
-            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+            options = {"num_warps": num_warps, "num_stages": num_stages}
             compiled = self._function[grid](*pointers, *integers, *constants, **options)
             if compiled is not None:  # Triton's interpreter compiles nothing
                 self._compiled[key] = self._launcher(compiled, device, constants)

@@ -6,7 +6,6 @@ that is computed at once: the rank's own tokens, or the rows of one wave.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgr
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 
 if TYPE_CHECKING:  # needs Triton
-    from fluid_hf.moe.gemm_kernels import RowSource
+    from fluid_hf.moe.row_kernels import JointPlaces
 
 __all__ = ["ExpertWeights", "Piece", "PieceGradients", "Projected", "finish_piece", "project_piece", "reads_by_index"]
 
@@ -83,6 +82,8 @@ def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activatio
     from fluid_hf.moe import gemm_kernels
 
     inner = weights.down.shape[2]
+    if rows_RH.dtype == torch.float32 and not gemm_kernels.serves_float32(weights.down):
+        return False, False
     fused = gemm_kernels.prefers_fused(inner)
     return fused or gemm_kernels.prefers_gathered(inner, top_k), fused
 
@@ -115,7 +116,7 @@ def finish_piece(
     elif hidden_SI is None:
         gate_SI, up_SI = _split(projections)
         hidden_SI = glu_forward(gate_SI, up_SI, piece.pair_weights_S, act)
-    output_SH = grouped_linear(hidden_SI, weights.down, piece.plan.offsets_E)
+    output_SH = _linear(hidden_SI, weights.down, piece.plan.offsets_E, False)
     reduce_pairs([output_SH], piece.plan, out_RH)
 
 
@@ -156,7 +157,7 @@ class PieceGradients:
         piece = self._pieces[len(self._grads)]
         grad_SI, pairs_SH = self._through_down(piece, grad_RH, weights, act)
         if use_kernels(grad_SI) and is_silu(act):
-            first = self._activation_kernel(piece, grad_SI, projections, out[1])
+            first = self._activation_kernel(piece, grad_RH, grad_SI, projections, out[1])
         else:
             first = self._activation(piece, grad_SI, projections, act, out[1])
         del grad_SI
@@ -164,7 +165,7 @@ class PieceGradients:
         if len(self._pieces) == 1:  # as they are for the weight gradient too
             self._grad_pairs = pairs_SH
         del pairs_SH
-        pairs = [grouped_dgrad(g, weight, piece.plan.offsets_E) for g, weight in zip(first, weights.first, strict=True)]
+        pairs = [_linear(g, weight, piece.plan.offsets_E, True) for g, weight in zip(first, weights.first, strict=True)]
         reduce_pairs(pairs, piece.plan, out[0])
 
     def _through_down(
@@ -190,7 +191,7 @@ class PieceGradients:
             return self._down_gradient()
         joint = self._joint
         if self._gathers_wgrad:
-            return self._gathered([piece.rows_RH for piece in self._pieces], self._first[0][index], False)
+            return self._gathered([self._pieces[0].rows_RH], 0, self._first[0][index])
         if joint is None:
             offsets = [piece.plan.offsets_E for piece in self._pieces]
             inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
@@ -203,7 +204,7 @@ class PieceGradients:
         grads, hidden, kept = self._grads, self._hidden, self._grad_pairs
         self._grads, self._hidden, self._grad_pairs = [], [], None
         if self._gathers_wgrad:
-            return self._gathered(grads, hidden[0], True)
+            return self._gathered(grads, 1, hidden[0])
         if self._joint is not None:
             output = self._joint.expand(grads, self._pieces)
             return grouped_wgrad([output], hidden[:1], [self._joint.offsets_E])
@@ -212,15 +213,15 @@ class PieceGradients:
         )
         return grouped_wgrad(outputs, hidden, [piece.plan.offsets_E for piece in self._pieces])
 
-    def _gathered(self, rows: list[torch.Tensor], other: torch.Tensor, rows_first: bool) -> torch.Tensor:
-        """Weight gradient whose one operand are the pieces' rows, read by index."""
+    def _gathered(self, rows: Sequence[torch.Tensor], which: int, other: torch.Tensor) -> torch.Tensor:
+        """Weight gradient of which one operand are the pieces' rows (`which` 0) or output gradients (1), by index."""
         from fluid_hf.moe import gemm_kernels
 
-        plan = self._pieces[0].plan
-        row_S, offsets_E = plan.pair_row_S, plan.offsets_E
-        if self._joint is not None:
-            row_S, offsets_E = self._joint.row_S, self._joint.offsets_E
-        return gemm_kernels.gathered_wgrad(as_source(rows), row_S, other, offsets_E, rows_first)
+        joint, plan = self._joint, self._pieces[0].plan
+        if joint is None or joint.addresses is None:
+            return gemm_kernels.gathered_wgrad(rows[0], plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
+        where_S = joint.addresses[which]
+        return gemm_kernels.gathered_wgrad(rows[0], where_S, joint.unit, other, joint.offsets_E, which == 1)
 
     @property
     def held_bytes(self) -> int:
@@ -247,7 +248,12 @@ class PieceGradients:
         return first
 
     def _activation_kernel(
-        self, piece: Piece, grad_SI: torch.Tensor, projections: tuple[torch.Tensor, ...], out_RK: torch.Tensor
+        self,
+        piece: Piece,
+        grad_RH: torch.Tensor,
+        grad_SI: torch.Tensor,
+        projections: tuple[torch.Tensor, ...],
+        out_RK: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         from fluid_hf.moe import row_kernels
 
@@ -259,11 +265,11 @@ class PieceGradients:
             self._first.append(first)
         else:
             if self._joint is None:
-                self._joint = JointOrder(self._pieces)
+                self._joint = JointOrder(self._pieces, grad_RH if self._gathers_wgrad else None)
                 pairs = self._joint.num_pairs
                 self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
                 self._first.append(tuple(p.new_empty(pairs, p.shape[1]) for p in projections))
-            hidden, joint = self._hidden[0], (self._first[0], *self._joint.places(index))
+            hidden, joint = self._hidden[0], self._joint.places(index, self._first[0], piece.rows_RH, grad_RH)
         slots = piece.plan.pair_slot_S
         row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, first, hidden, joint)
         return first
@@ -274,12 +280,15 @@ class JointOrder:
 
     Args:
         pieces: all pieces.
+        first_output: output gradients [R, H] of the first piece, if rows are to be read by their addresses.
 
     Attributes:
-        row_S: row of the pair at each joint place, counted through all pieces; filled by the activation kernel.
+        addresses: where the row and the output gradient of each joint place lie (`JointPlaces`), filled by the
+            activation kernel; `None` without `first_output`.
+        unit: elements in which they are counted.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Piece], first_output: torch.Tensor | None) -> None:
         from fluid_hf.moe import joint_kernels
 
         sizes = [piece.plan.num_pairs for piece in pieces]
@@ -288,12 +297,24 @@ class JointOrder:
             torch.stack([piece.plan.offsets_E for piece in pieces]), self.num_pairs
         )
         self.place_S = place_S.split(sizes)
-        self.row_S = torch.empty_like(place_S)
-        self._rows_before = [0, *itertools.accumulate(piece.rows_RH.shape[0] for piece in pieces)]
+        self.addresses: torch.Tensor | None = None
+        self._firsts = (pieces[0].rows_RH, pieces[0].rows_RH if first_output is None else first_output)
+        self.unit = 1
+        if first_output is not None:
+            self.addresses = torch.empty(2, self.num_pairs, dtype=torch.int64, device=place_S.device)
+            # The kernel that reads by these moves 16 bytes at once if it can tell that they are aligned.
+            tensors, each = (first_output, *(piece.rows_RH for piece in pieces)), first_output.element_size()
+            if all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * each % 16 == 0 for tensor in tensors):
+                self.unit = 16 // each
 
-    def places(self, index: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Joint places of a piece's pairs, where their rows are noted, and the number of its first row."""
-        return self.place_S[index], self.row_S, self._rows_before[index]
+    def places(
+        self, index: int, grads: tuple[torch.Tensor, ...], rows_RH: torch.Tensor, output_RH: torch.Tensor
+    ) -> JointPlaces:
+        """Joint places of a piece's pairs; `grads` receive what the projections' gradients are there."""
+        from fluid_hf.moe.row_kernels import JointPlaces
+
+        rows, outputs = (self._firsts[0], rows_RH), (self._firsts[1], output_RH)
+        return JointPlaces(grads, self.place_S[index], self.addresses, rows, outputs, self.unit)
 
     def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:
         """Rows of every piece at the joint places of their pairs: [N, H]."""
@@ -305,14 +326,14 @@ class JointOrder:
         return out
 
 
-def as_source(pieces: Sequence[torch.Tensor]) -> RowSource:
-    """The rows of all pieces as the kernels read them: own tokens first, then what lies together in one buffer."""
-    first, *others = pieces
-    arrived = [rows for rows in others if rows.shape[0]]
-    ends = [rows.data_ptr() + rows.shape[0] * rows.stride(0) * rows.element_size() for rows in arrived]
-    if any(rows.data_ptr() != end for rows, end in zip(arrived[1:], ends, strict=False)):
-        arrived = [torch.cat(arrived)]  # a saved-tensor hook (offloading) has brought each back alone
-    return first, arrived[0] if arrived else first, first.shape[0]
+def _linear(input_SM: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Projection of pairs: small ones by the kernel that costs the host least."""
+    if use_kernels(input_SM) and weight.is_contiguous():
+        from fluid_hf.moe import gemm_kernels
+
+        if gemm_kernels.prefers_quick_launch(input_SM.shape[0], weight):
+            return gemm_kernels.gathered_linear(input_SM, None, offsets_E, weight, transposed)
+    return (grouped_dgrad if transposed else grouped_linear)(input_SM, weight, offsets_E)
 
 
 def _split(projections: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,10 +21,14 @@ import triton.language as tl
 
 from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
-__all__ = ["RowSource", "gated_linear", "gathered_linear", "gathered_wgrad", "prefers_fused", "prefers_gathered"]
-
-# Rows [R, H] in one or two buffers: the second one's first row has the number of the third entry.
-RowSource = tuple[torch.Tensor, torch.Tensor, int]
+__all__ = [
+    "gated_linear",
+    "gathered_linear",
+    "gathered_wgrad",
+    "prefers_fused",
+    "prefers_gathered",
+    "prefers_quick_launch",
+]
 
 GROUP = 16  # row blocks whose columns are computed together, while their rows are in the L2 cache
 
@@ -37,6 +41,18 @@ def prefers_fused(inner: int) -> bool:
 def prefers_gathered(inner: int, top_k: int) -> bool:
     """Whether `gathered_linear` is faster than a copy and torch's grouped GEMM."""
     return inner <= 4096 and top_k >= 4
+
+
+def serves_float32(weight: torch.Tensor) -> bool:
+    """Float32 needs exact products, which are slow here: only small experts gain by fewer launches."""
+    return weight.shape[1] * weight.shape[2] <= 2**16
+
+
+def prefers_quick_launch(pairs: int, weight: torch.Tensor) -> bool:
+    """Whether torch's grouped GEMM takes the host longer (56 us against 21 on an H100's host) than it gains."""
+    if weight.dtype == torch.float32:  # torch has no grouped GEMM for it
+        return serves_float32(weight)
+    return 2 * pairs * weight.shape[1] * weight.shape[2] < 1.2e11
 
 
 @functools.cache
@@ -97,7 +113,7 @@ def gated_linear(
 
 def gathered_linear(
     rows_RH: torch.Tensor,
-    pair_row_S: torch.Tensor,
+    pair_row_S: torch.Tensor | None,
     offsets_E: torch.Tensor,
     weight: torch.Tensor,
     transposed: bool,
@@ -106,18 +122,21 @@ def gathered_linear(
 
     Args:
         rows_RH: any row stride, elements of a row side by side.
+        pair_row_S: row of each pair, or `None` if there is a row for each.
         weight: contiguous [E, N, H], or with `transposed` [E, H, N].
     """
-    experts, pairs, hidden = weight.shape[0], pair_row_S.shape[0], rows_RH.shape[1]
+    experts, (pairs, hidden) = weight.shape[0], rows_RH.shape
+    if pair_row_S is not None:
+        pairs = pair_row_S.shape[0]
     width = weight.shape[2 if transposed else 1]
     out = rows_RH.new_empty(pairs, width)
     if pairs:
         height, columns, depth, warps, stages = _tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
         _linear(
             ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
-            (rows_RH, pair_row_S, offsets_E, weight, out),
+            (rows_RH, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, weight, out),
             (pairs,),
-            (rows_RH.stride(0), hidden, width, transposed, experts, power_of_two(experts))
+            (rows_RH.stride(0), hidden, width, transposed, pair_row_S is not None, experts, power_of_two(experts))
             + (height, columns, depth, GROUP),
             warps,
             stages,
@@ -126,32 +145,35 @@ def gathered_linear(
 
 
 def gathered_wgrad(
-    source: RowSource, source_row_S: torch.Tensor, other_SN: torch.Tensor, offsets_E: torch.Tensor, source_first: bool
+    rows_RH: torch.Tensor,
+    where_S: torch.Tensor,
+    unit: int,
+    other_SN: torch.Tensor,
+    offsets_E: torch.Tensor,
+    rows_first: bool,
 ) -> torch.Tensor:
     """Sum over each expert's pairs of the product of a gathered row and a row of `other_SN`.
 
     Args:
-        source: rows to gather from, any row stride.
-        source_row_S: row of each pair, int32.
+        rows_RH: any row stride, elements of a row side by side.
+        where_S: row of each pair, int32, with `unit` 0; else int64, where each pair's row lies: so many times `unit`
+            elements from the first row (rows may lie in several buffers).
         other_SN: contiguous.
-        source_first: the result is [E, H, N], otherwise [E, N, H].
+        rows_first: the result is [E, H, N], otherwise [E, N, H].
     """
-    first, second, split = source
-    hidden, (pairs, width), experts = first.shape[1], other_SN.shape, offsets_E.shape[0]
-    shape = (hidden, width) if source_first else (width, hidden)
+    hidden, (pairs, width), experts = rows_RH.shape[1], other_SN.shape, offsets_E.shape[0]
+    shape = (hidden, width) if rows_first else (width, hidden)
     out = other_SN.new_empty(experts, *shape)
-    height, columns, depth, warps, stages = _tile(other_SN, 128, 3, warps=4)
-    tiles = experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns)
     if not pairs:
         return out.zero_()
+    height, columns, depth, warps, stages = _tile(other_SN, 128, 3 if rows_first else 2, warps=4)
     _wgrad(
-        (tiles, 1, 1),
-        (first, second, source_row_S, other_SN, offsets_E, out),
-        (split,),
-        (first.stride(0), second.stride(0), hidden, width, source_first, second is not first, height, columns, depth),
+        (experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns), 1, 1),
+        (rows_RH, where_S, other_SN, offsets_E, out),
+        (),
+        (rows_RH.stride(0), unit, hidden, width, rows_first, height, columns, depth),
         warps,
         stages,
-        168 if height == 128 else None,  # three programs to a multiprocessor: their prologues hide each other
     )
     return out
 
@@ -266,12 +288,13 @@ def _gated_kernel(
 @triton.jit
 def _linear_tile(
     rows, pair_row, weight, out, expert, low, end, block,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
-    row = rows + tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)[:, None] * row_stride
+    row = tl.load(pair_row + pair, mask=known, other=0) if GATHER else tl.where(known, pair, 0)
+    row = rows + row.to(tl.int64)[:, None] * row_stride
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     deep = tl.arange(0, DEPTH)
@@ -292,7 +315,7 @@ def _linear_tile(
 @triton.jit(do_not_specialize=["limit"])
 def _linear_kernel(
     rows, pair_row, offsets, weight, out, limit,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -302,12 +325,12 @@ def _linear_kernel(
         if end - low > HEIGHT // 2:
             _linear_tile(
                 rows, pair_row, weight, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, HEIGHT, COLUMNS, DEPTH,
+                row_stride, hidden, width, TRANSPOSED, GATHER, HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _linear_tile(
                 rows, pair_row, weight, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, HEIGHT // 2, COLUMNS, DEPTH,
+                row_stride, hidden, width, TRANSPOSED, GATHER, HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 
@@ -319,14 +342,14 @@ def _wgrad_part(base, row, column, known, width: tl.constexpr, BLOCK: tl.constex
     return tl.load(base + row + column[None, :], mask=known[:, None] & (column < width)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["split"])
+@triton.jit
 def _wgrad_kernel(
-    first, second, source_row, other, offsets, out, split,
-    first_stride: tl.constexpr, second_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
-    SOURCE_FIRST: tl.constexpr, TWO: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    rows, where, other, offsets, out,
+    row_stride: tl.constexpr, UNIT: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
+    ROWS_FIRST: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    TALL: tl.constexpr = hidden if SOURCE_FIRST else width
-    WIDE: tl.constexpr = width if SOURCE_FIRST else hidden
+    TALL: tl.constexpr = hidden if ROWS_FIRST else width
+    WIDE: tl.constexpr = width if ROWS_FIRST else hidden
     DOWN: tl.constexpr = (TALL + HEIGHT - 1) // HEIGHT
     ACROSS: tl.constexpr = (WIDE + COLUMNS - 1) // COLUMNS
     expert = tl.program_id(0) // (DOWN * ACROSS)
@@ -342,20 +365,15 @@ def _wgrad_kernel(
     for low in range(start, end, DEPTH):
         pair = low + tl.arange(0, DEPTH)
         known = pair < end
-        row = tl.load(source_row + pair, mask=known, other=0)
-        if TWO:
-            own = first + row.to(tl.int64) * first_stride
-            arrived = second + (row - split).to(tl.int64) * second_stride
-            base = tl.where(row < split, own, arrived)[:, None]
-        else:
-            base = (first + row.to(tl.int64) * first_stride)[:, None]
+        at = tl.load(where + pair, mask=known, other=0).to(tl.int64)
+        row = (at * (row_stride if UNIT == 0 else UNIT))[:, None]
         place = pair.to(tl.int64)[:, None] * width
-        if SOURCE_FIRST:
-            left = _wgrad_part(base, 0, line, known, hidden, HEIGHT)
+        if ROWS_FIRST:
+            left = _wgrad_part(rows, row, line, known, hidden, HEIGHT)
             right = _wgrad_part(other, place, column, known, width, COLUMNS)
         else:
             left = _wgrad_part(other, place, line, known, width, HEIGHT)
-            right = _wgrad_part(base, 0, column, known, hidden, COLUMNS)
+            right = _wgrad_part(rows, row, column, known, hidden, COLUMNS)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
     at = out + expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])

@@ -9,6 +9,7 @@ elements, so that rows move in 16-byte accesses.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 
 from fluid_hf.launch import Kernel, blocks_of
 
-__all__ = ["expand", "glu_backward", "glu_forward", "reduce_pairs", "reduce_rows", "tile"]
+__all__ = ["JointPlaces", "expand", "glu_backward", "glu_forward", "reduce_pairs", "reduce_rows", "tile"]
 
 
 @functools.cache
@@ -74,6 +75,27 @@ def glu_forward(
     return out
 
 
+@dataclass(frozen=True)
+class JointPlaces:
+    """Where one piece's pairs go in the joint order of several pieces.
+
+    Attributes:
+        grads: receive the gradients of the projections once more.
+        place_S: joint place of each pair, int32.
+        addresses: int64 [2, N], receives where the row and the output gradient of each joint place lie, in units of
+            `unit` elements from the first piece's; `None` if nobody reads by it.
+        rows, outputs: the first piece's and this one's rows [R, H], and output gradients.
+        unit: elements.
+    """
+
+    grads: tuple[torch.Tensor, ...]
+    place_S: torch.Tensor
+    addresses: torch.Tensor | None
+    rows: tuple[torch.Tensor, torch.Tensor]
+    outputs: tuple[torch.Tensor, torch.Tensor]
+    unit: int
+
+
 def glu_backward(
     grad_SI: torch.Tensor,
     projections: tuple[torch.Tensor, ...],
@@ -82,7 +104,7 @@ def glu_backward(
     grad_weights_RK: torch.Tensor,
     grads: tuple[torch.Tensor, ...],
     hidden: torch.Tensor,
-    joint: tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, int] | None = None,
+    joint: JointPlaces | None = None,
 ) -> None:
     """Backward of `glu_forward` in one launch.
 
@@ -90,21 +112,25 @@ def glu_backward(
         grad_weights_RK: float32 view that receives the routing-weight gradients of the slots that have a pair.
         grads: receive the gradients of `projections`, in the same layout.
         hidden: [N, I] receives the forward output again; at its joint place if `joint` is given.
-        joint: tensors that receive the gradients of `projections` once more, the joint place of each pair (int32), the
-            tensor that receives the row of each joint place (int32), and the number of this piece's first row.
+        joint: where these pairs stand among those of all pieces, of which `hidden` has a place each.
     """
     pairs, inner = grad_SI.shape
     if not pairs:
         return
-    columns, rows, warps = tile(inner, 2048, widest=1024)
-    second, place, row, first_row = joint if joint is not None else (grads, pair_slot_S, pair_slot_S, 0)
+    columns, height, warps = tile(inner, 2048, widest=1024)
+    second, place, addresses, ways = grads, pair_slot_S, None, (0, 0, 1)
+    rows = outputs = (grad_SI, grad_SI)
+    if joint is not None:
+        second, place, addresses, rows, outputs = joint.grads, joint.place_S, joint.addresses, joint.rows, joint.outputs
+        ways = rows[1].stride(0), outputs[1].stride(0), joint.unit
     strides = (projections[0].shape[1], weights_RK.stride(0), weights_RK.shape[1], grad_weights_RK.stride(0))
     values = (grad_SI, projections[0], projections[-1], weights_RK, pair_slot_S, grad_weights_RK)
     _glu_backward(
-        (blocks_of(pairs, rows), 1, 1),
-        (*values, grads[0], grads[-1], hidden, second[0], second[-1], place, row),
-        (pairs, first_row),
-        (*strides, inner, joint is not None, rows, columns),
+        (blocks_of(pairs, height), 1, 1),
+        (*values, grads[0], grads[-1], hidden, second[0], second[-1], place, *rows, *outputs)
+        + (addresses if addresses is not None else place,),
+        (pairs, hidden.shape[0]),
+        (*strides, inner, *ways, joint is not None, addresses is not None, height, columns),
         warps,
     )
 
@@ -200,7 +226,13 @@ def _glu_forward_kernel(
     tl.store(out + pair[:, None] * inner + at[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pairs", "first_row"])
+@triton.jit
+def _between(first, second):
+    """Elements from one pointer to another."""
+    return (second.to(tl.int64) - first.to(tl.int64)) // (first.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit(do_not_specialize=["pairs", "places"])
 def _glu_backward_kernel(
     grad,
     gate,
@@ -214,15 +246,23 @@ def _glu_backward_kernel(
     joint_gate,
     joint_up,
     joint_place,
-    joint_row,
-    pairs,
     first_row,
+    own_row,
+    first_output,
+    own_output,
+    addresses,
+    pairs,
+    places,
     stride: tl.constexpr,
     weights_stride: tl.constexpr,
     top_k: tl.constexpr,
     grad_weights_stride: tl.constexpr,
     inner: tl.constexpr,
+    row_stride: tl.constexpr,
+    output_stride: tl.constexpr,
+    UNIT: tl.constexpr,
     JOINT: tl.constexpr,
+    ADDRESSES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -233,7 +273,11 @@ def _glu_backward_kernel(
     place = pair
     if JOINT:
         place = tl.load(joint_place + pair, mask=known, other=0).to(tl.int64)
-        tl.store(joint_row + place, slot // top_k + first_row, mask=known)
+    if ADDRESSES:
+        row = (slot // top_k).to(tl.int64)
+        tl.store(addresses + place, (row * row_stride + _between(first_row, own_row)) // UNIT, mask=known)
+        at = addresses + places + place
+        tl.store(at, (row * output_stride + _between(first_output, own_output)) // UNIT, mask=known)
     second = stride - inner  # where up starts: beside gate in one tensor, or at 0 of its own
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, inner, COLUMNS):

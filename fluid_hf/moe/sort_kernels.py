@@ -34,7 +34,8 @@ def pair_plan(
     rows, top_k = ids_RK.shape
     blocks = blocks_of(rows * top_k, SORT_BLOCK)
     keys, chunk = _key_tile(num_experts)
-    *plan, partial = _new_int32(ids_RK.device, num_pairs, num_pairs, rows * top_k, num_experts, blocks * keys)
+    *plan, partial = _new_int32(ids_RK.device, num_pairs, num_pairs, rows * top_k, blocks * keys)
+    plan.append(_new_int32(ids_RK.device, num_experts)[0])  # kept for the statistics, long after the others
     if blocks == 0:
         plan[3].zero_()
     else:
@@ -73,8 +74,9 @@ def source_plan(
     slots, blocks = power_of_two(per_block * top_k), blocks_of(tokens, per_block)
     padded = power_of_two(ranks)
     keys, chunk = _key_tile(num_local_experts)
-    sizes = (capacity, capacity, capacity, num_local_experts, tokens * ranks, blocks * padded, blocks * keys, blocks)
+    sizes = (capacity, capacity, capacity, tokens * ranks, blocks * padded, blocks * keys, blocks)
     *own, token_row, row_counts, pair_counts, flags = _new_int32(device, *sizes)
+    own.append(_new_int32(device, num_local_experts)[0])  # kept for the statistics, long after the others
     # Of its own: it is handed to the process group.
     counts = torch.empty(2, ranks, 1 + parts, dtype=torch.int32, device=device)
     if tokens == 0:
