@@ -227,45 +227,19 @@ def _glu_forward_kernel(
 
 
 @triton.jit
-def _between(first, second):
-    """Elements from one pointer to another."""
-    return (second.to(tl.int64) - first.to(tl.int64)) // (first.dtype.element_ty.primitive_bitwidth // 8)
+def _address(at, first, own, UNIT: tl.constexpr):
+    """Units from `first` to elements `at` of `own`, which may be another buffer."""
+    return (at + (own.to(tl.int64) - first.to(tl.int64)) // (first.dtype.element_ty.primitive_bitwidth // 8)) // UNIT
 
 
 @triton.jit(do_not_specialize=["pairs", "places"])
 def _glu_backward_kernel(
-    grad,
-    gate,
-    up,
-    weights,
-    pair_slot,
-    grad_weights,
-    grad_gate,
-    grad_up,
-    hidden,
-    joint_gate,
-    joint_up,
-    joint_place,
-    first_row,
-    own_row,
-    first_output,
-    own_output,
-    addresses,
-    pairs,
-    places,
-    stride: tl.constexpr,
-    weights_stride: tl.constexpr,
-    top_k: tl.constexpr,
-    grad_weights_stride: tl.constexpr,
-    inner: tl.constexpr,
-    row_stride: tl.constexpr,
-    output_stride: tl.constexpr,
-    UNIT: tl.constexpr,
-    JOINT: tl.constexpr,
-    ADDRESSES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    grad, gate, up, weights, pair_slot, grad_weights, grad_gate, grad_up, hidden, joint_gate, joint_up, joint_place,
+    first_row, own_row, first_output, own_output, addresses, pairs, places,
+    stride: tl.constexpr, weights_stride: tl.constexpr, top_k: tl.constexpr, grad_weights_stride: tl.constexpr,
+    inner: tl.constexpr, row_stride: tl.constexpr, output_stride: tl.constexpr, UNIT: tl.constexpr,
+    JOINT: tl.constexpr, ADDRESSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = pair < pairs
     slot = tl.load(pair_slot + pair, mask=known, other=0)
@@ -275,9 +249,9 @@ def _glu_backward_kernel(
         place = tl.load(joint_place + pair, mask=known, other=0).to(tl.int64)
     if ADDRESSES:
         row = (slot // top_k).to(tl.int64)
-        tl.store(addresses + place, (row * row_stride + _between(first_row, own_row)) // UNIT, mask=known)
-        at = addresses + places + place
-        tl.store(at, (row * output_stride + _between(first_output, own_output)) // UNIT, mask=known)
+        tl.store(addresses + place, _address(row * row_stride, first_row, own_row, UNIT), mask=known)
+        to = addresses + places + place
+        tl.store(to, _address(row * output_stride, first_output, own_output, UNIT), mask=known)
     second = stride - inner  # where up starts: beside gate in one tensor, or at 0 of its own
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(0, inner, COLUMNS):
@@ -299,8 +273,8 @@ def _glu_backward_kernel(
         if JOINT:
             tl.store(joint_gate + place[:, None] * stride + at, dg, mask=inside)
             tl.store(joint_up + place[:, None] * stride + at + second, du, mask=inside)
-    to = grad_weights + (slot // top_k).to(tl.int64) * grad_weights_stride + slot % top_k
-    tl.store(to, tl.sum(total, 1), mask=known)
+    to_weight = grad_weights + (slot // top_k).to(tl.int64) * grad_weights_stride + slot % top_k
+    tl.store(to_weight, tl.sum(total, 1), mask=known)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
