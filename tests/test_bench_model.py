@@ -54,3 +54,8 @@ def test_stages_are_named_before_they_end(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(KeyError), stages.stage("second pass"):
         raise KeyError("x")
     assert "KeyError  [" in capsys.readouterr().out
+
+
+def test_mirror_link_takes_no_training_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "model", "--models", "tiny", "--link", "mirror", "--modes", "step"]) == 1
+    assert "link (mirror) must have no step" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 Weights are random and equal on all ranks, tokens differ between ranks (between groups of ranks that share sequences).
 The slice ends before the language-model head, which no variant changes. Every variant is compared with the unpatched
-model on the same tokens before it is timed.
+model on the same tokens before it is timed (on the mirror link, with the first variant).
 """
 
 from __future__ import annotations
@@ -108,12 +108,16 @@ class ModelBench:
         self._expected, weight.grad = [self._piece(output.detach()).clone(), weight.grad], None
 
     def error(self, model: nn.Module) -> float:
-        """Largest relative difference from the reference over all ranks; gradients are cleared. Collective."""
+        """Largest relative difference from the reference over all ranks; gradients are cleared. Collective.
+
+        Without a reference (the mirror link, whose peers compute with this rank's experts) the first model becomes it.
+        """
         output = model(**self.inputs).last_hidden_state
         output.backward(self.piece_grad)
         gradient = _embedding(model).grad
         if self.part.sp > 1:
             dist.all_reduce(gradient, group=model.fluid.groups.sp_group)  # type: ignore[union-attr, arg-type]
+        self._expected = self._expected or [output.detach(), gradient]
         errors = [
             (ours.float() - theirs.float()).norm() / theirs.float().norm()
             for ours, theirs in zip((output.detach(), gradient), self._expected, strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluid_hf.bench.links import several_processes
 from fluid_hf.bench.model import ALLOWED, ModelBench, ModelSlice, start_engine
 from fluid_hf.bench.model_report import draw_pictures, trace_pass
 from fluid_hf.bench.model_variants import PEERS, Way, patched, peer_model, release, select, ways
@@ -91,12 +92,13 @@ class SliceRun:
         self.stages.say(f"\n{self._cells[0].part}, {bench.size} ranks")
         if not self._time_left("everything"):
             return
-        with self.stages.stage("unpatched reference"):
-            model = bench.build()
-            for cell in self._cells:
-                cell.bench.make_reference(model)
-        del model
-        self._free()
+        if bench.size == 1 or several_processes():
+            with self.stages.stage("unpatched reference"):
+                model = bench.build()
+                for cell in self._cells:
+                    cell.bench.make_reference(model)
+                del model
+            self._free()
         for max_ctas in dict.fromkeys(way.max_ctas for way in self.ways):
             self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
         for name in filter(self.settings.wants, PEERS):

@@ -18,6 +18,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelSlice
 from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
+from fluid_hf.errors import ConfigError
 
 MODES = ["inference", "forward", "backward", "step"]
 
@@ -52,6 +53,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Time every slice, small ones first; rank 0 prints, and writes after each result. 1 if variants disagree."""
+    if options.link == "mirror" and ("step" in options.modes or max(options.sp) > 1):
+        raise ConfigError(
+            f"link (mirror) must have no step among modes ({', '.join(options.modes)}), and sp ({max(options.sp)}) 1: "
+            "one process plays all ranks; start real ones with torchrun and use nccl or gloo."
+        )
     cells: list[dict[str, Any]] = []
     with link_world(options.link, options.ep, options.timeout) as device:
         stages = Stages(device, options.budget, options.stack_after)
