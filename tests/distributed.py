@@ -10,8 +10,10 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import io
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -76,10 +78,12 @@ class RankPool:
 
     Args:
         world_size: number of ranks, at most 4.
+        group: start the ranks' default process group.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, *, group: bool = True) -> None:
         self.world_size = world_size
+        self._group = group
         self._start()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
@@ -159,20 +163,21 @@ class RankPool:
             return Failure("RankDiedError", text, text)
 
     def _start(self) -> None:
-        context = _fork_context()
+        context = fork_context()
         port = free_port()
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(self.world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.world_size, port), daemon=True)
+            args = (there, rank, self.world_size, port, self._group)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._connections.append(here)
             self._processes.append(process)
 
 
 @functools.cache
-def _fork_context() -> ForkServerContext:
+def fork_context() -> ForkServerContext:
     """Where ranks are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
@@ -188,13 +193,35 @@ def _fork_context() -> ForkServerContext:
 
 
 @contextlib.contextmanager
-def fresh_ranks(world_size: int) -> Iterator[RankPool]:
+def fresh_ranks(world_size: int, *, group: bool = True) -> Iterator[RankPool]:
     """A pool of ranks for one `with` block."""
-    ranks = RankPool(world_size)
+    ranks = RankPool(world_size, group=group)
     try:
         yield ranks
     finally:
         ranks.close()
+
+
+def run_script(script: str | Path, *args: str, nproc: int = 2, timeout: float = 240) -> str:
+    """What a script, or a module by its name, prints in new ranks, started without a launcher; rank after rank."""
+    with fresh_ranks(nproc, group=False) as ranks:
+        return "".join(ranks.run(_run_script, str(script), list(args), timeout=timeout))
+
+
+def _run_script(rank: int, world_size: int, script: str, args: list[str]) -> str:
+    sys.argv = [script, *args]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            if script.endswith(".py"):
+                sys.path.insert(0, str(Path(script).parent))
+                runpy.run_path(script, run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise AssertionError(f"{script} ended with {end.code}") from end
+    return printed.getvalue()
 
 
 def rank_pool(world_size: int) -> Any:
@@ -252,7 +279,7 @@ def _kill_tree(pid: int) -> None:
             process.kill()
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int) -> None:
+def _serve(connection: Connection, rank: int, world_size: int, port: int, group: bool) -> None:
     os.environ.update(
         LAUNCH_ENV, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port)
     )
@@ -261,9 +288,9 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    if world_size > 1:
+    if group and world_size > 1:
         dist.init_process_group("gloo")
-    modules: dict[str, ModuleType] = {}
+    modules: dict[str, ModuleType] = {__file__: sys.modules[__name__]}
     while True:
         try:
             path, name, args, kwargs = connection.recv()

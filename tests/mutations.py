@@ -2,23 +2,33 @@
 
     python tests/mutations.py                 all of them; prints what was missed, exits with 1 if any was
     python tests/mutations.py --only wave     those whose file or text contains a word
+    python tests/mutations.py --json FILE     also writes the outcomes; what is in the file already is not run again
 
-A fault whose text is not in the file any more is an error too: the list must follow the code.
+A fault whose text is not in the file any more is an error too: the list must follow the code. So is a test that fails
+without a fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 180
+from distributed import ROOT, fork_context
+
+TIMEOUT = 180  # seconds for a test; over that it counts as failed
 
 
 @dataclass(frozen=True)
@@ -215,39 +225,96 @@ def apply(mutation: Mutation, folder: Path) -> str:
     return text
 
 
+def run_pytest(folder: str, arguments: list[str]) -> None:
+    """In a process forked from one that has imported the large packages: the exit code is pytest's."""
+    os.setsid()  # what the test starts ends with it
+    for name, module in list(sys.modules.items()):  # this module came from the unharmed package
+        if str(ROOT) in str(getattr(module, "__file__", None)) or name.partition(".")[0] == "fluid_hf":
+            del sys.modules[name]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    os.chdir(folder)
+    outside = [path for path in sys.path if not Path(path).resolve().is_relative_to(ROOT)]
+    sys.path[:] = [folder, f"{folder}/tests", *outside]
+    with open("pytest.txt", "w", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+        import pytest
+
+        os._exit(pytest.main(arguments))
+
+
 def fails(test: str, folder: Path) -> bool:
     """Whether a test fails in the copy; hanging counts."""
     file, _, name = test.partition("::")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
-    command += ["-k", name] if name else []
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return True
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{test} did not run: {done.stdout.decode()[-2000:]}")
-    return done.returncode == 1
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", file, *(["-k", name] if name else [])]
+    process = fork_context().Process(target=run_pytest, args=(str(folder), arguments))
+    process.start()
+    process.join(TIMEOUT)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    if process.exitcode not in (0, 1, -signal.SIGKILL):
+        raise SystemExit(f"{test} did not run: {(folder / 'pytest.txt').read_text()[-2000:]}")
+    return process.exitcode != 0
+
+
+def try_all(chosen: list[Mutation], known: dict[str, Any], path: Path | None) -> list[dict[str, Any]]:
+    """Plant each in a copy; what came of it."""
+    outcomes = dict(known)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve() / "copy"
+        shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git*", "__pycache__", ".venv"))
+        sound: set[str] = set()
+        for mutation in chosen:
+            outcome = known.get(key(mutation))
+            if outcome is None:
+                if mutation.test not in sound and fails(mutation.test, folder):
+                    raise SystemExit(f"{mutation.test} fails without a fault: {(folder / 'pytest.txt').read_text()}")
+                sound.add(mutation.test)
+                start = time.monotonic()
+                text = apply(mutation, folder)
+                caught = fails(mutation.test, folder)
+                (folder / "fluid_hf" / mutation.file).write_text(text, encoding="utf-8")
+                seconds = round(time.monotonic() - start, 1)
+                outcome = {**dataclasses.asdict(mutation), "caught": caught, "seconds": seconds}
+                print(
+                    f"{'caught' if caught else 'MISSED'} {seconds:5.1f} s  {mutation.file}: {mutation.new}", flush=True
+                )
+            outcomes[key(mutation)] = outcome
+            write(path, list(outcomes.values()))
+    return [outcomes[key(mutation)] for mutation in chosen]
+
+
+def key(mutation: Mutation) -> str:
+    return json.dumps(dataclasses.asdict(mutation))
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Outcomes in the file, by fault."""
+    if path is None or not path.is_file():
+        return {}
+    fields = [field.name for field in dataclasses.fields(Mutation)]
+    outcomes = json.loads(path.read_text(encoding="utf-8"))["faults"]
+    return {json.dumps({name: outcome[name] for name in fields}): outcome for outcome in outcomes}
+
+
+def write(path: Path | None, outcomes: list[dict[str, Any]]) -> None:
+    if path is not None:
+        about = {"command": "python tests/mutations.py", "date": str(datetime.date.today())}
+        about["caught"] = f"{sum(outcome['caught'] for outcome in outcomes)} of {len(outcomes)}"
+        path.write_text(json.dumps({**about, "faults": outcomes}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="faults whose file or text contains this")
+    parser.add_argument("--json", type=Path, help="file for the outcomes")
     options = parser.parse_args()
     chosen = [mutation for mutation in MUTATIONS if options.only in mutation.file + mutation.old]
-    missed = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "copy"
-        shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git*", "__pycache__", ".venv"))
-        for mutation in chosen:
-            start = time.monotonic()
-            text = apply(mutation, folder)
-            caught = fails(mutation.test, folder)
-            (folder / "fluid_hf" / mutation.file).write_text(text, encoding="utf-8")
-            missed += [] if caught else [mutation]
-            seconds = time.monotonic() - start
-            print(f"{'caught' if caught else 'MISSED'} {seconds:5.1f} s  {mutation.file}: {mutation.new}", flush=True)
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} planted faults were caught")
-    return 1 if missed else 0
+    outcomes = try_all(chosen, read(options.json), options.json)
+    caught = sum(outcome["caught"] for outcome in outcomes)
+    print(f"{caught} of {len(chosen)} planted faults were caught")
+    return 0 if caught == len(chosen) else 1
 
 
 if __name__ == "__main__":

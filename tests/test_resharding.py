@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import LAUNCH_ENV, ROOT, RankError, RankPool, rank_pool
+from distributed import LAUNCH_ENV, RankError, RankPool, rank_pool, run_script
 from families import FAMILIES, batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -227,16 +227,15 @@ def test_universal_checkpoint_with_a_hole(pool2: RankPool, tmp_path: Path) -> No
 @pytest.mark.parametrize("stage", [1, 3])
 def test_zero_to_fp32_writes_a_whole_model(pool2: RankPool, tmp_path: Path, stage: int) -> None:
     pool2.run(run_and_save, str(tmp_path), stage, 2, "qwen2_moe")
-    command = [sys.executable, "zero_to_fp32.py", ".", "out", "--max_shard_size", "20KB"]
-    env = {**os.environ, **LAUNCH_ENV, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=env)
+    arguments = [str(tmp_path), str(tmp_path / "out"), "--max_shard_size", "20KB"]
+    run_script(tmp_path / "zero_to_fp32.py", *arguments, nproc=1)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()  # trained in float32
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
     (tmp_path / "latest").unlink()
-    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert failed.returncode != 0 and "CheckpointError: file (latest) is missing" in failed.stderr
+    with pytest.raises(RankError, match=r"CheckpointError: file \(.*latest\) is missing"):
+        run_script(tmp_path / "zero_to_fp32.py", *arguments, nproc=1)
 
 
 def run_round_trip(rank: int, world: int, folder: str, ep_size: int, stages: tuple[int, ...]) -> dict[str, float]:

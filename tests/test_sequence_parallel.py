@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import ROOT, RankPool, rank_pool
+from distributed import RankPool, rank_pool, run_script
 from families import FAMILIES, batch, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_equivalence import check, gradient_errors
@@ -305,10 +302,8 @@ def test_order_of_events_and_bytes(pool2: RankPool) -> None:
 def test_benchmark_checks_every_variant(tmp_path: Path) -> None:
     """Outputs and gradients of all variants, DeepSpeed's UlyssesSPAttentionHF among them, on a mirror world."""
     file = tmp_path / "attention.json"
-    command = [sys.executable, "-m", "fluid_hf.cli", "bench", "attention", "--shapes", "tiny", "tiny-normed"]
-    command += ["--sp", "1", "2", "8", "--tokens", "64", "--layers", "2", "--json", str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=environment)
+    options = ["--shapes", "tiny", "tiny-normed", "--sp", "1", "2", "8", "--tokens", "64", "--layers", "2"]
+    run_script("fluid_hf.cli", "bench", "attention", *options, "--json", str(file), nproc=1)
     cells = json.loads(file.read_text())["cells"]
     assert [(cell["shape"], cell["sp_size"]) for cell in cells] == [
         (shape, size) for size in (1, 2, 8) for shape in ("tiny", "tiny-normed")
@@ -317,7 +312,5 @@ def test_benchmark_checks_every_variant(tmp_path: Path) -> None:
         wanted = {"serial", "overlap 1", "UlyssesSPAttentionHF"} if cell["sp_size"] > 1 else {"transformers"}
         assert wanted <= set(cell["errors"])
         assert all(isinstance(error, float) and error <= 1e-5 for error in cell["errors"].values()), cell["errors"]
-    table = [*command[:4], "table", "--json", str(file)]
-    done = subprocess.run(table, check=True, capture_output=True, text=True, env=environment)
-    lines = done.stdout.splitlines()
+    lines = run_script("fluid_hf.cli", "bench", "table", "--json", str(file), nproc=1).splitlines()
     assert len(lines) == 2 + len(cells) and lines[2].startswith("| tiny SP1")
