@@ -227,6 +227,7 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         settings = json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config
         _refuse_autoep(settings)
         check_training(settings, model, state, split=DeepSpeedExperts, frozen=FrozenExperts)
+        _gather_adapted_attention_by_parts(state)
         with sequence_parallel_engine(bound.arguments, settings, state):
             if bound.arguments.get("optimizer") is not None:
                 bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
@@ -235,6 +236,12 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wrapped
+
+
+def _gather_adapted_attention_by_parts(state: FluidState) -> None:
+    """Attention layers that got adapters or hooks run their own forward: ZeRO 3 gathers their modules one by one."""
+    for forward in state.sequence.overlapped.values() if state.sequence is not None else ():
+        set_z3_leaf_module(forward.module, forward.is_plain())
 
 
 def _prepare_optimizer(optimizer: Any, model: nn.Module, state: FluidState) -> Any:

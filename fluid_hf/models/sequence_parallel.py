@@ -159,7 +159,7 @@ class OverlappedForward:
         scheduler: WgradScheduler,
         chunks: int | None,
     ) -> None:
-        self._module: Any = module
+        self.module: Any = module
         self._own = module.forward
         self._form, self._attention, self._chunks = form, attention, chunks
         head_dim: Any = module.head_dim
@@ -170,9 +170,9 @@ class OverlappedForward:
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's forward."""
         sequence = kwargs.get(KEYWORD)
-        if args or not isinstance(sequence, ShardedSequence) or sequence.rotary is None or not self._plain():
+        if args or not isinstance(sequence, ShardedSequence) or sequence.rotary is None or not self.is_plain():
             return self._own(hidden_states, *args, **kwargs)
-        module, form = self._module, self._form
+        module, form = self.module, self._form
         tokens, size = hidden_states.shape[0] * hidden_states.shape[1], module.q_proj.weight.element_size()
         sent = self.context.layout.bytes_sent(tokens, self.context.head_dim, size)
         chunks = self._chunks or choose_head_chunks(sent)
@@ -189,13 +189,13 @@ class OverlappedForward:
         output = overlapped_attention(hidden_states, self.context, self._read, chunks, sequence.rotary, core, norms)
         return output, None
 
-    def _plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the projections are plain ones: no adapters, and no hooks that would not be called."""
-        layers = [getattr(self._module, name) for name in PROJECTIONS]
+        layers = [getattr(self.module, name) for name in PROJECTIONS]
         return all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
 
     def _read(self) -> Projections:
-        layers = {name[0]: getattr(self._module, name) for name in PROJECTIONS}
+        layers = {name[0]: getattr(self.module, name) for name in PROJECTIONS}
         return Projections(
             {name: layer.weight for name, layer in layers.items()}, {name: layer.bias for name, layer in layers.items()}
         )
