@@ -22,6 +22,7 @@ from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.expert_lists import ExpertList, stored_parameters
+from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
@@ -97,6 +98,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     model.fluid = state  # type: ignore[assignment]
     if config.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
+        bind_generation(_inside_adapters(model))
     bind_saving(model, state)
     backend.attach(model)
     return model
@@ -139,6 +141,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     state.finish_batch()
     state.backend.detach(model)
     unbind_saving(model)
+    unbind_generation(_inside_adapters(model))
     if state.sequence is not None:
         for name in state.sequence.overlapped:
             state.backend.gather_together(_inside_adapters(model).get_submodule(name), False)

@@ -26,6 +26,7 @@ from fluid_hf.integrations.safe_files import check_files, read_file, read_tag
 from fluid_hf.integrations.zero_to_fp32 import _model_class
 
 pool2 = rank_pool(2)
+pool4 = rank_pool(4)
 
 
 def run_short_soak(rank: int, world: int) -> list[list[str]]:
@@ -52,23 +53,33 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_generate(rank: int, world: int, way: str) -> bool:
-    """Prompts of other lengths on every rank; ranks that finish early go on, as `synced_gpus` says."""
-    prompt = batch(rank, 1 + rank, length=5 + 3 * rank)
-    options = {"max_new_tokens": 5, "pad_token_id": 0, **WAYS[way]}
-    plain = tiny_model("qwen3_moe")
+def run_generate(rank: int, world: int, way: str, ep_size: int, sp_size: int, stop: bool) -> bool:
+    """Other prompts and lengths on every rank; ranks that are done early go on, by themselves."""
+    prompt = batch(rank, 1 + rank % 2, length=5 + 3 * rank)
+    options = {"max_new_tokens": 3 + 2 * rank, "pad_token_id": 0, **WAYS[way]}
+    plain = tiny_model("qwen3_moe").eval()
+    if stop:  # at a token that comes up on the way
+        options |= {"max_new_tokens": 8, "eos_token_id": int(plain.generate(prompt, **options)[0, -1])}
     torch.manual_seed(rank)
     expected = plain.generate(prompt, **options)
-    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe").eval(), FluidConfig(ep_size=ep_size, sp_size=sp_size))
     torch.manual_seed(rank)
-    found = model.generate(prompt, synced_gpus=True, **options)
+    found = model.generate(prompt, **options)
     fluid_hf.unpatch_model(model)
+    assert "generate" not in vars(model)
     return torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_generation_equals_the_unpatched_model(pool2: RankPool, way: str) -> None:
-    assert pool2.run(run_generate, way) == [True, True]
+def test_generation_equals_the_unpatched_model(pool2: RankPool, way: str, stop: bool) -> None:
+    assert pool2.run(run_generate, way, 2, 1, stop) == [True, True]
+
+
+@pytest.mark.parametrize("sp_size", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_generation_on_four_ranks(pool4: RankPool, way: str, sp_size: int) -> None:
+    assert pool4.run(run_generate, way, 2, sp_size, False) == [True] * 4
 
 
 def run_evaluation(rank: int, world: int) -> float:

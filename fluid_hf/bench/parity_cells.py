@@ -41,7 +41,7 @@ REFUSALS: tuple[dict[str, tuple[Any, ...]], ...] = (
     {"ep_size": SPLIT, "engine": ("zero3",), "trained": ("no_experts", *LORA)},
     {"ep_size": SPLIT, "trained": ("lora_experts",), "lora_order": ("patch_first",)},
 )
-# Combinations in which the plain model fails too: ZeRO 3's hooks do not allow the router's input to be changed in place.
+# The plain model fails too: ZeRO 3's hooks do not allow the router's input to be changed in place.
 UNAVAILABLE: tuple[dict[str, tuple[Any, ...]], ...] = ({"engine": ("zero3",), "jitter": (True,)},)
 
 
