@@ -1,18 +1,21 @@
 """accelerate's `ParallelismConfig(sp_size=n, sp_backend="deepspeed")`: one sequence parallel size, in agreement.
 
 The Trainer cuts its training batches and computes its loss as it does for DeepSpeed's Ulysses; attention is ours.
-Evaluation batches stay whole on every rank, as the Trainer leaves them.
+Evaluation batches stay whole on every rank, as the Trainer leaves them. Before they are cut, training batches get
+`position_ids` if they have none, and are filled up to a length that `sp_size` divides.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 
-__all__ = ["agree_on_sp_size", "check_sp_size"]
+__all__ = ["FilledBatches", "agree_on_sp_size", "check_sp_size", "fill_batches"]
 
 
 def _asked(parallelism_config: Any) -> int:
@@ -44,3 +47,48 @@ def check_sp_size(sp_size: int, parallelism_config: Any) -> None:
             f'ParallelismConfig; set ParallelismConfig(sp_size={sp_size}, sp_backend="deepspeed"), or leave sp_size '
             "out of the fluid settings."
         )
+
+
+class FilledBatches:
+    """A data loader's batches, each of a length that all ranks can share (`fluid_hf.attention.sequence.fill_up`).
+
+    Args:
+        loader: the data loader.
+        sp_size: ranks that share a sequence.
+        pad_token_id: token to fill up with.
+    """
+
+    def __init__(self, loader: Any, sp_size: int, pad_token_id: int) -> None:
+        self._loader, self._sp_size, self._pad_token_id = loader, sp_size, pad_token_id
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.fill, iter(self._loader))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def fill(self, batch: Any) -> dict[str, Any]:
+        """One batch, filled up."""
+        return fill_up(batch, self._sp_size, self._pad_token_id)
+
+
+def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
+    """Fill up what DeepSpeed's adapter is about to cut; a loader that is no such adapter is left alone.
+
+    Without it DeepSpeed stops the ranks of the group that met a length `sp_size` does not divide, and those only.
+
+    Args:
+        loader: the Trainer's training data loader.
+        sp_size: ranks that share a sequence.
+        config: the model's config, for the padding token.
+    """
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+
+    if not isinstance(loader, UlyssesSPDataLoaderAdapter) or isinstance(loader.dl, FilledBatches):
+        return
+    pad = getattr(config, "pad_token_id", None)
+    filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0)
+    loader.dl, loader.iter = filled, map(filled.fill, loader.iter)

@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import CallbackHandler
 
 from fluid_hf.config import FluidConfig
-from fluid_hf.integrations.accelerate import agree_on_sp_size, check_sp_size
+from fluid_hf.integrations.accelerate import agree_on_sp_size, check_sp_size, fill_batches
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
@@ -81,6 +81,8 @@ class FluidCallback(TrainerCallback):
         """Let weight gradients run in communication windows; begin to measure."""
         fluid = get_state(kwargs["model"])
         fluid.scheduler.enable()
+        if fluid.groups.sp_size > 1:
+            fill_batches(kwargs.get("train_dataloader"), fluid.groups.sp_size, kwargs["model"].config)
         self._step_metrics = StepMetrics(kwargs["model"], fluid, self._peak)
 
     def on_step_begin(

@@ -21,9 +21,11 @@ pool4 = rank_pool(4)
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("one")
-    return train(
-        [{"name": "plain", "stage": 1, "positions": True, "save_model": str(folder / "saved")}], folder, nproc=1
-    )
+    runs = [
+        {"name": "plain", "stage": 1, "positions": True, "save_model": str(folder / "saved")},
+        {"name": "odd", "stage": 1, "length": 11, "steps": 4},
+    ]
+    return train(runs, folder, nproc=1)
 
 
 def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -33,6 +35,10 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         {**base, "name": f"{stage}", "stage": stage, "fluid": {"ep_size": 1 if stage == 2 else 2}} for stage in range(4)
     ]
     runs[2] |= {"checkpointing": True, "save_model": str(tmp_path / "saved")}
+    # 11 tokens on 2 ranks, and no positions: both are made up for before the batch is cut.
+    runs.append(
+        {**base, "name": "odd", "stage": 1, "fluid": {"ep_size": 2}, "length": 11, "steps": 4, "positions": False}
+    )
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
     found = train(runs, tmp_path)
@@ -40,6 +46,9 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         for result in found[str(stage)]:
             assert_equal(curve(result), curve(expected["plain"][0]))
             assert len(curve(result)) == 10
+    for result in found["odd"]:
+        assert_equal(curve(result), curve(expected["odd"][0]))
+        assert len(curve(result)) == 4
     assert found["2"][0]["eval_loss"] == pytest.approx(expected["plain"][0]["eval_loss"], rel=1e-4)
     for name in ("differ", "alone"):
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]

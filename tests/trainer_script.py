@@ -80,7 +80,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         seed=7,
     )
     model = tiny_model(options.get("family", "qwen3_moe"))
-    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96)]
+    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96, length=options.get("length", 12))]
     if options.get("positions"):
         data = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in data]
     callbacks: list[TrainerCallback] = (

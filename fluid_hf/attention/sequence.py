@@ -23,7 +23,7 @@ from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError
 
-__all__ = ["IGNORED_LABEL", "ShardedSequence", "gather_sequence", "sequence_parallel_loss", "shard_batch"]
+__all__ = ["IGNORED_LABEL", "ShardedSequence", "fill_up", "gather_sequence", "sequence_parallel_loss", "shard_batch"]
 
 IGNORED_LABEL = -100  # transformers' label of a token without a target
 
@@ -77,26 +77,47 @@ def shard_batch(
         )
     _check_equal_batches(ids, exchange)
     whole = dict(batch)
-    if whole.get("position_ids") is None:
-        whole["position_ids"] = torch.arange(length, device=ids.device).expand(ids.shape[0], -1)
     if whole.get("labels") is not None and whole.get("shift_labels") is None:
         whole["shift_labels"] = functional.pad(whole["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
     whole.pop("labels", None)
-    fillings = {"input_ids": pad_token_id, "shift_labels": IGNORED_LABEL}
     piece = (length + missing) // exchange.size
     start = piece * exchange.rank
-    shard: dict[str, Any] = {}
-    for name, value in whole.items():
-        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+    shard = fill_up(whole, exchange.size, pad_token_id)
+    for name, value in shard.items():
+        if _runs_along(value):
+            shard[name] = value[:, start : start + piece].contiguous()
+    shard["sequence_sharded"] = True
+    return shard
+
+
+def fill_up(batch: Mapping[str, Any], multiple: int, pad_token_id: int = 0) -> dict[str, Any]:
+    """The batch with `position_ids`, and with lengths that are a multiple: `input_ids` [B, T] and all that is as long.
+
+    Padding comes last, has no label, counts positions on and is seen by no other token.
+
+    Raises:
+        ConfigError: a tensor has another length than `input_ids`.
+    """
+    ids = batch["input_ids"]
+    length = ids.shape[1]
+    missing = -length % multiple
+    filled = dict(batch)
+    if filled.get("position_ids") is None:
+        filled["position_ids"] = torch.arange(length, device=ids.device).expand(ids.shape[0], -1).contiguous()
+    fillings = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
+    for name, value in filled.items():
+        if _runs_along(value):
             if value.shape[1] != length:
                 raise ConfigError(
                     f"length of {name} ({value.shape[1]}) must equal that of input_ids ({length}); "
                     "leave out what does not run along the sequence, and shard it yourself."
                 )
-            value = _fill(name, value, missing, fillings.get(name, 0))[:, start : start + piece].contiguous()
-        shard[name] = value
-    shard["sequence_sharded"] = True
-    return shard
+            filled[name] = _fill(name, value, missing, fillings.get(name, 0))
+    return filled
+
+
+def _runs_along(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
 def _fill(name: str, value: torch.Tensor, missing: int, filling: int) -> torch.Tensor:
