@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fluid_hf import cli
 from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.mirror import MirrorGroup, init_mirror
@@ -114,3 +117,23 @@ def test_operations_of_a_call(mirror: int, monkeypatch: pytest.MonkeyPatch) -> N
             assert found[0] <= limits[0] and found[1] <= limits[1], (shape, chunks, found)
             assert sum(found) < sum(theirs), (shape, found, theirs)
         assert 2 * sum(counts["overlap 1"]) < sum(theirs)
+
+
+def test_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Outputs and gradients of all variants, DeepSpeed's UlyssesSPAttentionHF among them, on mirror worlds."""
+    file = tmp_path / "attention.json"
+    command = ["bench", "attention", "--shapes", "tiny", "tiny-normed"]
+    options = ["--sp", "1", "2", "8", "--tokens", "64", "--layers", "2", "--json", str(file)]
+    assert cli.main([*command, *options]) == 0
+    cells = json.loads(file.read_text())["cells"]
+    assert [(cell["shape"], cell["sp_size"]) for cell in cells] == [
+        (shape, size) for size in (1, 2, 8) for shape in ("tiny", "tiny-normed")
+    ]
+    for cell in cells:
+        wanted = {"serial", "overlap 1", "UlyssesSPAttentionHF"} if cell["sp_size"] > 1 else {"transformers"}
+        assert wanted <= set(cell["errors"])
+        assert all(isinstance(error, float) and error <= 1e-5 for error in cell["errors"].values()), cell["errors"]
+    capsys.readouterr()
+    assert cli.main(["bench", "table", "--json", str(file)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(cells) and lines[2].startswith("| tiny SP1")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import RankPool, rank_pool, run_script
+from distributed import RankPool, rank_pool
 from families import FAMILIES, batch, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_equivalence import check, gradient_errors
@@ -297,20 +295,3 @@ def test_order_of_events_and_bytes(pool2: RankPool) -> None:
             tokens, layers, heads = 2 * 6, 2, 4 // 2 + 2 * 2 // 2 + 4 // 2  # q, k and v, results to the other rank
             assert sent == layers * tokens * heads * 8 * 4
             assert inside >= layers  # o_proj
-
-
-def test_benchmark_checks_every_variant(tmp_path: Path) -> None:
-    """Outputs and gradients of all variants, DeepSpeed's UlyssesSPAttentionHF among them, on a mirror world."""
-    file = tmp_path / "attention.json"
-    options = ["--shapes", "tiny", "tiny-normed", "--sp", "1", "2", "8", "--tokens", "64", "--layers", "2"]
-    run_script("fluid_hf.cli", "bench", "attention", *options, "--json", str(file), nproc=1)
-    cells = json.loads(file.read_text())["cells"]
-    assert [(cell["shape"], cell["sp_size"]) for cell in cells] == [
-        (shape, size) for size in (1, 2, 8) for shape in ("tiny", "tiny-normed")
-    ]
-    for cell in cells:
-        wanted = {"serial", "overlap 1", "UlyssesSPAttentionHF"} if cell["sp_size"] > 1 else {"transformers"}
-        assert wanted <= set(cell["errors"])
-        assert all(isinstance(error, float) and error <= 1e-5 for error in cell["errors"].values()), cell["errors"]
-    lines = run_script("fluid_hf.cli", "bench", "table", "--json", str(file), nproc=1).splitlines()
-    assert len(lines) == 2 + len(cells) and lines[2].startswith("| tiny SP1")

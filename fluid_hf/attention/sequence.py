@@ -36,11 +36,13 @@ class ShardedSequence:
         position_ids: positions [B or 1, T] of all tokens, in order.
         masks: what the core attention takes as mask, by kind of layer (`full_attention`, `sliding_attention`).
         rotary: tables of the rotary embedding of all tokens; `None` if not needed.
+        arguments: further keyword arguments of the core attention.
     """
 
     position_ids: torch.Tensor
     masks: Mapping[str, Any]
     rotary: RotaryTables | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def shard_batch(

@@ -31,6 +31,7 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
 from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
+from fluid_hf.models.core_arguments import core_arguments
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_interface"]
@@ -67,12 +68,14 @@ class _InterfaceConfig:
 
 
 class _CoreLayer:
-    """The layer as the core attention sees it: its own config, and as many heads as there are here."""
+    """The layer as the core attention sees it: its own config, and as many heads (and sinks) as there are here."""
 
-    def __init__(self, module: nn.Module, config: Any, group: int | None) -> None:
+    def __init__(self, module: nn.Module, config: Any, group: int | None, sinks: Any = None) -> None:
         self._module, self.config = module, config
         if group is not None:
             self.num_key_value_groups = group
+        if sinks is not None:
+            self.sinks = sinks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -134,8 +137,13 @@ class LayerAttention:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """The core on some heads of the whole sequence: [B, n, T, D] to [B, T, n, D]."""
-        layer = _CoreLayer(module, self.config, q.shape[1] // k.shape[1])
-        kwargs = {**kwargs, "position_ids": sequence.position_ids}
+        sinks = getattr(module, "sinks", None)
+        if sinks is not None:  # one of each query head; only layers that exchange all heads at once have them
+            first = self.exchange.rank * self.layout.local_q
+            sinks = sinks[first : first + self.layout.local_q]
+            kwargs = {**kwargs, "s_aux": sinks} if "s_aux" in kwargs else kwargs
+        layer = _CoreLayer(module, self.config, q.shape[1] // k.shape[1], sinks)
+        kwargs = {**kwargs, **sequence.arguments}
         output: torch.Tensor = self.core()(layer, q, k, v, sequence.masks[self.kind], **kwargs)[0]
         return output
 
@@ -306,7 +314,8 @@ class SequenceParallel:
         if rotary is not None and self.overlapped:
             cos, sin = rotary(embeds, positions)
             tables = RotaryTables.shaped(cos, sin, self.exchange.size)
-        sequence = ShardedSequence(positions, self._masks(embeds, positions, mask), tables)
+        arguments = core_arguments(self._model.config._attn_implementation, positions, tokens.shape[0])
+        sequence = ShardedSequence(positions, self._masks(embeds, positions, mask), tables, arguments)
         given["use_cache"] = False
         # transformers takes a 4-D mask as it is, and ours are used instead: no mask is made for the piece alone.
         given["attention_mask"] = tokens.new_empty((1, 1, 1, 1), dtype=torch.bool)
