@@ -12,7 +12,9 @@ _SHARED: dict[str, Any] = {
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
     "tie_word_embeddings": True,
-    "output_router_logits": True,  # adds the load-balancing loss, as one does when experts start from random weights
+    # The load-balancing loss, which experts need that start from random weights; strong, as training is short.
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.02,
 }
 
 FAMILIES: dict[str, dict[str, Any]] = {

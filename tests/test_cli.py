@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import astuple
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from distributed import LAUNCH_ENV
@@ -76,6 +77,9 @@ def test_doctor_names_settings_that_prevent_overlap() -> None:
     findings = {finding.name: finding for finding in doctor_checks.check_settings(bad)}
     assert [findings[name].level for name in bad] == ["warning"] * 3 + ["ok"]
     assert findings["CUDA_LAUNCH_BLOCKING"].fix == "unset CUDA_LAUNCH_BLOCKING"
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        (_, accelerator) = doctor_checks.check_settings({"DS_ACCELERATOR": "cpu"})
+    assert accelerator.level == "warning" and accelerator.fix == "unset DS_ACCELERATOR"
 
 
 def test_doctor_fails_on_what_is_missing_or_wrong(

@@ -92,6 +92,9 @@ def check_settings(environment: Mapping[str, str] = os.environ) -> list[Finding]
             findings.append(Finding(level, name, value, effect, f"unset {name}"))
         elif value is not None or name == "CUDA_DEVICE_MAX_CONNECTIONS":
             findings.append(Finding("ok", name, value or "not set (CUDA's default, 8)"))
+    if environment.get("DS_ACCELERATOR") == "cpu" and torch.cuda.is_available():
+        problem = "DeepSpeed trains on the CPU although there is a GPU"
+        findings.append(Finding("warning", "DS_ACCELERATOR", "cpu", problem, "unset DS_ACCELERATOR"))
     known = sorted(name for name in environment if name.startswith("NCCL_") and name not in SETTINGS)
     return findings + [Finding("ok", name, environment[name]) for name in known]
 

@@ -73,7 +73,7 @@ def draw_expert_load(
     """Draw a heat map of expert load over training: white is the mean, red above it, blue below.
 
     Args:
-        steps: optimizer steps [S].
+        steps: optimizer steps at which loads were read [S].
         load: for each step the load of every expert over the mean [S, E].
         out: path without ending; `.png` and `.svg` are added.
         title: which layer it is.
@@ -88,7 +88,8 @@ def draw_expert_load(
     figure.patch.set_gid("card")
     axis = figure.subplots()
     rows = [[float(step[expert]) for step in load] for expert in range(len(load[0]))]
-    edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    # What is read at a step came in since the step before; how far the first reaches back is not known.
+    edges = [max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)), *steps]
     experts = [index - 0.5 for index in range(len(rows) + 1)]
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, *(max(row) for row in rows)))
     mesh = axis.pcolormesh(edges, experts, rows, cmap="RdBu_r", norm=norm, rasterized=True)
