@@ -82,8 +82,9 @@ class _Link:
         runtime, (out, back) = self._runtime, self._streams
         host, x, y = self._pool.data_ptr() + self._offset, source.data_ptr(), target.data_ptr()
         self._offset += -(-size // 512) * 512
-        for start in range(0, size, BLOCK_BYTES):
-            length = min(BLOCK_BYTES, size - start)
+        step = -(-size // (512 * max(1, round(size / BLOCK_BYTES)))) * 512  # blocks of about equal sizes
+        for start in range(0, size, step):
+            length = min(step, size - start)
             _check(runtime.cudaMemcpyAsync(host + start, x + start, length, 2, out))
             _check(runtime.cudaStreamWaitEvent(back, self._record(out), 0))
             _check(runtime.cudaMemcpyAsync(y + start, host + start, length, 1, back))

@@ -119,16 +119,16 @@ class PeerExchange:
         return self._track(works, [tensor for _, tensor in messages], [peer for peer, _ in messages])
 
     def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
-        works: list[dist.Work] = []
-        if self._batched and (sends or recvs):
-            # One NCCL group call: both directions and all peers of the wave progress together.
-            ops = [dist.P2POp(dist.isend, tensor, self.ranks[peer], self.group) for peer, tensor in sends]
-            ops += [dist.P2POp(dist.irecv, tensor, self.ranks[peer], self.group) for peer, tensor in recvs]
-            works = dist.batch_isend_irecv(ops)
-        elif self.group is not None:
-            works = [self.group.send([tensor], peer, 0) for peer, tensor in sends]
-            works += [self.group.recv([tensor], peer, 0) for peer, tensor in recvs]
-        return works
+        if self.group is None or not (sends or recvs):
+            return []
+        if self._batched:
+            # One NCCL group call: both directions and all peers of the wave progress together. This is what
+            # dist.batch_isend_irecv does, without checks that take the host longer than the posting.
+            device = (*sends, *recvs)[0][1].device
+            self.group._start_coalescing(device)  # type: ignore[attr-defined]
+        works: list[dist.Work] = [self.group.send([tensor], peer, 0) for peer, tensor in sends]
+        works += [self.group.recv([tensor], peer, 0) for peer, tensor in recvs]
+        return [self.group._end_coalescing(device)] if self._batched else works  # type: ignore[attr-defined]
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]

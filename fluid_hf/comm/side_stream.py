@@ -10,6 +10,24 @@ import torch
 __all__ = ["SideStream"]
 
 
+class _On:
+    """`torch.cuda.stream` without making stream objects, which takes the host as long as a launch."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = (stream.stream_id, stream.device_index, stream.device_type)
+        self._before = self._stream
+
+    def __enter__(self) -> None:
+        self._before = torch._C._cuda_getCurrentStream(self._stream[1])
+        self._set(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        self._set(self._before)
+
+    def _set(self, stream: tuple[int, int, int]) -> None:
+        torch._C._cuda_setStream(stream_id=stream[0], device_index=stream[1], device_type=stream[2])
+
+
 class SideStream:
     """A process group makes communication wait for all that the current stream holds; here, for what it held at a mark.
 
@@ -35,7 +53,7 @@ class SideStream:
             return contextlib.nullcontext()
         if self._stream is None:
             self._stream = torch.cuda.Stream(device, priority=-1)
-        return torch.cuda.stream(self._stream)
+        return _On(self._stream)
 
     def posting(self) -> contextlib.AbstractContextManager[Any]:
         """Context in which communication is posted behind the mark only."""
