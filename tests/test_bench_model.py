@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from distributed import ROOT, launch
+from distributed import RankPool, rank_pool
 
 from fluid_hf import cli
 from fluid_hf.bench.stages import Stages
 
+pool2 = rank_pool(2)
 OURS = {"row per expert", "serial", "fluid_hf", "fluid_hf waves 2"}
 
 
-def test_all_variants_on_two_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = tmp_path / "bench.py"
-    script.write_text("import sys\nfrom fluid_hf.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+def run_bench(rank: int, world: int, options: list[str]) -> tuple[int, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return cli.main(["bench", "model", *options]), printed.getvalue()
+
+
+def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.json"
     options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "1"]
     options += ["--sp", "1", "2", "--waves", "2", "--modes", "inference", "forward", "backward", "step"]
     options += ["--trace", str(tmp_path / "pictures"), "--json", str(out)]
-    done = launch(script, "bench", "model", *options, launcher="torchrun", cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (status, printed), (other_status, other_printed) = pool2.run(run_bench, options)
+    assert status == other_status == 0 and other_printed == ""
     for stage in ("build and patch", "fluid_hf: first pass and comparison", "AutoEP: step"):
-        assert f"{stage} ..." in done.stdout
+        assert f"{stage} ..." in printed
     cells = json.loads(out.read_text())["cells"]
     assert [cell["sp"] for cell in cells] == [1, 2]
     for cell in cells:
