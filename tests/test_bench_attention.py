@@ -137,3 +137,17 @@ def test_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["bench", "table", "--json", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(cells) and lines[2].startswith("| tiny SP1")
+
+
+def test_memory_of_a_step_falls_with_the_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What autograd keeps; the rest is counted on GPUs only."""
+    file = tmp_path / "memory.json"
+    options = ["--model", "tiny", "--tokens", "64", "128", "--sp", "1", "2", "8", "--json", str(file)]
+    assert cli.main(["bench", "attention", "--memory", *options]) == 0
+    cells = {(cell["tokens"], cell["sp_size"]): cell for cell in json.loads(file.read_text())["cells"]}
+    for tokens, sp_size in ((64, 2), (64, 8), (128, 2), (128, 8)):
+        assert cells[tokens, sp_size]["held"] == cells[tokens, 1]["held"] > 0
+        assert cells[tokens, sp_size]["saved"] * sp_size <= 1.05 * cells[tokens, 1]["saved"]
+    capsys.readouterr()
+    assert cli.main(["bench", "table", "--json", str(file)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 6

@@ -16,6 +16,7 @@ from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
 
 ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
 
@@ -30,7 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     shapes = ["mixtral-8x7b", "qwen3-30b-a3b"]
     add("--shapes", nargs="+", default=shapes, choices=sorted(ATTENTION_SHAPES), help="models by name")
-    add("--sp", nargs="+", type=int, default=[2, 8], help="sequence parallel sizes; 1 for the layer alone")
+    add("--memory", action="store_true", help="measure what a small model's training step holds instead of timing")
+    add("--model", default="small", choices=sorted(MEMORY_MODELS), help="with --memory")
+    add("--sp", nargs="+", type=int, help="sequence parallel sizes, 1 for the layer alone: 2 8; with --memory 1 2 4 8")
     add("--tokens", nargs="+", type=int, default=[8192, 32768], help="tokens of the whole sequence")
     add("--chunks", nargs="+", type=int, default=[1, 2], help="chunks of heads to time beside the planner's choice")
     add("--layers", type=int, default=4, help="calls in a row; times are per call")
@@ -41,25 +44,42 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time every shape on every group size; print as they come, and write the file. 1 if variants disagree."""
-    cells = [cell for sp_size in options.sp for cell in _bench(options, sp_size)]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    about: dict[str, Any] = {"what": "attention", "device": device, "torch": torch.__version__}
-    about |= {"date": datetime.date.today().isoformat(), "command": vars(options), "link": "mirror"}
-    report = {**about, "cells": cells}
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    print("\n" + attention_table(report))
+    """Time every shape on every group size; print and write results as they come. 1 if variants disagree."""
+    cells: list[dict[str, Any]] = []
+    if options.memory:
+        return _memory(options, cells)
+    for sp_size in options.sp or [2, 8]:
+        _bench(options, sp_size, cells)
+    print("\n" + attention_table(_write(options, "attention", cells)))
     return int(any(isinstance(error, str) for cell in cells for error in cell["errors"].values()))
 
 
-def _bench(options: Any, sp_size: int) -> list[dict[str, Any]]:
+def _memory(options: argparse.Namespace, cells: list[dict[str, Any]]) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for tokens in options.tokens:
+        for sp_size in options.sp or [1, 2, 4, 8]:
+            cells.append(asdict(measure_step(options.model, sp_size, tokens, device)))
+            print({name: round(n, 1) if isinstance(n, float) else n for name, n in cells[-1].items()}, flush=True)
+            _write(options, "memory", cells)
+    print("\n" + memory_table({"cells": cells}))
+    return 0
+
+
+def _write(options: argparse.Namespace, what: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    report: dict[str, Any] = {"what": what, "device": device, "torch": torch.__version__}
+    report |= {"date": datetime.date.today().isoformat(), "command": vars(options), "link": "mirror", "cells": cells}
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    return report
+
+
+def _bench(options: Any, sp_size: int, cells: list[dict[str, Any]]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if sp_size > 1:
         init_mirror(sp_size)
-    cells = []
     for name in options.shapes:
         for tokens in options.tokens:
             if ATTENTION_SHAPES[name].heads % sp_size == 0 and tokens % sp_size == 0:
@@ -67,9 +87,9 @@ def _bench(options: Any, sp_size: int) -> list[dict[str, Any]]:
                     ATTENTION_SHAPES[name], sp_size, tokens, device, dtype=dtype, layers=options.layers
                 )
                 cells.append(_cell(options, bench, name))
+                _write(options, "attention", cells)
     if sp_size > 1:
         dist.destroy_process_group()
-    return cells
 
 
 def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:

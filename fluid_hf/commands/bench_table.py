@@ -10,8 +10,9 @@ from typing import Any
 from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.model_report import draw_pictures, model_table
 from fluid_hf.bench.report import markdown_table
+from fluid_hf.bench.sequence_memory import memory_table
 
-TABLES = {"attention": attention_table, "model": model_table}
+TABLES = {"attention": attention_table, "memory": memory_table, "model": model_table}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

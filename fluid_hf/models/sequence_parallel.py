@@ -234,6 +234,7 @@ class SequenceParallel:
 
     Attributes:
         overlapped: layers whose projections overlap with their exchange, by module name.
+        gather: puts the ranks' pieces of positions and masks together.
     """
 
     def __init__(
@@ -248,6 +249,7 @@ class SequenceParallel:
     ) -> None:
         self.overlapped: dict[str, OverlappedForward] = {}
         self.exchange = exchange
+        self.gather = gather_sequence
         self._model: Any = model
         self._sites = list(sites)
         self._scheduler, self._chunks, self._overlap = scheduler, chunks, overlap
@@ -306,8 +308,8 @@ class SequenceParallel:
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         positions, mask = given["position_ids"], given.get("attention_mask")
         self._check_shapes(tokens, positions, mask)
-        positions = gather_sequence(positions, self.exchange)
-        mask = gather_sequence(mask, self.exchange) if mask is not None else None
+        positions = self.gather(positions, self.exchange)
+        mask = self.gather(mask, self.exchange) if mask is not None else None
         embeds = self._stand_in(tokens, positions)
         rotary = _rotary(body)
         tables = None
