@@ -131,7 +131,7 @@ class ProfiledSteps:
     def begin_step(self, step: int, folder: Path) -> None:
         """Optimizer step `step` begins, counted from 1."""
         if step == self.first:
-            self._trace = StepTrace(folder / "trace.json")
+            self._trace = StepTrace(folder / "trace.json.gz")
             self._trace.start()
 
     def end_step(self, step: int, folder: Path) -> None:

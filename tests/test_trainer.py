@@ -129,7 +129,7 @@ def test_reporters_profiles_and_expert_load(tmp_path: Path) -> None:
     assert load["steps"] == [1, 2, 3] and len(load["load_over_mean"]) == 2
     for steps in load["load_over_mean"].values():
         assert all(abs(sum(step) / len(step) - 1) < 1e-3 for step in steps)
-    for name in ("trace.json", "timeline.png", "timeline.svg", "expert_load.png", "expert_load.svg"):
+    for name in ("trace.json.gz", "timeline.png", "timeline.svg", "expert_load.png", "expert_load.svg"):
         assert (folder / name).stat().st_size > 1000
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

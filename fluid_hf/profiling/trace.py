@@ -115,7 +115,8 @@ def read_trace(path: str | Path) -> Trace:
     try:
         opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8") as file:
-            events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+            found = json.load(file)["traceEvents"]
+            events = [event for event in found if event.get("ph") == "X" and "dur" in event]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TraceError(f"trace ({path}) must be a Chrome trace of torch.profiler: {error}.") from error
     return _Reader(events, str(path)).read()
