@@ -18,12 +18,15 @@ from fluid_hf import FluidConfig
 pool4 = rank_pool(4)
 
 
+AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5}}
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("one")
     runs = [
-        {"name": "plain", "stage": 1, "positions": True, "save_model": str(folder / "saved")},
-        {"name": "odd", "stage": 1, "length": 11, "steps": 4},
+        {"name": "plain", "stage": 1, "positions": True, "predict": 5, "save_model": str(folder / "saved")},
+        {"name": "odd", "stage": 1, "length": 11, "steps": 4, **AUXILIARY},
     ]
     return train(runs, folder, nproc=1)
 
@@ -34,11 +37,10 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     runs: list[dict[str, Any]] = [
         {**base, "name": f"{stage}", "stage": stage, "fluid": {"ep_size": 1 if stage == 2 else 2}} for stage in range(4)
     ]
-    runs[2] |= {"checkpointing": True, "save_model": str(tmp_path / "saved")}
+    runs[2] |= {"checkpointing": True, "predict": 5, "save_model": str(tmp_path / "saved")}
     # 11 tokens on 2 ranks, and no positions: both are made up for before the batch is cut.
-    runs.append(
-        {**base, "name": "odd", "stage": 1, "fluid": {"ep_size": 2}, "length": 11, "steps": 4, "positions": False}
-    )
+    odd = {"stage": 3, "fluid": {"ep_size": 2}, "length": 11, "steps": 4, "positions": False}
+    runs.append({**base, "name": "odd", **odd, **AUXILIARY})
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
     found = train(runs, tmp_path)
@@ -50,6 +52,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         assert_equal(curve(result), curve(expected["odd"][0]))
         assert len(curve(result)) == 4
     assert found["2"][0]["eval_loss"] == pytest.approx(expected["plain"][0]["eval_loss"], rel=1e-4)
+    assert len(found["2"][0]["predicted"]) == 1 + 5 * 4
+    assert found["2"][0]["predicted"][1:] == pytest.approx(expected["plain"][0]["predicted"][1:], rel=1e-3, abs=1e-4)
     for name in ("differ", "alone"):
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
     assert "sp_size (1) of the fluid settings must equal sp_size (2)" in found["differ"][0]["message"]

@@ -157,10 +157,19 @@ def test_resume_after_a_kill(tmp_path: Path, stage: int) -> None:
 
 
 def test_expert_data_parallel_with_accumulation(tmp_path: Path) -> None:
-    run = {"stage": 2, "steps": 4, "accumulation": 2, "family": "qwen2_moe"}
+    run = {
+        "stage": 2,
+        "steps": 4,
+        "accumulation": 2,
+        "family": "qwen2_moe",
+        "predict": 7,
+    }  # the last batch is filled up
     patched = {**run, "name": "patched", "fluid": {"ep_size": 2}}
     results = train([{**run, "name": "plain"}, patched], tmp_path, nproc=4)
     assert_equal(curve(results["patched"][0]), curve(results["plain"][0]))
+    for found in results["patched"]:
+        assert len(found["predicted"]) == 1 + 7 * 4
+        assert found["predicted"] == pytest.approx(results["plain"][0]["predicted"], rel=1e-3, abs=1e-4)
 
 
 def test_bad_settings_raise_on_every_rank_before_training(tmp_path: Path) -> None:

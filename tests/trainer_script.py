@@ -79,7 +79,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
         seed=7,
     )
-    model = tiny_model(options.get("family", "qwen3_moe"))
+    model = tiny_model(options.get("family", "qwen3_moe"), **options.get("model", {}))
     data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96, length=options.get("length", 12))]
     if options.get("positions"):
         data = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in data]
@@ -95,6 +95,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         result["eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.save_model(options["save_model"])
         trainer.model.save_pretrained(options["save_model"] + "_direct")
+    if options.get("predict"):
+        found = trainer.predict(data[: options["predict"]])
+        result["predicted"] = [found.metrics["test_loss"], *found.predictions[:, -1, :4].flatten().tolist()]
     return result
 
 
