@@ -56,10 +56,12 @@ class FilledBatches:
         loader: the data loader.
         sp_size: ranks that share a sequence.
         pad_token_id: token to fill up with.
+        mark_tokens: tell the batch's tokens from the padding.
     """
 
-    def __init__(self, loader: Any, sp_size: int, pad_token_id: int) -> None:
+    def __init__(self, loader: Any, sp_size: int, pad_token_id: int, mark_tokens: bool = False) -> None:
         self._loader, self._sp_size, self._pad_token_id = loader, sp_size, pad_token_id
+        self._mark_tokens = mark_tokens
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.fill, iter(self._loader))
@@ -72,7 +74,7 @@ class FilledBatches:
 
     def fill(self, batch: Any) -> dict[str, Any]:
         """One batch, filled up."""
-        return fill_up(batch, self._sp_size, self._pad_token_id)
+        return fill_up(batch, self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
 
 
 def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
@@ -83,12 +85,13 @@ def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
     Args:
         loader: the Trainer's training data loader.
         sp_size: ranks that share a sequence.
-        config: the model's config, for the padding token.
+        config: the model's config, for the padding token and whether there is a balancing loss.
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
 
     if not isinstance(loader, UlyssesSPDataLoaderAdapter) or isinstance(loader.dl, FilledBatches):
         return
     pad = getattr(config, "pad_token_id", None)
-    filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0)
+    marked = bool(getattr(config, "output_router_logits", False))
+    filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0, marked)
     loader.dl, loader.iter = filled, map(filled.fill, loader.iter)

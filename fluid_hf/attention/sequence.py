@@ -23,9 +23,20 @@ from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError
 
-__all__ = ["IGNORED_LABEL", "ShardedSequence", "fill_up", "gather_sequence", "sequence_parallel_loss", "shard_batch"]
+__all__ = [
+    "IGNORED_LABEL",
+    "TOKENS",
+    "ShardedSequence",
+    "fill_up",
+    "gather_sequence",
+    "sequence_parallel_loss",
+    "shard_batch",
+]
 
 IGNORED_LABEL = -100  # transformers' label of a token without a target
+TOKENS = (
+    "sequence_tokens"  # of a batch that was filled up: 1 for its tokens, 0 for padding; attention needs no such mask
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +95,7 @@ def shard_batch(
     whole.pop("labels", None)
     piece = (length + missing) // exchange.size
     start = piece * exchange.rank
-    shard = fill_up(whole, exchange.size, pad_token_id)
+    shard = fill_up(whole, exchange.size, pad_token_id, mark_tokens=missing > 0)
     for name, value in shard.items():
         if _runs_along(value):
             shard[name] = value[:, start : start + piece].contiguous()
@@ -92,10 +103,13 @@ def shard_batch(
     return shard
 
 
-def fill_up(batch: Mapping[str, Any], multiple: int, pad_token_id: int = 0) -> dict[str, Any]:
+def fill_up(
+    batch: Mapping[str, Any], multiple: int, pad_token_id: int = 0, *, mark_tokens: bool = False
+) -> dict[str, Any]:
     """The batch with `position_ids`, and with lengths that are a multiple: `input_ids` [B, T] and all that is as long.
 
-    Padding comes last, has no label, counts positions on and is seen by no other token.
+    Padding comes last, has no label, counts positions on and is seen by no other token. With `mark_tokens` a batch
+    without `attention_mask` gets `sequence_tokens` [B, T], for the balancing loss.
 
     Raises:
         ConfigError: a tensor has another length than `input_ids`.
@@ -106,6 +120,8 @@ def fill_up(batch: Mapping[str, Any], multiple: int, pad_token_id: int = 0) -> d
     filled = dict(batch)
     if filled.get("position_ids") is None:
         filled["position_ids"] = torch.arange(length, device=ids.device).expand(ids.shape[0], -1).contiguous()
+    if mark_tokens and filled.get("attention_mask") is None:
+        filled[TOKENS] = torch.ones_like(ids)
     fillings = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
     for name, value in filled.items():
         if _runs_along(value):

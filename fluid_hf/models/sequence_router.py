@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fluid_hf.attention.sequence import gather_sequence
+from fluid_hf.attention.sequence import TOKENS, gather_sequence
 from fluid_hf.comm.peer_exchange import PeerExchange
 
 __all__ = ["RouterGather"]
@@ -49,7 +49,7 @@ class RouterGather:
     def __init__(self, model: nn.Module, exchange: PeerExchange) -> None:
         self._model: Any = model
         self._exchange = exchange
-        self._piece: torch.Tensor | None = None  # of the mask, on its way from the model to its body
+        self._piece: list[Any] = []  # the piece's own mask, on its way from the model to its body
         self._sharded = False
         self._hooks: list[Any] = []
 
@@ -71,22 +71,23 @@ class RouterGather:
 
     @torch.compiler.disable  # exchanges are host code, here and below: the compiled parts end there
     def _widen_mask(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._piece = None
         names = list(inspect.signature(model.forward).parameters)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         wanted = given.get("output_router_logits")
         if wanted is None:
             wanted = getattr(self._model.config, "output_router_logits", False)
         self._sharded = bool(wanted and given.get("sequence_sharded", model.training))
-        mask = given.get("attention_mask")
-        if not self._sharded or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            return None
-        self._piece = mask
-        return (), {**given, "attention_mask": gather_sequence(mask, self._exchange)}
+        mask, tokens = given.get("attention_mask"), given.pop(TOKENS, None)
+        known = tokens if mask is None else mask
+        self._piece = []
+        if self._sharded and isinstance(known, torch.Tensor) and known.dim() == 2:
+            self._piece = [mask]
+            given["attention_mask"] = gather_sequence(known, self._exchange)
+        return (), given
 
     def _narrow_mask(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        piece, self._piece = self._piece, None
-        return None if piece is None else (args, {**kwargs, "attention_mask": piece})
+        piece, self._piece = self._piece, []
+        return (args, {**kwargs, "attention_mask": piece[0]}) if piece else None
 
     @torch.compiler.disable
     def _widen_logits(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
