@@ -13,6 +13,7 @@ from torch import nn
 from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
 from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
 from fluid_hf.metrics import global_load, imbalance, read_loads
@@ -178,6 +179,9 @@ class FluidState:
 
         Dense gradients become the mean over the world; expert gradients, which already hold every token of their
         expert-parallel group, are summed over the expert-data-parallel group and divided by the world size.
+
+        Raises:
+            PeerError: a rank did not take part within `timeout_seconds` (over gloo).
         """
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
@@ -187,13 +191,16 @@ class FluidState:
             if self.groups.ep_size > 1
             else set()
         )
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 group = self.groups.expert_data_group if id(parameter) in expert else None
-                dist.all_reduce(parameter.grad, group=group)
+                self._sum(parameter.grad, group, f"the reduction of the gradient of {name}")
                 parameter.grad /= self.groups.world_size
+
+    def _sum(self, tensor: torch.Tensor, group: dist.ProcessGroup | None, place: str) -> None:
+        all_reduce_in_time(tensor, group, self.config.timeout_seconds, place)
 
     @torch.no_grad()
     def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> torch.Tensor:
@@ -212,7 +219,7 @@ class FluidState:
         for gradient, is_expert in gradients:
             squares[is_expert] += gradient.double().square().sum()
         if several:
-            dist.all_reduce(squares[1], group=self.groups.ep_group)
+            self._sum(squares[1], self.groups.ep_group, "the norm of the gradients")
         norm = (squares[0] + squares[1]).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient, _ in gradients:

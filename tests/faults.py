@@ -44,7 +44,7 @@ class Grad(torch.autograd.Function):
 
 
 def build(world: int, family: str = "qwen3_moe", **settings: Any) -> Any:
-    config = FluidConfig(ep_size=world, timeout_seconds=TIMEOUT, **settings)
+    config = FluidConfig(**{"ep_size": world, "timeout_seconds": TIMEOUT, **settings})
     return fluid_hf.patch_model(tiny_model(family), config)
 
 
@@ -52,6 +52,8 @@ def step(model: Any, rank: int) -> None:
     ids = batch(rank, 2)
     model(input_ids=ids, labels=ids).loss.backward()
     model.fluid.finish_batch()
+    model.fluid.reduce_gradients(model)
+    model.fluid.clip_grad_norm_(model, 1.0)
 
 
 def before(module: nn.Module, action: Callable[[], None]) -> None:
@@ -102,7 +104,7 @@ def run_step(rank: int, world: int, name: str, settings: dict[str, Any]) -> None
     """Patch, go wrong on one rank, take a step."""
     model = build(world, **settings)
     if rank == BAD:
-        STEP_FAULTS[name](model)
+        STEP_FAULTS[name.partition(",")[0]](model)
     step(model, rank)
 
 
@@ -143,9 +145,14 @@ def run_patch(rank: int, world: int, name: str, settings: dict[str, Any]) -> Non
 def run_one_rank_only(rank: int, world: int, name: str, settings: dict[str, Any]) -> None:
     """Calls of all ranks that one rank does not make."""
     model = build(world)
-    if name == "saves on one rank only":
+    if name == "saves on one rank only":  # as a callback under `if rank == 1` does, while the others train on
         if rank != BAD:
-            fluid_hf.save_pretrained(model, "/nonexistent/never/written")
+            step(model, rank)
+        else:
+            model.save_pretrained("/nonexistent/never/written")
+    elif name == "does not save with the others":
+        if rank != BAD:
+            model.save_pretrained("/nonexistent/never/written")
     elif name == "generates without synchronisation":  # rank BAD stops after one token, the others go on
         tokens = 1 if rank == BAD else 9
         model.generate(batch(rank, 1, length=5), max_new_tokens=tokens, do_sample=False, synced_gpus=False)
@@ -163,10 +170,17 @@ def run_autocast(rank: int, world: int, name: str, settings: dict[str, Any]) -> 
 
 
 PATCH_FAULTS = ("settings differ", "models differ", "shapes differ", "dtypes differ")
-LONE_FAULTS = ("saves on one rank only", "generates without synchronisation", "one rank takes fewer steps")
+LONE_FAULTS = (
+    "saves on one rank only",
+    "does not save with the others",
+    "generates without synchronisation",
+    "one rank takes fewer steps",
+)
+UNSPLIT = ("top-k index out of range", "NaN in router logits", "killed in backward", "out of memory in forward")
 FAULTS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **{name: (run_step, {}) for name in STEP_FAULTS},
     "killed in forward, serial exchange": (run_step, {"overlap": False}),
+    **{f"{name}, ep_size 1": (run_step, {"ep_size": 1}) for name in UNSPLIT},
     **{name: (run_patch, {}) for name in PATCH_FAULTS},
     **{name: (run_one_rank_only, {}) for name in LONE_FAULTS},
     "autocast on one rank only": (run_autocast, {}),

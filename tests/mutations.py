@@ -28,7 +28,7 @@ from typing import Any
 
 from distributed import ROOT, fork_context
 
-TIMEOUT = 180  # seconds for a test; over that it counts as failed
+TIMEOUT = 120  # seconds for a test; over that it counts as failed
 
 
 @dataclass(frozen=True)

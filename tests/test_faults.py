@@ -21,6 +21,12 @@ from fluid_hf.comm.host_reader import HostReader
         ("NaN in router logits", "RoutingError", ["rank 1", "model.layers.1.mlp.experts", "NaN"]),
         ("raises in backward", "PeerError", ["rank 1", "backward", "round 0", "model.layers.0.mlp.experts", "4 s"]),
         ("killed between counts and rows", "PeerError", ["rank 1", "forward", "round 0", "model.layers.1.mlp.experts"]),
+        (
+            "top-k index out of range, ep_size 1",
+            "PeerError",
+            ["rank 1", "gradient of model.embed_tokens.weight", "4 s"],
+        ),
+        ("saves on one rank only", "PeerError", ["rank 1", "4 s"]),
     ],
 )
 def test_fault_on_one_of_two_ranks(fault: str, error: str, words: list[str]) -> None:
@@ -32,6 +38,9 @@ def test_fault_on_one_of_two_ranks(fault: str, error: str, words: list[str]) -> 
 def test_all_faults_are_in_the_table() -> None:
     assert len(faults.FAULTS) >= 18
     assert set(faults.STEP_FAULTS) <= set(faults.FAULTS)
+    for name, (function, _) in faults.FAULTS.items():  # a name that is not found would be the fault itself
+        known = {faults.run_step: faults.STEP_FAULTS, faults.run_patch: faults.PATCH_FAULTS}
+        assert name.partition(",")[0] in known.get(function, name)
     assert Failure  # the table's cells are failures of the pool
 
 
