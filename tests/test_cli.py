@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from distributed import LAUNCH_ENV
 from families import tiny_model
 from transformers import GPT2Config
@@ -49,6 +50,12 @@ def test_named_errors_end_with_their_name(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(cli.COMMANDS["bench"], "run", fail)
     assert cli.main(["bench", "layer"]) == 1
     assert "ConfigError: waves (0) must be a positive integer." in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_without_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "model", "--link", "nccl"]) == 1
+    assert "ConfigError: link (nccl) must have a GPU" in capsys.readouterr().err
 
 
 def test_table_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,12 @@ def link_world(link: str, mirror_size: int = 1, timeout: float = 300.0) -> Itera
             a launcher they are one process. Where torch.distributed is initialised already, it stays as it is.
         mirror_size: ranks that the mirror link plays.
         timeout: seconds after which a collective that hangs ends the run.
+
+    Raises:
+        ConfigError: `nccl` without a GPU.
     """
+    if link == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("link (nccl) must have a GPU on every rank, there is none; use --link gloo, or see `doctor`.")
     cuda = torch.cuda.is_available() and link != "gloo"
     started = not dist.is_initialized() and (mirror_size > 1 if link == "mirror" else "RANK" in os.environ)
     if cuda and link == "nccl" and started:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.links import is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelBench, ModelSlice
 from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.step_metrics import StepMetrics
@@ -48,26 +48,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Time both kinds of steps; rank 0 prints and writes."""
-    if "RANK" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    else:
-        init_mirror(options.ep)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model, step = _build(options, device)
-    metrics = StepMetrics(model, model.fluid, None)  # type: ignore[arg-type]
-    times: dict[str, list[float]] = {"plain": [], "measured": [], "collect": []}
-    rounds = tqdm(range(options.repeats + WARM_UP), leave=False, disable=None if dist.get_rank() == 0 else True)
-    for index in rounds:
-        found = _one_round(options.logging_steps, step, metrics, device)
-        if index >= WARM_UP:
-            for name, seconds in found.items():
-                times[name].append(seconds * 1e3)
-    metrics.close()
-    if dist.get_rank() == 0:
-        _report(options, times, device)
-    dist.destroy_process_group()
+    link = "mirror" if "RANK" not in os.environ else "nccl" if torch.cuda.is_available() else "gloo"
+    with link_world(link, options.ep) as device:
+        model, step = _build(options, device)
+        metrics = StepMetrics(model, model.fluid, None)  # type: ignore[arg-type]
+        times: dict[str, list[float]] = {"plain": [], "measured": [], "collect": []}
+        rounds = range(options.repeats + WARM_UP)
+        for index in tqdm(rounds, leave=False, disable=None if is_first() else True):
+            found = _one_round(options.logging_steps, step, metrics, device)
+            if index >= WARM_UP:
+                for name, seconds in found.items():
+                    times[name].append(seconds * 1e3)
+        metrics.close()
+        if is_first():
+            _report(options, link, times, device)
     return 0
 
 
@@ -99,7 +93,7 @@ def _one_round(steps: int, step: Callable[[], None], metrics: StepMetrics, devic
     return found
 
 
-def _report(options: argparse.Namespace, times: dict[str, list[float]], device: torch.device) -> None:
+def _report(options: argparse.Namespace, link: str, times: dict[str, list[float]], device: torch.device) -> None:
     plain, collect = (statistics.median(times[name]) for name in ("plain", "collect"))
     costs = sorted((after - before) / before for before, after in zip(times["plain"], times["measured"], strict=True))
     quarter = len(costs) // 4
@@ -107,8 +101,8 @@ def _report(options: argparse.Namespace, times: dict[str, list[float]], device: 
     report = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
-        "link": "mirror" if "RANK" not in os.environ else dist.get_backend(),
-        "ranks": dist.get_world_size(),
+        "link": link,
+        "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "command": vars(options),
         "step_ms": plain / options.logging_steps,
         "collect_ms": collect,
