@@ -195,13 +195,13 @@ class AttentionBench:
 
     def _link(self, repeats: int) -> float:
         per = self.bytes_sent() // (self.sp_size - 1) // 2
-        sent = torch.zeros(self.sp_size, per, dtype=torch.uint8, device=self.device)
+        sent = torch.zeros(self.sp_size - 1, per, dtype=torch.uint8, device=self.device)
         received = torch.empty_like(sent)
+        splits = [0] + [1] * (self.sp_size - 1)
 
         def there_and_back() -> None:
             for source, target in ((sent, received), (received, sent)) * self.layers:
-                peers = range(1, self.sp_size)
-                self.exchange.post([(p, source[p]) for p in peers], [(p, target[p]) for p in peers]).wait()
+                self.exchange.all_to_all(target, source, splits, splits).wait()
 
         return measure(there_and_back, repeats, self.device)[0] / self.layers
 

@@ -165,16 +165,18 @@ class MirrorGroup(dist.ProcessGroup):
         even = [input.shape[0] // self._size] * self._size
         ins, outs = list(in_splits) or even, list(out_splits) or even
         assert ins == outs, f"a mirror needs symmetric splits, got {ins} and {outs}"
-        start, arrival = 0, list[Any]()
+        arrival: list[Any] = []
         ready = self._now(input)
         if ready is not None:
             self._the_link().hold(ready)
-        for peer, size in enumerate(ins):
-            if peer == self._rank:
-                output[start : start + size].copy_(input[start : start + size])
-            elif size:
-                self._cross(input[start : start + size], output[start : start + size], arrival)
-            start += size
+        start = sum(ins[: self._rank])
+        end = start + ins[self._rank]
+        # What lies together crosses together: a library's collective is one call for the host, however many peers.
+        for first, last in ((0, start), (end, sum(ins))):
+            if first < last:
+                self._cross(input[first:last], output[first:last], arrival)
+        if start < end:
+            output[start:end].copy_(input[start:end])
         return self._work([output], arrival)
 
     all_to_all_single = alltoall_base
