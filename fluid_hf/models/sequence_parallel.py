@@ -25,7 +25,7 @@ from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.attention.overlapped import overlapped_attention
 from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.attention.rotary import RotaryTables
-from fluid_hf.attention.sequence import TOKENS, ShardedSequence, gather_sequence
+from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
@@ -301,7 +301,6 @@ class SequenceParallel:
         """Before the model's body runs: gather what the layers must know about the whole sequences."""
         given = _named(body, args, kwargs)
         sharded = given.pop("sequence_sharded", None)
-        given.pop(TOKENS, None)
         if not (body.training if sharded is None else sharded):
             return (), {**given, KEYWORD: WHOLE}
         self.exchange.drain()

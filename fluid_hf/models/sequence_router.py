@@ -54,14 +54,12 @@ class RouterGather:
         self._hooks: list[Any] = []
 
     def attach(self) -> None:
-        """Hook the model and its body, if there is a body inside."""
+        """Hook the model and its body."""
         body = self._model.base_model
+        self._hooks = [body.register_forward_pre_hook(self._narrow_mask, with_kwargs=True)]
         if body is not self._model:
-            self._hooks = [
-                self._model.register_forward_pre_hook(self._widen_mask, with_kwargs=True),
-                body.register_forward_pre_hook(self._narrow_mask, with_kwargs=True),
-                body.register_forward_hook(self._widen_logits),
-            ]
+            self._hooks.append(self._model.register_forward_pre_hook(self._widen_mask, with_kwargs=True))
+            self._hooks.append(body.register_forward_hook(self._widen_logits))
 
     def detach(self) -> None:
         """Take the hooks away."""
@@ -77,8 +75,8 @@ class RouterGather:
         if wanted is None:
             wanted = getattr(self._model.config, "output_router_logits", False)
         self._sharded = bool(wanted and given.get("sequence_sharded", model.training))
-        mask, tokens = given.get("attention_mask"), given.pop(TOKENS, None)
-        known = tokens if mask is None else mask
+        mask = given.get("attention_mask")
+        known = given.get(TOKENS) if mask is None else mask
         self._piece = []
         if self._sharded and isinstance(known, torch.Tensor) and known.dim() == 2:
             self._piece = [mask]
@@ -87,7 +85,8 @@ class RouterGather:
 
     def _narrow_mask(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         piece, self._piece = self._piece, []
-        return (args, {**kwargs, "attention_mask": piece[0]}) if piece else None
+        given = {name: value for name, value in kwargs.items() if name != TOKENS}
+        return args, {**given, "attention_mask": piece[0]} if piece else given
 
     @torch.compiler.disable
     def _widen_logits(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> None:
