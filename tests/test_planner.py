@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fluid_hf.bench.shapes import SHAPES
 from fluid_hf.comm.calibration import MESSAGE_BYTES, SMALL_BYTES, LinkSpeed
 from fluid_hf.comm.tournament import plan_waves
 from fluid_hf.overlap.cost_model import (
@@ -20,6 +24,7 @@ from fluid_hf.overlap.cost_model import (
 )
 from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
 
+ROOT = Path(__file__).resolve().parent.parent
 GPU = Hardware(flops=6.5e14, memory=2.8e12, link=44e9)
 MIXTRAL = LayerSizes(8192, 2, 8, 8, 4096, 14336)
 QWEN3 = LayerSizes(8192, 8, 128, 8, 2048, 768)
@@ -152,3 +157,24 @@ def test_speed_from_times() -> None:
     assert speed == pytest.approx(3e9) and speed.latency == pytest.approx(1e-4 + small)
     assert (speed.post, speed.taken) == (2e-5, 0.25)
     assert LinkSpeed.from_times(1, 1e-3, 2e-3, 0.0, 0.0) < MESSAGE_BYTES / 1e-4, "noise must not make it infinite"
+
+
+def measured_cells() -> list[dict[str, Any]]:
+    """Layers on several ranks of a run that timed 1, 2 and 4 waves of each."""
+    path = ROOT / "examples/benchmarks/results/2026-11-24_layer_h100_mirror.json"
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["ep_size"] > 1]
+
+
+@pytest.mark.parametrize("cell", measured_cells(), ids=lambda cell: f"{cell['shape']} EP{cell['ep_size']}")
+def test_choice_is_near_the_fastest_that_was_measured(cell: dict[str, Any]) -> None:
+    """And no time is predicted far off; that of a layer that the host's launches bound then is too short."""
+    sizes = SHAPES[cell["shape"]].sizes(cell["tokens"], cell["ep_size"], 2)
+    link = 2 * sizes.rows * sizes.hidden * 2 / (cell["limits"]["link"] / 1e3)
+    hardware = dataclasses.replace(GPU, link=link)
+    times = {waves: cell["variants"][f"overlap {waves}"]["both"] for waves in (1, 2, 4)}
+    chosen = choose_waves(sizes, hardware, training=True)
+    nearest = min(times, key=lambda waves: abs(waves - chosen))
+    assert times[nearest] <= 1.05 * min(times.values())
+    for waves, measured in {SERIAL: cell["variants"]["serial"]["both"], **times}.items():
+        predicted = predicted_seconds(sizes, hardware, waves, training=True) * 1e3
+        assert 0.5 * measured <= predicted <= 1.25 * measured, (waves, predicted, measured)

@@ -222,15 +222,21 @@ def _gemm(sizes: LayerSizes, hardware: Hardware, pairs: float) -> float:
     return 6 * padded * sizes.hidden * sizes.inner / hardware.flops
 
 
+def _weight_bytes(sizes: LayerSizes) -> float:
+    """The weights held here, which every piece reads again."""
+    return 3 * sizes.num_experts / sizes.ep_size * sizes.hidden * sizes.inner * sizes.element_bytes
+
+
 def _first(sizes: LayerSizes, hardware: Hardware, pairs: float) -> float:
-    return _gemm(sizes, hardware, pairs) * 2 / 3 + 2 * pairs * sizes.hidden * sizes.element_bytes / hardware.memory
+    moved = 2 * pairs * sizes.hidden * sizes.element_bytes + _weight_bytes(sizes) * 2 / 3
+    return _gemm(sizes, hardware, pairs) * 2 / 3 + moved / hardware.memory
 
 
 def _second(sizes: LayerSizes, hardware: Hardware, pairs: float) -> float:
-    moved = pairs * (3 * sizes.inner + sizes.hidden) * sizes.element_bytes
+    moved = pairs * (3 * sizes.inner + sizes.hidden) * sizes.element_bytes + _weight_bytes(sizes) / 3
     return _gemm(sizes, hardware, pairs) / 3 + moved / hardware.memory
 
 
 def _dgrad(sizes: LayerSizes, hardware: Hardware, pairs: float) -> float:
-    moved = pairs * (8 * sizes.inner + 3 * sizes.hidden) * sizes.element_bytes
+    moved = pairs * (8 * sizes.inner + 3 * sizes.hidden) * sizes.element_bytes + _weight_bytes(sizes)
     return _gemm(sizes, hardware, pairs) + moved / hardware.memory
