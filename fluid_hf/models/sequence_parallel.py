@@ -2,8 +2,7 @@
 
 The model's own forward keeps running on this rank's piece of the sequence. What crosses pieces is prepared once per
 forward pass, before the first layer: positions of the whole sequences and the masks of the core attention, made by
-transformers' own mask functions. It reaches the layers as a keyword argument, so activation checkpointing computes with
-what the first run had.
+transformers' own mask functions. A keyword argument takes it to the layers, also when a checkpoint runs again.
 """
 
 from __future__ import annotations
