@@ -1,13 +1,28 @@
-"""What transformers' attention functions are told of whole sequences besides their masks."""
+"""What transformers' attention functions see of whole sequences and their layer, besides the masks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-__all__ = ["core_arguments"]
+__all__ = ["CoreLayer", "core_arguments"]
+
+
+class CoreLayer:
+    """The layer as the core attention sees it: its own config, and as many heads (and sinks) as there are here."""
+
+    def __init__(self, module: nn.Module, config: Any, group: int | None, sinks: Any = None) -> None:
+        self._module, self.config = module, config
+        if group is not None:
+            self.num_key_value_groups = group
+        if sinks is not None:
+            self.sinks = sinks
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def core_arguments(implementation: str, positions: torch.Tensor, batch: int) -> dict[str, Any]:

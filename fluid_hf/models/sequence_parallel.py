@@ -30,7 +30,7 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
 from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
-from fluid_hf.models.core_arguments import core_arguments
+from fluid_hf.models.core_arguments import CoreLayer, core_arguments
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_interface"]
@@ -64,20 +64,6 @@ class _InterfaceConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.original, name, value)
-
-
-class _CoreLayer:
-    """The layer as the core attention sees it: its own config, and as many heads (and sinks) as there are here."""
-
-    def __init__(self, module: nn.Module, config: Any, group: int | None, sinks: Any = None) -> None:
-        self._module, self.config = module, config
-        if group is not None:
-            self.num_key_value_groups = group
-        if sinks is not None:
-            self.sinks = sinks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 class LayerAttention:
@@ -118,7 +104,7 @@ class LayerAttention:
             )
         if not isinstance(sequence, ShardedSequence):
             output: tuple[torch.Tensor, torch.Tensor | None]
-            output = self.core()(_CoreLayer(module, self.config, None), q, k, v, mask, **kwargs)
+            output = self.core()(CoreLayer(module, self.config, None), q, k, v, mask, **kwargs)
             return output
 
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -141,7 +127,7 @@ class LayerAttention:
             first = self.exchange.rank * self.layout.local_q
             sinks = sinks[first : first + self.layout.local_q]
             kwargs = {**kwargs, "s_aux": sinks} if "s_aux" in kwargs else kwargs
-        layer = _CoreLayer(module, self.config, q.shape[1] // k.shape[1], sinks)
+        layer = CoreLayer(module, self.config, q.shape[1] // k.shape[1], sinks)
         kwargs = {**kwargs, **sequence.arguments}
         output: torch.Tensor = self.core()(layer, q, k, v, sequence.masks[self.kind], **kwargs)[0]
         return output
