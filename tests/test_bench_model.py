@@ -12,7 +12,9 @@ import torch
 from distributed import RankPool, rank_pool
 
 from fluid_hf import cli
+from fluid_hf.bench.links import world_sizes
 from fluid_hf.bench.stages import Stages
+from fluid_hf.errors import ConfigError
 
 pool2 = rank_pool(2)
 OURS = {"row per expert", "serial", "fluid_hf", "fluid_hf waves 2"}
@@ -65,3 +67,11 @@ def test_stages_are_named_before_they_end(capsys: pytest.CaptureFixture[str]) ->
 def test_mirror_link_takes_no_training_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "model", "--models", "tiny", "--link", "mirror", "--modes", "step"]) == 1
     assert "link (mirror) must have no step" in capsys.readouterr().err
+
+
+def test_real_ranks_are_all_in_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert world_sizes("nccl", None) == [4] and world_sizes("gloo", [1, 4]) == [1, 4]
+    assert world_sizes("mirror", [8]) == [8] and world_sizes("mirror", None) == [2]
+    with pytest.raises(ConfigError, match=r"ep \(2\) must be 1 or the number of ranks \(4\) on nccl"):
+        world_sizes("nccl", [2])
