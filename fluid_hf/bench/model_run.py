@@ -102,15 +102,14 @@ class SliceRun:
         for max_ctas in dict.fromkeys(way.max_ctas for way in self.ways):
             self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
         for name in filter(self.settings.wants, PEERS):
-            if self._time_left(name):
-                self._peer(name)
+            self._peer(name)
         first = self.cells[0]
         if self.settings.pictures and self.stages.is_first and first["timeline"]:
             with self.stages.stage("picture"):
                 draw_pictures(first, self.settings.pictures)
 
     def _ours(self, group: list[Way], max_ctas: int | None) -> None:
-        if not self._time_left(group[0].name):
+        if max_ctas is not None and not self._time_left(group[0].name):
             return
         with self.stages.stage("build and patch"):
             settings = {"nccl_max_ctas": max_ctas, "timeout_seconds": self.settings.timeout}
@@ -148,12 +147,13 @@ class SliceRun:
         self._free()
 
     def _pairs(self, group: list[Way]) -> Iterator[tuple[Way, _Cell]]:
-        """Every variant on the smallest slice, those without fixed settings on the others too, while time is left."""
+        """Every variant on every slice; those with fixed settings on the smallest one only, while time is left."""
         for way in group:
-            for cell in self._cells:
-                fixed = way.waves is not None or way.max_ctas is not None
-                if (cell is self._cells[0] or not fixed) and self._time_left(way.name, cell):
-                    yield way, cell
+            fixed = way.waves is not None or way.max_ctas is not None
+            if not fixed:
+                yield from ((way, cell) for cell in self._cells)
+            elif self._time_left(way.name):
+                yield way, self._cells[0]
 
     def _modes(self, model: nn.Module, name: str, cell: _Cell) -> None:
         what = self._what(name, cell)
@@ -166,7 +166,7 @@ class SliceRun:
         cell.data["errors"][name] = error
         cell.data["variants"][name] = {}
         for mode in self.settings.modes:
-            if mode != "step" and self._time_left(f"{name}, {mode}", cell):
+            if mode != "step":
                 with self.stages.stage(f"{what}: {mode}") as found:
                     self._note(cell, name, mode, cell.bench.time_mode(model, mode, self.settings.repeats), found)
 
@@ -177,8 +177,6 @@ class SliceRun:
         lacking = self._cells[-1].bench.missing_bytes(model)
         if lacking > 0:
             self._skip(f"{names}, step: {lacking / 1e9:.1f} GB of memory missing")
-            return
-        if not self._time_left(f"{names}, step"):
             return
         with self.stages.stage("DeepSpeed engine"):
             engine = start_engine(model, self._cells[0].bench)
@@ -223,15 +221,15 @@ class SliceRun:
     def _what(self, name: str, cell: _Cell) -> str:
         return name if len(self._cells) == 1 else f"batch {cell.part.batch}, {name}"
 
-    def _time_left(self, what: str, cell: _Cell | None = None) -> bool:
+    def _time_left(self, what: str) -> bool:
         left = self.stages.time_left()
         if not left:
-            self._skip(f"{what}: no time left", cell)
+            self._skip(f"{what}: no time left")
         return left
 
-    def _skip(self, why: str, cell: _Cell | None = None) -> None:
-        for one in [cell] if cell is not None else self._cells:
-            one.data["skipped"].append(why)
+    def _skip(self, why: str) -> None:
+        for data in self.cells:
+            data["skipped"].append(why)
         self.stages.say(f"           skipped {why}")
 
     def _free(self) -> None:

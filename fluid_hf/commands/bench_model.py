@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--waves", nargs="+", type=int, default=[], help="fixed numbers of waves, in the smallest slice of each model")
     add("--ctas", nargs="+", type=int, default=[], help="nccl_max_ctas, in the smallest slice of each model")
     add("--trace", help="folder for a picture of one pass of the smallest slices; the JSON gets its numbers")
-    add("--budget", type=float, help="seconds after which nothing more is started")
+    add("--budget", type=float, help="seconds after which no slice or fixed setting is started")
     add("--timeout", type=float, default=300.0, help="seconds after which a collective that hangs ends the run")
     add("--stack-after", type=float, default=60.0, help="seconds of one stage after which every rank shows its stacks")
     add("--json", help="file for the results")
