@@ -83,14 +83,14 @@ class AttentionBench:
         masks = {"full_attention": None}
         self.sequence = ShardedSequence(self.positions.repeat(1, sp_size), masks, rotary)
 
-    def ours(self, *, overlap: bool, chunks: int = 1, wgrad: str = "layer") -> tuple[AttentionLayer, nn.Module]:
+    def ours(self, *, overlap: bool, chunks: int = 1) -> tuple[AttentionLayer, nn.Module]:
         """The sequence-parallel layer."""
         module = new_layer(self.shape, self.device, self.dtype)
         attention = LayerAttention(AttentionSite("layer", module, self.layout, "full_attention"), self.exchange)
         form = find_attention_form(module)
         assert form is not None
         if overlap:
-            forward: Any = OverlappedForward(module, form, attention, WgradScheduler(wgrad), chunks)
+            forward: Any = OverlappedForward(module, form, attention, WgradScheduler("layer"), chunks)
             module.forward = forward
         take_interface(module, attention)
         keywords = {KEYWORD: self.sequence, "position_ids": self.positions}
@@ -112,8 +112,6 @@ class AttentionBench:
         found: dict[str, Build] = {"serial": lambda: self.ours(overlap=False)}
         for count in chunks:
             found[f"overlap {count}"] = lambda count=count: self.ours(overlap=True, chunks=count)  # type: ignore[misc]
-        last = chunks[-1]
-        found[f"overlap {last} wgrad off"] = lambda: self.ours(overlap=True, chunks=last, wgrad="off")
         found["UlyssesSPAttentionHF"] = lambda: self._named(deepspeed_layer(self.shape, self.device, self.dtype))
         return found
 
