@@ -52,15 +52,21 @@ def scatter_heads_gather_seq(
     """
     size, batch, _, length, dim = exchange.size, *q_BNLD.shape
     if layout.replicated:
-        k_BNLD, v_BNLD = (
-            torch.cat([tensor[:, head : head + 1] for head in layout.kv_index()], dim=1) for tensor in (k_BNLD, v_BNLD)
-        )
+        k_BNLD, v_BNLD = (_replicate(tensor, layout) for tensor in (k_BNLD, v_BNLD))
     parts = [tensor.unflatten(1, (size, -1)) for tensor in (q_BNLD, k_BNLD, v_BNLD)]
     sent = torch.cat(parts, dim=2).transpose(0, 1)  # [S, B, n, L, D], one message per rank
     received = _AllToAll.apply(sent, exchange)  # type: ignore[no-untyped-call]
     whole = received.permute(1, 2, 0, 3, 4).reshape(batch, -1, size * length, dim)
     q, k, v = whole.split([layout.local_q, layout.local_kv, layout.local_kv], dim=1)
     return q, k, v
+
+
+def _replicate(heads_BNLD: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
+    index, count = layout.kv_index(), layout.num_kv_heads
+    times = len(index) // count
+    if index == [head for head in range(count) for _ in range(times)]:  # its gradient is one sum
+        return heads_BNLD.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+    return torch.cat([heads_BNLD[:, head : head + 1] for head in index], dim=1)
 
 
 def gather_heads_scatter_seq(context_BTnD: torch.Tensor, exchange: PeerExchange) -> torch.Tensor:
