@@ -174,18 +174,28 @@ class MirrorRun(LayerRun):
 
     link = "mirror link"
 
+    def run(self) -> dict[bool, Path]:
+        init_mirror(self.ep_size)
+        try:
+            self._trace(torch.device("cpu"))
+        finally:
+            torch.distributed.destroy_process_group()
+        return {overlap: self.trace_path(overlap) for overlap in self.overlaps}
 
-def test_layer_is_traced_on_a_mirror_link(tmp_path: Path) -> None:
-    init_mirror(2)
-    run = MirrorRun("tiny", 2, 16, 2, tmp_path / "layer")
-    try:
-        run._trace(torch.device("cpu"))
-    finally:
-        torch.distributed.destroy_process_group()
-    for overlap in run.overlaps:
-        summary = summarize(read_trace(run.trace_path(overlap)))
+
+def test_layer_is_traced_on_a_mirror_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile, "LayerRun", MirrorRun)
+    out = str(tmp_path / "layer")
+    assert cli.main(["profile", "--shape", "tiny", "--tokens", "16", "--waves", "2", "--out", out]) == 0
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"layer.png", "layer.svg", "layer.json", "layer_overlapped.json.gz"}
+    assert "layer_overlapped.json.gz" in capsys.readouterr().out
+    for name, summary in json.loads((tmp_path / "layer.json").read_text()).items():
         assert summary["layers"]["tiny"]["forward"]["calls"] == summary["layers"]["tiny"]["backward"]["calls"] == TRACED
-        assert (summary["wgrad_in_windows"] > 0.5) == overlap
+        assert (summary["wgrad_in_windows"] > 0.5) == (name == "overlapped")
+    assert "mirror link" in (tmp_path / "layer.svg").read_text()
 
 
 @pytest.mark.parametrize(

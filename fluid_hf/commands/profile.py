@@ -62,8 +62,7 @@ def run(options: argparse.Namespace) -> int:
         paths, where = _trace_layer(options)
         title = title or where
     traces = [(name, read_trace(path)) for name, path in tqdm(paths, desc="reading", leave=False, disable=None)]
-    if not options.trace:
-        _check_and_clear(options, paths, traces)
+    kept = [] if options.trace else _check_and_clear(options, paths, traces)
     summaries = {name or "trace": summarize(trace) for name, trace in traces}
     text = json.dumps(summaries if len(summaries) > 1 else summaries["trace"], indent=1)
     numbers = Path(f"{options.out}.json")
@@ -81,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
             f"{summary['overlap_ratio']:.0%} hidden; weight gradients {summary['wgrad_in_windows']:.0%} in windows; "
             f"{summary['bytes_sent'] / 1e6:.2f} MB sent"
         )
-    print("wrote " + ", ".join(str(path) for path in [*pictures, numbers]))
+    print("wrote " + ", ".join(str(path) for path in [*pictures, numbers, *kept]))
     return 0
 
 
@@ -114,8 +113,8 @@ def _trace_layer(options: argparse.Namespace) -> tuple[list[tuple[str, str | Pat
 
 def _check_and_clear(
     options: argparse.Namespace, paths: list[tuple[str, str | Path]], traces: list[tuple[str, Trace]]
-) -> None:
-    """Only the traces asked for stay.
+) -> list[Path]:
+    """Only the traces asked for stay; which those are.
 
     Raises:
         TraceError: the profiler saw nothing of the GPU.
@@ -128,3 +127,4 @@ def _check_and_clear(
             "trace of the layer must hold work of the GPU, has none; another profiler may be running, or this user may "
             "not read the GPU's counters (NVreg_RestrictProfilingToAdminUsers)."
         )
+    return [Path(path) for _, path in paths if Path(path).exists()]
