@@ -204,6 +204,9 @@ class MirrorGroup(dist.ProcessGroup):
         return self._work(tensors, arrival)
 
     def allreduce(self, tensors: Any, opts: Any = None) -> _MirrorWork:
+        if opts is not None and opts.reduceOp == dist.ReduceOp.SUM:
+            for tensor in tensors:  # every rank holds the same
+                tensor.mul_(self._size)
         return self._work(tensors, [])
 
     def allgather(self, outs: Any, ins: Any, opts: Any = None) -> _MirrorWork:

@@ -41,7 +41,8 @@ class LinkSpeed(float):
     @classmethod
     def from_times(cls, peers: int, message: float, small: float, post: float, taken: float) -> LinkSpeed:
         """From the seconds of a wave of `MESSAGE_BYTES` and one of `SMALL_BYTES` to each peer."""
-        value = peers * (MESSAGE_BYTES - SMALL_BYTES) / max(message - small, 0.1 * message)
+        small = min(small, message / 2)  # a disturbed measurement of the small one must not make the link look fast
+        value = peers * (MESSAGE_BYTES - SMALL_BYTES) / (message - small)
         return cls(value, latency=small, post=post, taken=taken)
 
 
