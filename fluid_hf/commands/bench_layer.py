@@ -12,15 +12,18 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from fluid_hf.bench.layer import LayerBench, Timing
-from fluid_hf.bench.links import LINKS, is_first, link_world, world_sizes
+from fluid_hf.bench.links import LINKS, is_first, link_world, several_processes, world_sizes
 from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.overlap.cost_model import backward_seconds, forward_seconds, hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves
 from fluid_hf.profiling.breakdown import breakdown, breakdown_text, record
+
+ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -45,7 +48,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time every shape on every group size; print as they come, and write the file."""
+    """Time every shape on every group size; print as they come, and write the file. 1 if variants disagree."""
     for name in options.shapes:
         shape_of(name)  # an unknown one is named before anything is timed
     sizes = world_sizes(options.link, options.ep)
@@ -58,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         report = {**about, "command": vars(options), "link": options.link, "cells": cells}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
-    return 0
+    return int(any("differs" in str(error) for cell in cells for error in cell["errors"].values()))
 
 
 def _bench(options: Any, ep_size: int) -> list[dict[str, Any]]:
@@ -89,7 +92,10 @@ def _cell(options: Any, name: str, bench: LayerBench) -> dict[str, Any]:
             stack = [build() for _ in range(bench.layers)]
             found = bench.gradients(*stack[0])
             reference = reference or found
-            cell["errors"][variant] = _worst(found, reference)
+            error = _worst(found, reference, bench.device)
+            cell["errors"][variant] = error
+            if not error <= ALLOWED[bench.hidden.dtype]:
+                raise ValueError(f"differs from the first variant by {error:.1e}")
             timing = bench.time(stack, options.repeats)
             cell["variants"][variant] = asdict(timing)
             _print(variant, timing, cell)
@@ -137,14 +143,17 @@ def _plan(bench: LayerBench, cell: dict[str, Any], waves: list[int]) -> list[int
     return timed
 
 
-def _worst(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
-    """Largest relative difference of what both variants name (their weights' layouts differ)."""
+def _worst(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], device: torch.device) -> float:
+    """Largest relative difference, over all ranks, of what both variants name (their weights' layouts differ)."""
     errors = [
-        float((found[name].float() - reference[name].float()).norm() / reference[name].float().norm())
+        (found[name].float() - reference[name].float()).norm() / reference[name].float().norm()
         for name in reference
         if name in found and found[name].shape == reference[name].shape
     ]
-    return max(errors)
+    worst = torch.nan_to_num(torch.stack(errors), nan=float("inf")).max().to(device)
+    if several_processes():
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return float(worst)
 
 
 def _print(variant: str, timing: Timing, cell: dict[str, Any]) -> None:
