@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.bench.attention import AttentionBench
@@ -99,9 +101,9 @@ def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
     cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}
     cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}}
     limits = {key: round(value, 3) for key, value in cell["limits"].items()}
-    print(f"\n{name} SP{bench.sp_size} T={bench.tokens} planned chunks {planned} limits {limits}", flush=True)
+    _say(f"\n{name} SP{bench.sp_size} T={bench.tokens} planned chunks {planned} limits {limits}")
     reference: dict[str, torch.Tensor] = {}
-    for variant, build in bench.variants(chunks).items():
+    for variant, build in tqdm(bench.variants(chunks).items(), leave=False, disable=None):
         if options.variants and not any(part in variant for part in options.variants):
             continue
         try:
@@ -112,7 +114,7 @@ def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
             cell["errors"][variant] = worst[0]
             if not worst[0] <= ALLOWED[bench.dtype]:
                 cell["errors"][variant] = f"{worst[1]} differs by {worst[0]:.1e}"
-                print(f"  {variant:<24} {cell['errors'][variant]}", flush=True)
+                _say(f"  {variant:<24} {cell['errors'][variant]}")
                 continue
             timing = asdict(bench.time(stack, options.repeats))
             cell["variants"][variant] = timing
@@ -120,7 +122,7 @@ def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
             del stack
         except Exception as error:
             cell["errors"][variant] = f"{type(error).__name__}: {error}"[:300]
-            print(f"  {variant:<24} {cell['errors'][variant]}", flush=True)
+            _say(f"  {variant:<24} {cell['errors'][variant]}")
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     return cell
@@ -137,4 +139,10 @@ def _print(variant: str, timing: dict[str, float], cell: dict[str, Any]) -> None
         spread, host = timing[f"{key}_spread"], timing[f"host_{key}"]
         parts.append(f"{label} {timing[key]:7.3f} (+-{spread:.3f}) {share:5.2f}x limit, host {host:.3f}")
     parts.append(f"peak {timing['peak_mib']:.0f} MiB   differs {cell['errors'][variant]:.1e}")
-    print(f"  {variant:<24} {'   '.join(parts)}", flush=True)
+    _say(f"  {variant:<24} {'   '.join(parts)}")
+
+
+def _say(text: str) -> None:
+    """Print beside the progress bar, at once."""
+    tqdm.write(text)
+    sys.stdout.flush()
