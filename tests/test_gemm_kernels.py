@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import relative_error
 
+from fluid_hf.moe import experts, permutation
 from fluid_hf.moe.permutation import PairPlan, make_pair_plan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -103,3 +104,55 @@ def test_weight_gradients(size: tuple[int, ...], dtype: torch.dtype) -> None:
         args = rows, *where, case.grad, plan.offsets_E
         case.near(gemm_kernels.gathered_wgrad(*args, False), expected)
         case.near(gemm_kernels.gathered_wgrad(*args, True), expected.transpose(1, 2))
+
+
+def pieces_of(sizes: tuple[int, ...], dtype: torch.dtype) -> list[experts.Piece]:
+    """Pieces in buffers of their own, the first one's rows without padding."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for size in sizes:
+        index = torch.rand(size, 5, generator=generator).argsort(1)[:, :3]
+        ids = torch.where(index < 4, index, -1)
+        wide = torch.randn(size, 40 + 8 * bool(made), generator=generator).to(DEVICE, dtype)
+        plan = make_pair_plan(ids.to(DEVICE), 4, int((ids >= 0).sum()))
+        made.append(experts.Piece(wide[:, :40], torch.rand(size, 3, generator=generator).to(DEVICE, dtype), plan))
+    return made
+
+
+def gradients(sizes: tuple[int, ...], dtype: torch.dtype, separate: bool) -> list[torch.Tensor]:
+    """Outputs, and gradients of rows, routing weights and weights."""
+    generator = torch.Generator().manual_seed(8)
+    gate_up = torch.randn(4, 48, 40, generator=generator).to(DEVICE, dtype)
+    down = torch.randn(4, 40, 24, generator=generator).to(DEVICE, dtype)
+    first = (gate_up[:, :24].contiguous(), gate_up[:, 24:].contiguous()) if separate else (gate_up,)
+    weights, silu = experts.ExpertWeights(first, down), torch.nn.functional.silu
+    pieces = pieces_of(sizes, dtype)
+    grads, found = experts.PieceGradients(pieces), list[torch.Tensor]()
+    for piece in pieces:
+        projected = experts.project_piece(piece, weights, silu)
+        out = torch.empty(piece.rows_RH.shape, dtype=dtype, device=DEVICE)
+        experts.finish_piece(piece, projected, weights, silu, out)
+        output_grad = torch.randn(out.shape, generator=generator).to(DEVICE, dtype)
+        grad_out = torch.empty_like(out), torch.zeros_like(piece.weights_RK)
+        grads.backward(projected.kept, output_grad, weights, silu, grad_out)
+        found += [out, *grad_out]
+    found.append(grads.weight_gradient(None))
+    parts = [grads.weight_gradient(index) for index in range(len(first))]
+    return [*found, torch.cat(parts, 1)]
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("sizes", [(9,), (11, 0, 6), (0, 7)])
+@pytest.mark.parametrize("way", ["fused", "gathered", "copied"])
+def test_pieces(sizes: tuple[int, ...], separate: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pieces through the kernels, in float32, against the plain path in float64."""
+    expected = gradients(sizes, torch.float64, separate)
+    for module in (experts, permutation):
+        monkeypatch.setattr(module, "use_kernels", lambda tensor: tensor.dtype != torch.float64)
+    monkeypatch.setattr(gemm_kernels, "prefers_fused", lambda inner: way == "fused")
+    monkeypatch.setattr(gemm_kernels, "prefers_gathered", lambda inner, top_k: way == "gathered")
+    for ours, theirs in zip(gradients(sizes, torch.float32, separate), expected, strict=True):
+        if theirs.numel():
+            assert relative_error(ours.double(), theirs) <= 1e-6

@@ -1,0 +1,74 @@
+"""The own tokens' first projection, queued before their pairs are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fluid_hf.moe.experts import Piece, Projected
+from fluid_hf.moe.own_tokens import OwnTokens
+from fluid_hf.moe.permutation import PairPlan
+
+TOKENS, TOP_K, RANKS = 400, 4, 2
+EXPECTED = TOKENS * TOP_K // RANKS
+
+
+class Math:
+    """Notes what it was given; the projection of a pair is its place."""
+
+    def __init__(self, early: bool) -> None:
+        self.early, self.pieces = early, list[Piece]()
+
+    def starts_early(self, rows_RH: torch.Tensor, weights: Any, top_k: int) -> bool:
+        return self.early
+
+    def project(self, piece: Piece, weights: Any, keep: bool) -> Projected:
+        self.pieces.append(piece)
+        places = torch.arange(piece.plan.num_pairs)
+        return Projected((places,) if keep else (), places)
+
+
+def plan() -> PairPlan:
+    """With places for all pairs, as the kernels make it before they are counted."""
+    places = torch.arange(TOKENS * TOP_K, dtype=torch.int32)
+    return PairPlan(places // TOP_K, places, places.view(TOKENS, TOP_K), torch.tensor([5], dtype=torch.int32))
+
+
+def no_plan() -> PairPlan:
+    raise AssertionError("the plan was there")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    ("early", "pairs", "calls"), [(True, EXPECTED, 1), (True, 0, 1), (True, 1500, 2), (False, 7, 1)]
+)
+def test_what_was_started_is_used_if_it_has_room(early: bool, pairs: int, calls: int, keep: bool) -> None:
+    math = Math(early)
+    own = OwnTokens(math, keep)  # type: ignore[arg-type]
+    own.plan = plan()
+    hidden, weights = torch.zeros(TOKENS, 3), torch.zeros(TOKENS, TOP_K)
+    own.start_early(hidden, weights, None, RANKS)
+    assert len(math.pieces) == int(early) and not own.ready
+    if early:
+        assert EXPECTED < math.pieces[0].plan.num_pairs < 1500, "an eighth more than an even routing gives"
+    own.start(hidden, weights, None, no_plan, pairs)
+    assert own.ready and len(math.pieces) == calls
+    taken = own.take()
+    assert taken is not None and own.take() is None
+    piece, projected = taken
+    assert piece.plan.num_pairs == pairs and piece.rows_RH is hidden
+    assert projected.hidden_SI is not None
+    for tensor in (projected.hidden_SI, *projected.kept):
+        assert tensor.tolist() == list(range(pairs))
+    assert len(projected.kept) == int(keep)
+
+
+def test_without_a_plan_one_is_made() -> None:
+    math = Math(True)
+    own = OwnTokens(math, True)  # type: ignore[arg-type]
+    hidden, weights = torch.zeros(TOKENS, 3), torch.zeros(TOKENS, TOP_K)
+    own.start_early(hidden, weights, None, RANKS)
+    own.start(hidden, weights, None, plan, 9)
+    assert [piece.plan.num_pairs for piece in math.pieces] == [9]
