@@ -46,6 +46,7 @@ PRELOAD = (
     "transformers.models.qwen2_moe.modeling_qwen2_moe",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 )
+END = ("", "", (), {})  # instead of a call: no more will come
 GRACE = 15.0  # seconds the other ranks get once one has raised: they may hang waiting for it
 
 
@@ -128,6 +129,12 @@ class RankPool:
 
     def close(self) -> None:
         """End the processes."""
+        if "coverage" in sys.modules:  # ranks write what they ran when they end by themselves
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.send(None)
+            for process in self._processes:
+                process.join(5)
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -220,7 +227,7 @@ def _run_script(rank: int, world_size: int, script: str, args: list[str]) -> str
                 runpy.run_module(script, run_name="__main__")
         except SystemExit as end:
             if end.code:
-                raise AssertionError(f"{script} ended with {end.code}") from end
+                raise AssertionError(f"{script} ended with {end.code}: {printed.getvalue()[-4000:]}") from end
     return printed.getvalue()
 
 
@@ -293,8 +300,10 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, group:
     modules: dict[str, ModuleType] = {__file__: sys.modules[__name__]}
     while True:
         try:
-            path, name, args, kwargs = connection.recv()
+            path, name, args, kwargs = connection.recv() or END
         except EOFError:
+            return
+        if not path:
             return
         try:
             if path not in modules:

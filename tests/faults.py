@@ -2,6 +2,7 @@
 
     python tests/faults.py                      all faults, a Markdown table
     python tests/faults.py --only killed        those whose name contains a word
+    python tests/faults.py --json FILE          also writes the whole text of every rank
 
 Each fault starts ranks of its own over gloo, because most of them end the process group.
 """
@@ -9,11 +10,14 @@ Each fault starts ranks of its own over gloo, because most of them end the proce
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,9 +219,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=4, choices=[2, 4], help="ranks (default: 4)")
     parser.add_argument("--only", default="", help="faults whose name contains this")
+    parser.add_argument("--json", type=Path, help="file for what every rank raised")
     options = parser.parse_args()
     print("| fault on rank 1 | rank 1 raised | the others raised | seconds |\n|---|---|---|---|")
-    good = True
+    good, report = True, []
     for name in FAULTS:
         if options.only in name:
             failures, seconds = try_fault(name, options.world)
@@ -226,7 +231,13 @@ def main() -> int:
             good &= len(others) == options.world - 1 and all(hasattr(fluid_hf, kind) for kind in kinds)
             own = failures[BAD].kind if BAD in failures else "(nothing)"
             text = next(iter(others.values())).message if others else ""
+            texts = {rank: f"{failure.kind}: {failure.message}" for rank, failure in sorted(failures.items())}
+            report.append({"fault": name, "on rank": BAD, "seconds": round(seconds, 1), "ranks": texts})
             print(f"| {name} | {own} | {', '.join(kinds)}: {text.splitlines()[0][:220]} | {seconds:.1f} |", flush=True)
+    if options.json is not None:
+        about = {"command": f"python tests/faults.py --world {options.world}", "date": str(datetime.date.today())}
+        about |= {"torch": torch.__version__, "timeout_seconds": TIMEOUT}
+        options.json.write_text(json.dumps({**about, "faults": report}, indent=1) + "\n", encoding="utf-8")
     return 0 if good else 1
 
 

@@ -42,6 +42,7 @@ class Mutation:
 
 
 PROPERTIES = "tests/test_properties.py::test_"
+TRUST = "tests/test_trust.py::test_"
 RANKS = "tests/test_expert_parallel.py::test_two_ranks"
 MUTATIONS = (
     # comm: wrong peers, off-by-one in splits, rows of the wrong rank
@@ -198,6 +199,29 @@ MUTATIONS = (
         "tests/test_config.py",
     ),
     Mutation("config.py", "not 0 < seconds < 1e7", "not 0 <= seconds < 1e7", "tests/test_faults.py::test_timeout"),
+    # files that cannot be trusted, what follows a split optimizer, ranks that do not come
+    Mutation("integrations/safe_files.py", "weights_only=True", "weights_only=False", TRUST + "files_that"),
+    Mutation("integrations/safe_files.py", "for path in paths:", "for path in ():", TRUST + "files_that"),
+    Mutation("integrations/safe_files.py", '".." in Path(tag).parts', "False", TRUST + "tags"),
+    Mutation("checkpoint/reading.py", '".." in Path(file).parts', "False", TRUST + "indices"),
+    Mutation(
+        "integrations/zero_to_fp32.py",
+        "issubclass(found, transformers.PreTrainedModel)",
+        "found.__name__",
+        TRUST + "configurations",
+    ),
+    Mutation(
+        "integrations/optimizer_groups.py",
+        "type(held)(held[place] for place in places)",
+        "type(held)(held[0] for place in places)",
+        "tests/test_deepspeed.py::schedules",
+    ),
+    Mutation(
+        "comm/reduce.py",
+        "work.wait(datetime.timedelta(seconds=timeout_seconds))",
+        "work.wait()",
+        "tests/test_faults.py::ep_size",
+    ),
     # the tool that judges all others
     Mutation("bench/parity.py", "place = max(ratios", "place = min(ratios", "tests/test_parity.py::test_deviations"),
     Mutation(

@@ -11,7 +11,7 @@ from pathlib import Path
 import parity
 import pytest
 import torch
-from distributed import ROOT, launch
+from distributed import ROOT, run_script
 
 from fluid_hf.bench.parity import CellResult, _deviation, markdown_summary, run
 from fluid_hf.bench.parity_cells import FACTORS, Cell, all_cells, covering_cells, impossible, refused
@@ -22,7 +22,7 @@ SCRIPT = ROOT / "tests" / "parity.py"
 
 def run_matrix(folder: Path, world: int, *options: str) -> list[CellResult]:
     path = folder / "cells.json"
-    launch(SCRIPT, *options, "--json", str(path), nproc=world, launcher="torchrun", timeout=280)
+    run_script(SCRIPT, *options, "--json", str(path), nproc=world, timeout=280)
     return parity.read_results(path)
 
 
