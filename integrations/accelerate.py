@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 
-__all__ = ["FilledBatches", "agree_on_sp_size", "check_sp_size", "fill_batches"]
+__all__ = ["CutBatches", "FilledBatches", "agree_on_sp_size", "check_sp_size", "fill_batches"]
 
 
 def _asked(parallelism_config: Any) -> int:
@@ -77,6 +79,23 @@ class FilledBatches:
         return fill_up(batch, self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
 
 
+class CutBatches(IterableDataset):  # type: ignore[misc, type-arg]
+    """The batches of DeepSpeed's adapter as a data set, so that accelerate can skip some of them.
+
+    Args:
+        loader: the adapter.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
 def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
     """Fill up what DeepSpeed's adapter is about to cut; a loader that is no such adapter is left alone.
 
@@ -91,6 +110,9 @@ def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
 
     if not isinstance(loader, UlyssesSPDataLoaderAdapter) or isinstance(loader.dl, FilledBatches):
         return
+    # Resuming within an epoch, the Trainer skips batches by these; the adapter lacks them.
+    loader.dataset, loader.batch_size, loader.drop_last = CutBatches(loader), None, False
+    loader.prefetch_factor = None
     pad = getattr(config, "pad_token_id", None)
     marked = bool(getattr(config, "output_router_logits", False))
     filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0, marked)

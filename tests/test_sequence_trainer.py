@@ -41,6 +41,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     # 11 tokens on 2 ranks, and no positions: both are made up for before the batch is cut.
     odd = {"stage": 3, "fluid": {"ep_size": 2}, "length": 11, "steps": 4, "positions": False}
     runs.append({**base, "name": "odd", **odd, **AUXILIARY})
+    runs[1] |= {"save_steps": 5, "output": str(tmp_path / "run")}
+    runs.append({**runs[1], "name": "resumed", "resume": str(tmp_path / "run" / "checkpoint-5")})
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
     found = train(runs, tmp_path)
@@ -48,6 +50,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         for result in found[str(stage)]:
             assert_equal(curve(result), curve(expected["plain"][0]))
             assert len(curve(result)) == 10
+    for result in found["resumed"]:
+        assert_equal(curve(result)[5:], curve(expected["plain"][0])[5:])
     for result in found["odd"]:
         assert_equal(curve(result), curve(expected["odd"][0]))
         assert len(curve(result)) == 4
