@@ -3,7 +3,8 @@
     python tests/parity.py --world 2                       every pair of settings
     python tests/parity.py --world 2 --strength 3          every triple
     python tests/parity.py --world 4 --fixed engine=zero3 trained=lora_experts --all
-    torchrun --nproc_per_node 2 tests/parity.py            on ranks that are started already (GPUs over NCCL)
+    torchrun --nproc_per_node 2 tests/parity.py --seconds 100 --json cells.json --fixed compiled=False
+                                                           on ranks that are started already (GPUs over NCCL), in parts
 
 Each finished cell is a line of --json; cells that are in it already are not run again, so a run can be continued.
 """
@@ -80,6 +81,7 @@ def work(options: argparse.Namespace) -> bool:
     """All cells that have no result yet, on this rank; whether the promise held."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    torch.set_float32_matmul_precision("highest")  # an environment may ask for TF32, which is no float32
     world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if cuda:

@@ -20,6 +20,7 @@ from fluid_hf.bench.parity_cells import Cell
 from fluid_hf.checkpoint.gather import iterate_weights, weight_specs
 from fluid_hf.config import FluidConfig
 from fluid_hf.patching import get_state, patch_model
+from fluid_hf.process_groups import release_exchange_groups
 from fluid_hf.state import FluidState
 
 __all__ = ["Outcome", "train_patched", "train_plain"]
@@ -373,3 +374,4 @@ def _forget(model: Any) -> None:
     state = model.fluid
     state.backend.detach(model)
     state.control.close()
+    release_exchange_groups(state.groups)

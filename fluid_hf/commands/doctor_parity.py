@@ -26,6 +26,7 @@ def run(options: argparse.Namespace) -> int:
     fixed = read_settings(options.fixed)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    torch.set_float32_matmul_precision("highest")  # an environment may ask for TF32, which is no float32
     first = int(os.environ.get("RANK", "0")) == 0
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
