@@ -16,8 +16,8 @@ from torch import nn
 
 from fluid_hf.config import FluidConfig
 from fluid_hf.models.expert_formats import extra_modules
-from fluid_hf.models.expert_lists import ExpertList, stored_parameters
 from fluid_hf.models.registry import LOADED_SHARE
+from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_layer import GeneralExperts
 from fluid_hf.moe.layer import ExpertParallelExperts, ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups, create_groups
@@ -64,7 +64,7 @@ class TorchBackend:
         return create_groups(ep_size)
 
     def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
-        if groups.ep_size > 1 or isinstance(source, ExpertList):
+        if groups.ep_size > 1 or isinstance(source, StoredExperts):
             held = take_local_experts(source, settings)
             trainable = {name: stored_parameters(source, name)[0].requires_grad for name in held}
             weights = {name: nn.Parameter(held[name], requires_grad=trainable[name]) for name in held}
@@ -93,7 +93,7 @@ def take_local_experts(source: Any, layer: ExpertParallelLayer) -> dict[str, tor
         return {name: getattr(source, name).data for name in layer.weight_names}
     start = layer.ep_rank * layer.num_local_experts
     held = slice(start, start + layer.num_local_experts)
-    if isinstance(source, ExpertList):
+    if isinstance(source, StoredExperts):
         return {name: source.take(name, held) for name in layer.weight_names}
     return {name: getattr(source, name).data[held].clone() for name in layer.weight_names}
 

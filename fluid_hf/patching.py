@@ -21,12 +21,12 @@ from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, U
 from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
-from fluid_hf.models.expert_lists import ExpertList, stored_parameters
 from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
+from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
@@ -84,7 +84,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     state = FluidState(config, requested, groups, backend, control)
     wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
-        adapters = [] if isinstance(site.module, ExpertList) else adapters_of(model, site.module)
+        adapters = [] if isinstance(site.module, StoredExperts) else adapters_of(model, site.module)
         _swap(site, state, wave_choice)
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
         if config.ep_size > 1 and adapters:
@@ -165,18 +165,18 @@ def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
     join_adapters(adapters_of(model, layer))
     parent, _, attribute = name.rpartition(".")
     block = model.get_submodule(parent)
-    if state.groups.ep_size > 1 or isinstance(original, ExpertList):
+    if state.groups.ep_size > 1 or isinstance(original, StoredExperts):
         with state.gathering():
             whole = gather_experts(layer, state, to_all=True)
         for weight_name, weight in whole.items():
-            if isinstance(original, ExpertList):
+            if isinstance(original, StoredExperts):
                 original.put(weight_name, weight)
             else:
                 getattr(original, weight_name).data = weight
-    if isinstance(original, ExpertList):
+    if isinstance(original, StoredExperts):
         unbind_methods(block, state.bound_methods[name])
-        original.modules.train(layer.training)
-    setattr(block, attribute, original.modules if isinstance(original, ExpertList) else original)
+        original.module.train(layer.training)
+    setattr(block, attribute, original.module if isinstance(original, StoredExperts) else original)
 
 
 class _RefuseDDP:
@@ -294,8 +294,8 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
     layer = state.backend.build_layer(source, settings, state.groups)
     layer.context.name = site.name
     layer.train(source.training)
-    if isinstance(source, ExpertList):
-        layer.parts = source.parts
+    if isinstance(source, StoredExperts):
+        layer.unstack = source.unstack
         bind_methods(site.parent, site.methods)
         state.bound_methods[site.name] = list(site.methods)
         for weight_name in site.weight_names:

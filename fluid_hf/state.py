@@ -19,9 +19,9 @@ from fluid_hf.control import ControlGroup
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
-from fluid_hf.models.expert_lists import ExpertList
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
+from fluid_hf.models.stored_experts import StoredExperts
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
@@ -76,7 +76,7 @@ class FluidState:
         self.sequence_router: RouterGather | None = None
         self.cross_layer: CrossLayerWgrad | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
-        self.originals: dict[str, nn.Module | ExpertList] = {}
+        self.originals: dict[str, nn.Module | StoredExperts] = {}
         self.bound_blocks: list[str] = []
         self.bound_methods: dict[str, list[str]] = {}
         self.engine_bound = False

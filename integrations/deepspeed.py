@@ -39,7 +39,7 @@ from fluid_hf.integrations.deepspeed_checks import check_training
 from fluid_hf.integrations.optimizer_groups import split_groups
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
-from fluid_hf.models.expert_lists import ExpertList, stored_parameters
+from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.process_groups import ParallelGroups
@@ -136,7 +136,7 @@ class DeepSpeedBackend(TorchBackend):
         return ParallelGroups(ep_size, dist.get_rank(group), group, edp_group, world_size)
 
     def build_layer(self, source: Any, settings: ExpertParallelLayer, groups: ParallelGroups) -> ExpertParallelLayer:
-        if groups.ep_size == 1 and not isinstance(source, ExpertList):
+        if groups.ep_size == 1 and not isinstance(source, StoredExperts):
             return super().build_layer(source, settings, groups)
         stored = {name: stored_parameters(source, name) for name in settings.weight_names}
         trainable = {name: parameters[0].requires_grad for name, parameters in stored.items()}

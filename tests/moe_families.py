@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fluid_hf.models.expert_formats import is_experts
+from fluid_hf.models.registry import has_experts
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -62,6 +62,13 @@ SMALL: dict[str, Any] = {
 
 # What a family's configuration asks for beyond that.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_vl_moe": {
@@ -88,13 +95,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
+    "longcat_flash": {
+        "num_layers": 2,
+        "head_dim": 8,
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "zero_expert_num": 2,
+    },
     "unlimited_ocr": {"num_key_value_heads": 4},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
 
 # Folders whose experts are served without `use_experts_implementation`.
-UNDECORATED = ("llama4", "step3p7")
+UNDECORATED = ("dbrx", "llama4", "longcat_flash", "step3p7")
 
 
 def folders() -> list[str]:
@@ -146,7 +160,7 @@ def tiny_model(folder: str, seed: int = 0) -> PreTrainedModel:
         except Exception as error:
             errors.append(f"{model_class.__name__}: {type(error).__name__}: {error}")
             continue
-        if not any(is_experts(module) for module in probe.modules()):
+        if not has_experts(probe):
             errors.append(f"{model_class.__name__}: no experts")
         else:
             size = sum(parameter.numel() for parameter in probe.parameters())

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 import fluid_hf
 from fluid_hf import FluidConfig
-from fluid_hf.checkpoint.gather import by_expert, gather_experts
+from fluid_hf.checkpoint.gather import as_stored, gather_experts
 from fluid_hf.models.code_reading import function_source
 from fluid_hf.models.expert_loops import UnknownLoopError, replace_loops
 
@@ -71,7 +71,7 @@ def gradients(model: Any, world: int) -> dict[str, torch.Tensor]:
         for parameter in layer.split_parameters():  # gather the gradients the way weights are gathered
             parameter.data = parameter.grad * world
         gathered = gather_experts(layer, model.fluid, to_all=True)
-        found.update(by_expert(model, {f"{name}.{weight}": gradient for weight, gradient in gathered.items()}))
+        found.update(as_stored(model, {f"{name}.{weight}": gradient for weight, gradient in gathered.items()}))
         for parameter, data in zip(layer.split_parameters(), kept, strict=True):
             parameter.data = data
     return found
@@ -243,6 +243,10 @@ def train(rank: int, world: int, folder: str, stage: int, ep_size: int | None) -
     """Losses and gradient norms with DeepSpeed, and the names that are saved."""
     import deepspeed
 
+    from fluid_hf.integrations.deepspeed import init_communication
+
+    if not deepspeed.comm.is_initialized():  # as patching does it: nothing is compiled
+        init_communication()
     model = build("pairs")
     if ep_size is not None:
         fluid_hf.patch_model(model, FluidConfig(ep_size=ep_size))

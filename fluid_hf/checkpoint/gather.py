@@ -1,6 +1,7 @@
 """All weights of a patched model under transformers' names, one after the other; experts gathered from their ranks.
 
-Experts that were a list of modules go through here as tensors of all of them, too; `by_expert` gives their names back.
+Experts that the model stores otherwise, such as a list of modules, go through here as tensors of all of them, too;
+`as_stored` makes of them what the model's checkpoints have.
 """
 
 from __future__ import annotations
@@ -13,32 +14,29 @@ from torch import nn
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import TensorSpec
-from fluid_hf.models.expert_lists import split_experts
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.state import FluidState
 
-__all__ = ["by_expert", "gather_experts", "iterate_weights", "local_weights", "weight_specs"]
+__all__ = ["as_stored", "gather_experts", "iterate_weights", "local_weights", "weight_specs"]
 
 
 def split_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:
     """Layers whose weights are not the model's as they are, by their name in `model` (which may wrap the patched one).
 
-    This rank holds a share only, or the experts were a list of modules.
+    This rank holds a share only, or the model stores its experts otherwise.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, ExpertParallelLayer)}
-    return {name: layer for name, layer in layers.items() if layer.ep_size > 1 or layer.parts is not None}
+    return {name: layer for name, layer in layers.items() if layer.ep_size > 1 or layer.unstack is not None}
 
 
-def by_expert(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, those of lists of experts expert by expert under the names that the model gave them."""
-    parts = {name: layer.parts for name, layer in split_layers(model).items() if layer.parts is not None}
-    found: dict[str, torch.Tensor] = {}
+def as_stored(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names and in the shapes of the unpatched model, views where that can be."""
+    layers, found = split_layers(model), dict[str, torch.Tensor]()
     for name, tensor in tensors.items():
-        layer, _, weight = name.rpartition(".")
-        if layer in parts and weight in parts[layer]:
-            found.update(
-                {f"{layer}.{key}": value for key, value in split_experts(parts[layer], weight, tensor).items()}
-            )
+        parent, _, weight = name.rpartition(".")
+        layer = layers.get(parent)
+        if layer is not None and layer.unstack is not None and weight in layer.weight_names:
+            found.update({f"{parent}.{key}": value for key, value in layer.unstack(weight, tensor).items()})
         else:
             found[name] = tensor
     return found
@@ -73,14 +71,14 @@ def dense_names(model: nn.Module, layers: dict[str, ExpertParallelLayer]) -> lis
 
 
 def local_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights of a model with `ep_size` 1, as they are here: views, by the names of `by_expert`."""
+    """All weights of a model with `ep_size` 1, as they are here: views, by the names of `as_stored`."""
     layers, found = split_layers(model), {}
     for name in weight_specs(model):
         parent, _, attribute = name.rpartition(".")
         layer = layers.get(parent)
         own = {} if layer is None else layer.named_weights(layer.expert_parameters())
         found[name] = (own[attribute] if attribute in own else _lookup(model, name)).detach()
-    return by_expert(model, found)
+    return as_stored(model, found)
 
 
 def _held_specs(layer: ExpertParallelLayer) -> dict[str, torch.Tensor]:

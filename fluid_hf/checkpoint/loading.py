@@ -31,6 +31,7 @@ from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CheckpointError, FluidError, UnsupportedModelError
 from fluid_hf.models.expert_lists import AbsentExpert, ExpertList
 from fluid_hf.models.registry import ExpertsSite, find_experts
+from fluid_hf.models.stored_experts import StoredExperts
 from fluid_hf.patching import patch_model, requested_config
 from fluid_hf.process_groups import resolve_ep_size
 
@@ -66,7 +67,7 @@ def from_pretrained(
     Raises:
         CheckpointError: on every rank: files are missing, cut off or do not fit the model; names the file and tensor.
         ConfigError: the settings do not fit the model or the world size.
-        UnsupportedModelError: the model cannot be patched.
+        UnsupportedModelError: the model cannot be patched, or its experts are not read by shares (DBRX, LongCat-Flash).
     """
     control = ControlGroup(LOADING_TIMEOUT_SECONDS)
     loader = _ShareLoader(path, control)
@@ -122,6 +123,11 @@ class _ShareLoader:
             share = ExpertShare(site.num_experts, start, start + held)
             if isinstance(site.module, ExpertList):
                 absent.update(_outside(site, share))
+            elif isinstance(site.module, StoredExperts):
+                raise UnsupportedModelError(
+                    f"experts ({site.name}) of {self._path} are stored in a way that is not read by shares; load the "
+                    "whole model with transformers and call patch_model."
+                )
             else:
                 split.update({f"{site.name}.{key}": share for key in site.weight_names})
             shares.append((site, share))

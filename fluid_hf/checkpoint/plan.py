@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from fluid_hf.checkpoint.files import TensorSpec
-from fluid_hf.checkpoint.gather import by_expert
+from fluid_hf.checkpoint.gather import as_stored
 
 __all__ = ["SavePlan", "to_checkpoint_layout"]
 
@@ -83,7 +83,7 @@ def to_checkpoint_layout(
     model: Any, tensors: dict[str, torch.Tensor], original_format: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors under the names and in the layout of the model's checkpoints on the Hub (experts one by one)."""
-    tensors = by_expert(model, tensors)
+    tensors = as_stored(model, tensors)
     if original_format:
         tensors = revert_weight_conversion(model, tensors)
     yield from tensors.items()

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish
-from fluid_hf.checkpoint.gather import by_expert, iterate_weights, local_weights, weight_specs
+from fluid_hf.checkpoint.gather import as_stored, iterate_weights, local_weights, weight_specs
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
 from fluid_hf.state import FluidState
@@ -229,13 +229,13 @@ def stage_weights(
     state.control.gather(None, "saving a patched model (state_dict)")
     specs = {name: spec for name, spec in weight_specs(model).items() if name not in exclude}
     folder = Path(state.staging_folder or tempfile.gettempdir())
-    meta = by_expert(model, {name: spec.meta() for name, spec in specs.items()})
+    meta = as_stored(model, {name: spec.meta() for name, spec in specs.items()})
     named = {name: TensorSpec.of(tensor) for name, tensor in meta.items()}
     attempt = _Attempt(_is_main())
     attempt.run(lambda: _StageWriter(folder, named, owns_folder=state.staging_folder is not None))
 
     def write(name: str, tensor: torch.Tensor) -> None:
-        for key, value in by_expert(model, {name: tensor}).items():
+        for key, value in as_stored(model, {name: tensor}).items():
             attempt.result.file.write(key, value)
 
     with state.gathering():

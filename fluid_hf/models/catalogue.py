@@ -25,15 +25,18 @@ SEQUENCE_PARALLEL = frozenset(
 )
 
 NOT_SERVED = {
-    "dbrx": "experts are 2-D weights of all experts one below the other, cut in a loop; not the experts interface",
     "doge": "an expert is one row of an embedding, picked among thousands: a look-up, not a projection to split",
     "jetmoe": "experts are called on rows already sorted by expert, and attention has experts as well",
-    "longcat_flash": "identity experts among the routed ones; gate_up_proj has more experts than down_proj",
     "nllb_moe": "encoder-decoder with one module per expert and a capacity that drops tokens over the whole batch",
     "switch_transformers": "encoder-decoder with one module per expert and a capacity that drops tokens",
 }
-# Experts that follow transformers' interface by their shape alone.
-UNDECORATED = {"llama4": SCALED_INPUT[0], "step3p7": "Step3p7Experts"}
+# Experts that follow transformers' interface by their shape alone, or are known by their code.
+UNDECORATED = {
+    "dbrx": "DbrxExperts",
+    "llama4": SCALED_INPUT[0],
+    "longcat_flash": "LongcatFlashExperts",
+    "step3p7": "Step3p7Experts",
+}
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from transformers.activations import ACT2CLS
 
 from fluid_hf.errors import UnsupportedModelError
 from fluid_hf.models.code_reading import choose_branches, follow, function_source, same_words
+from fluid_hf.models.stored_experts import StoredExperts
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["AbsentExpert", "ExpertList", "is_expert_list", "read_expert_list", "split_experts", "stored_parameters"]
+__all__ = ["AbsentExpert", "ExpertList", "is_expert_list", "read_expert_list"]
 
 # Elementwise activations: their slope is taken element by element.
 FUNCTIONS = (functional.silu, functional.gelu, functional.relu, torch.relu, torch.sigmoid, torch.tanh)
@@ -45,13 +46,12 @@ class AbsentExpert(nn.Module):
     """Stands in a list for an expert that this rank has not loaded."""
 
 
-class ExpertList:
-    """The experts of a `nn.ModuleList`, read and written as tensors of all of them.
+class ExpertList(StoredExperts):
+    """The experts of a `nn.ModuleList`.
 
     Attributes:
         modules: the list.
         parts: names of each stacked weight's parts within an expert, side by side along its outputs.
-        act_fn: activation.
         gated: whether there is a gate.
     """
 
@@ -62,17 +62,12 @@ class ExpertList:
         act_fn: Callable[[torch.Tensor], torch.Tensor],
         gated: bool,
     ) -> None:
-        self.modules, self.parts, self.act_fn, self.gated = modules, parts, act_fn, gated
+        super().__init__(modules, tuple(parts), act_fn)
+        self.modules, self.parts, self.gated = modules, parts, gated
         self._loaded = _present(modules)
 
     @property
-    def training(self) -> bool:
-        """Mode of the list."""
-        return self.modules.training
-
-    @property
     def format(self) -> ExpertFormat | None:
-        """What they compute; `None` for `act(gate) * up` between two plain projections."""
         if self.gated:
             return ExpertFormat(self._gate) if len(self.parts) == 4 else None
         return ExpertFormat(self.act_fn)
@@ -82,23 +77,15 @@ class ExpertList:
         return self.act_fn(gate_SI) * up_SI
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters that make a weight."""
         return [expert.get_parameter(part) for expert in self._loaded for part in self.parts[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight, also when ZeRO-3 has partitioned its parts."""
         part = self.parameters(name)[0]
         first, *others = getattr(part, "ds_shape", part.shape)
         return (len(self.modules), len(self.parts[name]) * first, *others)
 
-    def release(self, name: str) -> None:
-        """Let go of a weight's memory; what ZeRO-3 has partitioned stays with it."""
-        for parameter in self.parameters(name):
-            if not hasattr(parameter, "ds_id"):
-                parameter.data = parameter.data.new_empty(0)
-
     def take(self, name: str, held: slice) -> torch.Tensor:
-        """A copy of a weight of some experts: [E, N, H] or, of biases, [E, N]; of those loaded, if not all are."""
+        # Of those loaded, if not all are.
         chosen = self._loaded if len(self._loaded) < len(self.modules) else self._loaded[held]
         rows = [[expert.get_parameter(part).data for part in self.parts[name]] for expert in chosen]
         out = rows[0][0].new_empty((len(rows), *self.shape(name)[1:]))
@@ -106,32 +93,24 @@ class ExpertList:
             torch.cat(weights, out=expert)
         return out
 
+    def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views by the names within the list: `0.gate_proj.weight` and so on."""
+        found: dict[str, torch.Tensor] = {}
+        for index, expert in enumerate(weight):
+            for part, value in zip(self.parts[name], expert.chunk(len(self.parts[name])), strict=True):
+                found[f"{index}.{part}"] = value
+        return found
+
     def put(self, name: str, weight: torch.Tensor) -> None:
-        """Give each expert, also those that were not loaded, its own copy of its part."""
         for index, expert in enumerate(self.modules):
             if isinstance(expert, AbsentExpert):
                 self.modules[index] = copy.deepcopy(self._loaded[0])
         self._loaded = _present(self.modules)
-        for part, value in split_experts(self.parts, name, weight).items():
-            self.modules.get_parameter(part).data = value.clone()
+        super().put(name, weight)
 
 
 def _present(modules: nn.ModuleList) -> list[nn.Module]:
     return [expert for expert in modules if not isinstance(expert, AbsentExpert)]
-
-
-def split_experts(parts: Mapping[str, tuple[str, ...]], name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views of a stacked weight by the names within the list: `0.gate_proj.weight` and so on."""
-    found: dict[str, torch.Tensor] = {}
-    for index, expert in enumerate(weight):
-        for part, value in zip(parts[name], expert.chunk(len(parts[name])), strict=True):
-            found[f"{index}.{part}"] = value
-    return found
-
-
-def stored_parameters(source: Any, name: str) -> list[nn.Parameter]:
-    """The parameters that a weight of an experts module, or of a list of experts, is stored in."""
-    return source.parameters(name) if isinstance(source, ExpertList) else [getattr(source, name)]
 
 
 def is_expert_list(name: str, module: nn.Module) -> bool:

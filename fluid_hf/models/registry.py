@@ -15,10 +15,13 @@ import torch
 from torch import nn
 
 from fluid_hf.errors import UnsupportedModelError
+from fluid_hf.models.adapters import adapters_of
 from fluid_hf.models.expert_blocks import block_methods
 from fluid_hf.models.expert_formats import expert_format, is_experts, weight_names
-from fluid_hf.models.expert_lists import ExpertList, is_expert_list, read_expert_list
+from fluid_hf.models.expert_lists import is_expert_list, read_expert_list
+from fluid_hf.models.other_experts import OTHER_EXPERTS, read_other_experts
 from fluid_hf.models.shared_experts import find_form
+from fluid_hf.models.stored_experts import StoredExperts
 from fluid_hf.moe.expert_math import ExpertFormat
 
 __all__ = ["LOADED_SHARE", "ExpertsSite", "find_experts", "has_experts"]
@@ -43,7 +46,7 @@ class ExpertsSite:
     name: str
     parent: nn.Module
     attribute: str
-    module: nn.Module | ExpertList
+    module: nn.Module | StoredExperts
     weight_names: tuple[str, ...]
     format: ExpertFormat | None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -51,15 +54,15 @@ class ExpertsSite:
     @property
     def num_experts(self) -> int:
         """Experts of the layer."""
-        if isinstance(self.module, ExpertList):
-            return len(self.module.modules)
+        if isinstance(self.module, StoredExperts):
+            return self.module.shape("down_proj")[0]
         if hasattr(self.module, LOADED_SHARE):
             return int(getattr(self.module, LOADED_SHARE))
         return int(self.parameter_shape("down_proj")[0])
 
     def parameter_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter, also when ZeRO-3 has partitioned it."""
-        if isinstance(self.module, ExpertList):
+        if isinstance(self.module, StoredExperts):
             return self.module.shape(name)
         parameter = getattr(self.module, name)
         return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -76,9 +79,8 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
     for name, module in model.named_modules():
         if is_experts(module):
             sites.append(_make_site(model, name, module))
-        elif is_expert_list(name, module):
-            assert isinstance(module, nn.ModuleList)
-            sites.append(_make_list_site(model, name, module))
+        elif is_stored_otherwise(name, module):
+            sites.append(_make_stored_site(model, name, module))
     if not sites:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no experts module with transformers' experts interface "
@@ -90,7 +92,7 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
 
 def has_experts(model: nn.Module) -> bool:
     """Whether any module is one of experts, or a list of them."""
-    return any(is_experts(module) or is_expert_list(name, module) for name, module in model.named_modules())
+    return any(is_experts(module) or is_stored_otherwise(name, module) for name, module in model.named_modules())
 
 
 def _check_model(model: nn.Module) -> None:
@@ -133,14 +135,26 @@ def _make_site(model: nn.Module, name: str, module: nn.Module) -> ExpertsSite:
     return ExpertsSite(name, model.get_submodule(parent), attribute, module, names, format)
 
 
-def _make_list_site(model: nn.Module, name: str, modules: nn.ModuleList) -> ExpertsSite:
+def is_stored_otherwise(name: str, module: nn.Module) -> bool:
+    """Whether a module holds experts in another way than transformers' interface asks for."""
+    return is_expert_list(name, module) or type(module).__name__ in OTHER_EXPERTS
+
+
+def _make_stored_site(model: nn.Module, name: str, module: nn.Module) -> ExpertsSite:
     parent, _, attribute = name.rpartition(".")
     block = model.get_submodule(parent)
-    experts = read_expert_list(modules, f"{type(block).__name__} ({name})")
-    for weight in experts.parts:
-        _check_values(experts.parameters(weight)[0], f"{type(block).__name__} ({name}).{weight}")
-    methods = block_methods(block, attribute, f"{type(block).__name__} ({parent})")
-    return ExpertsSite(name, block, attribute, experts, tuple(experts.parts), experts.format, methods)
+    where = f"{type(block).__name__} ({name})"
+    experts: StoredExperts
+    if isinstance(module, nn.ModuleList):
+        experts = read_expert_list(module, where)
+        methods = block_methods(block, attribute, f"{type(block).__name__} ({parent})")
+    else:
+        experts, methods = read_other_experts(module, block, where)
+        if adapters_of(model, module):
+            raise UnsupportedModelError(f"{where} has adapters (target_parameters), which are not known how to split.")
+    for weight in experts.weight_names:
+        _check_values(experts.parameters(weight)[0], f"{where}.{weight}")
+    return ExpertsSite(name, block, attribute, experts, experts.weight_names, experts.format, methods)
 
 
 def _shape(parameter: torch.Tensor) -> tuple[int, ...]:

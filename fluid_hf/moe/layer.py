@@ -74,7 +74,7 @@ class ExpertParallelLayer(nn.Module):
 
     Attributes:
         weight_names: transformers' names of the weights that are split over the ranks.
-        parts: of experts that are one module each in checkpoints, names of each weight's parts within an expert.
+        unstack: of experts that a model stores otherwise, makes what is stored from a weight's name and value.
 
     Args:
         num_experts: experts of the whole layer.
@@ -85,7 +85,7 @@ class ExpertParallelLayer(nn.Module):
         wave_choice: number of waves, shared between layers.
     """
 
-    parts: Mapping[str, tuple[str, ...]] | None = None
+    unstack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
     adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
 
     def __init__(

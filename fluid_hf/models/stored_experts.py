@@ -1,0 +1,70 @@
+"""Experts whose weights are stored otherwise than the layer holds them: read and written as tensors of all experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluid_hf.moe.expert_math import ExpertFormat
+
+__all__ = ["StoredExperts", "stored_parameters"]
+
+
+class StoredExperts:
+    """Base of the ways in which experts are stored.
+
+    Attributes:
+        module: what holds them in the block.
+        weight_names: names of the stacked weights.
+        act_fn: activation.
+        format: what they compute; `None` for `act(gate) * up` between two plain projections.
+    """
+
+    def __init__(
+        self, module: nn.Module, weight_names: tuple[str, ...], act_fn: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        self.module, self.weight_names, self.act_fn = module, weight_names, act_fn
+
+    @property
+    def training(self) -> bool:
+        """Mode of the module."""
+        return self.module.training
+
+    @property
+    def format(self) -> ExpertFormat | None:
+        return None
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters that make a weight."""
+        raise NotImplementedError
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight of all experts, also when ZeRO-3 has partitioned its parameters."""
+        raise NotImplementedError
+
+    def take(self, name: str, held: slice) -> torch.Tensor:
+        """A copy of a weight of some experts, experts first."""
+        raise NotImplementedError
+
+    def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A weight of all experts as it is stored: tensors, also without data, by their names within the module."""
+        raise NotImplementedError
+
+    def put(self, name: str, weight: torch.Tensor) -> None:
+        """Give the module its own copy of a weight of all experts."""
+        for part, value in self.unstack(name, weight).items():
+            self.module.get_parameter(part).data = value.clone()
+
+    def release(self, name: str) -> None:
+        """Let go of a weight's memory; what ZeRO-3 has partitioned stays with it."""
+        for parameter in self.parameters(name):
+            if not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.new_empty(0)
+
+
+def stored_parameters(source: Any, name: str) -> list[nn.Parameter]:
+    """The parameters that a weight of an experts module, stored in whatever way, is made of."""
+    return source.parameters(name) if isinstance(source, StoredExperts) else [getattr(source, name)]
