@@ -134,7 +134,7 @@ class RankPool:
                 with contextlib.suppress(OSError):
                     connection.send(None)
             for process in self._processes:
-                process.join(5)
+                process.join(30)
         for process in self._processes:
             process.kill()
         for process in self._processes:
