@@ -25,6 +25,7 @@ SEQUENCE_PARALLEL = frozenset(
 )
 
 NOT_SERVED = {
+    "aria": "in this version of transformers its experts take the router's logits, and route and sort by themselves",
     "doge": "an expert is one row of an embedding, picked among thousands: a look-up, not a projection to split",
     "jetmoe": "experts are called on rows already sorted by expert, and attention has experts as well",
     "nllb_moe": "encoder-decoder with one module per expert and a capacity that drops tokens over the whole batch",
@@ -70,11 +71,11 @@ def supported_models() -> list[SupportedModel]:
     for path in logging.tqdm(paths, desc="Reading models", delay=2, leave=False, disable=None):
         family = path.parent.name
         source = path.read_text(encoding="utf-8")
-        if family in NOT_SERVED:
-            found.append(SupportedModel(family, False, "none", False, NOT_SERVED[family]))
-        elif "@use_experts_implementation" in source or family in UNDECORATED:
+        if "@use_experts_implementation" in source or family in UNDECORATED:
             overlap = _shared_expert(source, UNDECORATED.get(family))
             found.append(SupportedModel(family, True, overlap, family in SEQUENCE_PARALLEL))
+        elif family in NOT_SERVED:
+            found.append(SupportedModel(family, False, "none", False, NOT_SERVED[family]))
     return found
 
 
