@@ -3,6 +3,9 @@
 Importing this module registers it. Models load, shard (also under FSDP2) and save as transformers does it; only the
 exchange of tokens and the order of the computation are fluid_hf's. Weight gradients are computed in the communication
 window of their own layer and reach the parameters through autograd, before FSDP's hooks look for them.
+
+Shared experts run where transformers calls them, before or after the exchange: the forward that it puts on an experts
+module takes three tensors and returns one, so a block cannot hand its shared expert on to run in between.
 """
 
 from __future__ import annotations
