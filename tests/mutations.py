@@ -249,15 +249,21 @@ def apply(mutation: Mutation, folder: Path) -> str:
     return text
 
 
+def is_ours(path: object) -> bool:
+    """Whether a file or folder is of this tree, and not of an environment inside it."""
+    place = Path(str(path)).resolve()
+    return place.is_relative_to(ROOT) and not place.is_relative_to(Path(sys.prefix).resolve())
+
+
 def run_pytest(folder: str, arguments: list[str]) -> None:
     """In a process forked from one that has imported the large packages: the exit code is pytest's."""
     os.setsid()  # what the test starts ends with it
     for name, module in list(sys.modules.items()):  # this module came from the unharmed package
-        if str(ROOT) in str(getattr(module, "__file__", None)) or name.partition(".")[0] == "fluid_hf":
+        if is_ours(getattr(module, "__file__", None) or "/") or name.partition(".")[0] == "fluid_hf":
             del sys.modules[name]
     sys.modules["__main__"] = types.ModuleType("__main__")
     os.chdir(folder)
-    outside = [path for path in sys.path if not Path(path).resolve().is_relative_to(ROOT)]
+    outside = [path for path in sys.path if not is_ours(path)]
     sys.path[:] = [folder, f"{folder}/tests", *outside]
     with open("pytest.txt", "w", encoding="utf-8") as file:
         for stream in (sys.stdout, sys.stderr):
