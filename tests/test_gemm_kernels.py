@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import weakref
 
 import pytest
 import torch
@@ -127,7 +129,7 @@ def gradients(sizes: tuple[int, ...], dtype: torch.dtype, separate: bool) -> lis
     first = (gate_up[:, :24].contiguous(), gate_up[:, 24:].contiguous()) if separate else (gate_up,)
     weights, silu = experts.ExpertWeights(first, down), torch.nn.functional.silu
     pieces = pieces_of(sizes, dtype)
-    grads, found = experts.PieceGradients(pieces), list[torch.Tensor]()
+    grads, found, for_down = experts.PieceGradients(pieces), list[torch.Tensor](), []
     for piece in pieces:
         projected = experts.project_piece(piece, weights, silu)
         out = torch.empty(piece.rows_RH.shape, dtype=dtype, device=DEVICE)
@@ -136,7 +138,11 @@ def gradients(sizes: tuple[int, ...], dtype: torch.dtype, separate: bool) -> lis
         grad_out = torch.empty_like(out), torch.zeros_like(piece.weights_RK)
         grads.backward(projected.kept, output_grad, weights, silu, grad_out)
         found += [out, *grad_out]
+        for_down.append(weakref.ref(output_grad))
+        del output_grad
     found.append(grads.weight_gradient(None))
+    gc.collect()
+    assert all(ref() is None for ref in for_down), "output gradients are released with the down projection's gradient"
     parts = [grads.weight_gradient(index) for index in range(len(first))]
     return [*found, torch.cat(parts, 1)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from fluid_hf.moe.expert_math import ExpertFormat
 __all__ = ["StoredExperts", "stored_parameters"]
 
 
-class StoredExperts:
+class StoredExperts(ABC):
     """Base of the ways in which experts are stored.
 
     Attributes:
@@ -37,21 +38,21 @@ class StoredExperts:
     def format(self) -> ExpertFormat | None:
         return None
 
+    @abstractmethod
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters that make a weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight of all experts, also when ZeRO-3 has partitioned its parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, name: str, held: slice) -> torch.Tensor:
         """A copy of a weight of some experts, experts first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """A weight of all experts as it is stored: tensors, also without data, by their names within the module."""
-        raise NotImplementedError
 
     def put(self, name: str, weight: torch.Tensor) -> None:
         """Give the module its own copy of a weight of all experts."""

@@ -191,7 +191,7 @@ class PieceGradients:
             return self._down_gradient()
         joint = self._joint
         if self._gathers_wgrad:
-            return self._gathered([self._pieces[0].rows_RH], 0, self._first[0][index])
+            return self._gathered(self._pieces[0].rows_RH, 0, self._first[0][index])
         if joint is None:
             offsets = [piece.plan.offsets_E for piece in self._pieces]
             inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
@@ -204,7 +204,7 @@ class PieceGradients:
         grads, hidden, kept = self._grads, self._hidden, self._grad_pairs
         self._grads, self._hidden, self._grad_pairs = [], [], None
         if self._gathers_wgrad:
-            return self._gathered(grads, 1, hidden[0])
+            return self._gathered(grads[0], 1, hidden[0])
         if self._joint is not None:
             output = self._joint.expand(grads, self._pieces)
             return grouped_wgrad([output], hidden[:1], [self._joint.offsets_E])
@@ -213,15 +213,18 @@ class PieceGradients:
         )
         return grouped_wgrad(outputs, hidden, [piece.plan.offsets_E for piece in self._pieces])
 
-    def _gathered(self, rows: Sequence[torch.Tensor], which: int, other: torch.Tensor) -> torch.Tensor:
-        """Weight gradient of which one operand are the pieces' rows (`which` 0) or output gradients (1), by index."""
+    def _gathered(self, first: torch.Tensor, which: int, other: torch.Tensor) -> torch.Tensor:
+        """Weight gradient of which one operand are the pieces' rows (`which` 0) or output gradients (1), by index.
+
+        `first` is the first piece's; the others are found by their addresses.
+        """
         from fluid_hf.moe import gemm_kernels
 
         joint, plan = self._joint, self._pieces[0].plan
         if joint is None or joint.addresses is None:
-            return gemm_kernels.gathered_wgrad(rows[0], plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
+            return gemm_kernels.gathered_wgrad(first, plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
         where_S = joint.addresses[which]
-        return gemm_kernels.gathered_wgrad(rows[0], where_S, joint.unit, other, joint.offsets_E, which == 1)
+        return gemm_kernels.gathered_wgrad(first, where_S, joint.unit, other, joint.offsets_E, which == 1)
 
     @property
     def held_bytes(self) -> int:
@@ -269,7 +272,9 @@ class PieceGradients:
                 pairs = self._joint.num_pairs
                 self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
                 self._first.append(tuple(p.new_empty(pairs, p.shape[1]) for p in projections))
-            hidden, joint = self._hidden[0], self._joint.places(index, self._first[0], piece.rows_RH, grad_RH)
+            rows = self._pieces[0].rows_RH, piece.rows_RH
+            outputs = self._grads[0] if self._grads else grad_RH, grad_RH
+            hidden, joint = self._hidden[0], self._joint.places(index, self._first[0], rows, outputs)
         slots = piece.plan.pair_slot_S
         row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, first, hidden, joint)
         return first
@@ -298,7 +303,6 @@ class JointOrder:
         )
         self.place_S = place_S.split(sizes)
         self.addresses: torch.Tensor | None = None
-        self._firsts = (pieces[0].rows_RH, pieces[0].rows_RH if first_output is None else first_output)
         self.unit = 1
         if first_output is not None:
             self.addresses = torch.empty(2, self.num_pairs, dtype=torch.int64, device=place_S.device)
@@ -308,12 +312,15 @@ class JointOrder:
                 self.unit = 16 // each
 
     def places(
-        self, index: int, grads: tuple[torch.Tensor, ...], rows_RH: torch.Tensor, output_RH: torch.Tensor
+        self,
+        index: int,
+        grads: tuple[torch.Tensor, ...],
+        rows: tuple[torch.Tensor, torch.Tensor],
+        outputs: tuple[torch.Tensor, torch.Tensor],
     ) -> JointPlaces:
         """Joint places of a piece's pairs; `grads` receive what the projections' gradients are there."""
         from fluid_hf.moe.row_kernels import JointPlaces
 
-        rows, outputs = (self._firsts[0], rows_RH), (self._firsts[1], output_RH)
         return JointPlaces(grads, self.place_S[index], self.addresses, rows, outputs, self.unit)
 
     def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:

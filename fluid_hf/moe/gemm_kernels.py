@@ -95,8 +95,8 @@ def gated_linear(
     out = rows_RH.new_empty(pairs, inner)
     kept = tuple(rows_RH.new_empty(pairs, weight.shape[1]) for weight in first) if keep else ()
     if pairs:
-        half = _tile(rows_RH, 256, 4)  # gate and up are one tile of twice the columns
-        height, width, depth, warps, stages = half[0], half[1] // 2, half[2], half[3], half[4]
+        height, columns, depth, warps, stages = _tile(rows_RH, 256, 4)
+        width = columns // 2  # of gate, beside as many of up
         tiles = (pairs // height + experts) * blocks_of(inner, width)
         stored = kept or (out,)
         _gated(
