@@ -68,7 +68,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     control = ControlGroup()
     try:
         error, requested, config, backend, sites = _prepare(model, config)
-        fingerprint = (config.to_dict() if config else None, [_description(site) for site in sites])
+        described = [_description(site) for site in sites]
+        fingerprint = (config.to_dict() if config else None, described, _attention_description(model, config))
         control.agree(error, fingerprint, "patch_model (settings and model)")
     except BaseException:
         control.close()
@@ -274,6 +275,17 @@ def _description(site: ExpertsSite) -> tuple[str, int, str]:
     dtypes = {name: str(stored_parameters(site.module, name)[0].dtype) for name in names}
     shapes = {name: (*site.parameter_shape(name), dtypes[name]) for name in names}
     return site.name, site.num_experts, str(shapes)
+
+
+def _attention_description(model: nn.Module, config: FluidConfig | None) -> dict[str, str]:
+    """What must be equal on all ranks that share sequences, of models without experts too."""
+    if config is None or config.sp_size == 1:
+        return {}
+    settings: Any = _inside_adapters(model).config
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    described = {name: str(getattr(settings, name, None)) for name in names}
+    dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
+    return {**described, "dtypes": ", ".join(dtypes)}
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from torch import nn
 
 import fluid_hf
 from fluid_hf import FluidConfig
+from fluid_hf.moe.layer import WaveChoice
 
 TIMEOUT = 4.0  # seconds a rank waits for another one
 BAD = 1  # the rank on which it goes wrong
@@ -53,8 +54,13 @@ def build(world: int, family: str = "qwen3_moe", **settings: Any) -> Any:
 
 
 def step(model: Any, rank: int) -> None:
-    ids = batch(rank, 2)
-    model(input_ids=ids, labels=ids).loss.backward()
+    ids = batch(rank // model.fluid.groups.sp_size, 2)
+    if model.fluid.groups.sp_size > 1:
+        piece = model.fluid.shard_batch({"input_ids": ids, "labels": ids})
+        labels = piece.pop("shift_labels")
+        model.fluid.sequence_loss(model(**piece).logits, labels).backward()
+    else:
+        model(input_ids=ids, labels=ids).loss.backward()
     model.fluid.finish_batch()
     model.fluid.reduce_gradients(model)
     model.fluid.clip_grad_norm_(model, 1.0)
@@ -167,12 +173,45 @@ def run_one_rank_only(rank: int, world: int, name: str, settings: dict[str, Any]
         linger()
 
 
-def run_autocast(rank: int, world: int, name: str, settings: dict[str, Any]) -> None:
-    model = build(world)
-    with torch.autocast("cpu", torch.bfloat16, enabled=rank == BAD):
+def run_unlike(rank: int, world: int, name: str, settings: dict[str, Any]) -> None:
+    """One rank calls the layers in another way than the others."""
+    model = build(world, **{"waves": 1, **settings})
+    fault = name.partition(",")[0]
+    autocast = fault.startswith("autocast")
+    if rank == BAD:
+        UNLIKE[fault](model)
+    dtype = torch.bfloat16 if rank == BAD else torch.float16
+    with torch.autocast("cpu", dtype, enabled=autocast and (rank == BAD or fault == "autocast dtypes differ")):
         step(model, rank)
 
 
+def fewer_experts(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 1
+
+
+def freeze(model: Any) -> None:
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].self_attn.requires_grad_(False)
+    model.model.layers[0].mlp.gate.requires_grad_(False)
+    model.model.layers[0].input_layernorm.requires_grad_(False)
+    model.model.layers[0].post_attention_layernorm.requires_grad_(False)
+
+
+def more_waves(model: Any) -> None:
+    """As the planner may choose for evaluation, in which one rank is."""
+    for layer in model.fluid.layers.values():
+        layer.wave_choice = WaveChoice(3)
+
+
+UNLIKE: dict[str, Callable[[Any], Any]] = {
+    "autocast on one rank only": lambda model: None,
+    "autocast dtypes differ": lambda model: None,
+    "model.to(dtype) on one rank only": lambda model: model.bfloat16(),
+    "fewer experts per token on one rank": fewer_experts,
+    "frozen on one rank only": freeze,
+    "waves differ": more_waves,
+}
 PATCH_FAULTS = ("settings differ", "models differ", "shapes differ", "dtypes differ")
 LONE_FAULTS = (
     "saves on one rank only",
@@ -181,13 +220,16 @@ LONE_FAULTS = (
     "one rank takes fewer steps",
 )
 UNSPLIT = ("top-k index out of range", "NaN in router logits", "killed in backward", "out of memory in forward")
+SEQUENCE = ("raises in forward", "killed in forward", "killed in backward", "hangs in backward")
 FAULTS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **{name: (run_step, {}) for name in STEP_FAULTS},
     "killed in forward, serial exchange": (run_step, {"overlap": False}),
     **{f"{name}, ep_size 1": (run_step, {"ep_size": 1}) for name in UNSPLIT},
     **{name: (run_patch, {}) for name in PATCH_FAULTS},
     **{name: (run_one_rank_only, {}) for name in LONE_FAULTS},
-    "autocast on one rank only": (run_autocast, {}),
+    **{name: (run_unlike, {}) for name in UNLIKE},
+    **{f"{name}, sp_size 2": (run_step, {"sp_size": 2}) for name in SEQUENCE},
+    "autocast on one rank only, sp_size 2": (run_unlike, {"ep_size": 1, "sp_size": 2}),
 }
 
 

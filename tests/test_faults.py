@@ -8,9 +8,10 @@ import time
 import faults
 import pytest
 import torch
-from distributed import Failure
+from distributed import Failure, RankPool, rank_pool
 
-from fluid_hf import ConfigError, FluidConfig, PeerError, RoutingError
+from fluid_hf import ConfigError, FluidConfig, PeerError, RankMismatchError, RoutingError
+from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
 
@@ -35,11 +36,53 @@ def test_fault_on_one_of_two_ranks(fault: str, error: str, words: list[str]) -> 
     assert all(word in failures[0].message for word in words), failures[0].message
 
 
+pool2 = rank_pool(2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("autocast on one rank only", "dtype (rank 0: torch.float32; rank 1: torch.bfloat16) must be equal"),
+        ("autocast dtypes differ", "dtype (rank 0: torch.float16; rank 1: torch.bfloat16) must be equal"),
+        ("model.to(dtype) on one rank only", "dtype (rank 0: torch.float32; rank 1: torch.bfloat16) must be equal"),
+        ("fewer experts per token on one rank", "top_k (rank 0: 2; rank 1: 1) must be equal"),
+        ("frozen on one rank only", "requires_grad of the input (rank 0: True; rank 1: False) must be equal"),
+        ("waves differ", "waves (rank 0: 1; rank 1: 3) must be equal"),
+        ("autocast on one rank only, sp_size 2", "dtype (rank 0: torch.float32; rank 1: torch.bfloat16) must be equal"),
+    ],
+)
+def test_ranks_that_call_in_other_ways_all_say_so(pool2: RankPool, fault: str, message: str) -> None:
+    function, settings = faults.FAULTS[fault]
+    where = "attention" if "sp_size" in fault else "model.layers.0.mlp.experts"
+    for text in pool2.expect("RankMismatchError", function, fault, settings):
+        assert text.startswith(message) and f"layer {where} together; " in text and "Nothing was sent" in text
+
+
+def test_forms_survive_their_words() -> None:
+    form = CallForm(torch.float16, 2**13 - 1, 2**31 - 1, 255, 2)
+    assert all(0 <= word < 2**31 for word in form.words)
+    assert CallForm.fields(form.words) == {
+        "dtype": torch.float16,
+        "top_k": 2**13 - 1,
+        "hidden_size": 2**31 - 1,
+        "waves": 255,
+        "requires_grad of the input": True,
+    }
+    other = CallForm(torch.float16, 3, 2**31 - 1, 255, 0)  # without gradients it does not matter whether the input has
+    check_forms([CallForm(torch.float16, 3, 2**31 - 1, 255, 1).words, other.words], [4, 6], "x")
+    with pytest.raises(RankMismatchError, match=r"top_k \(rank 4, 5: 8191; rank 7: 3\) must be equal .* layer x"):
+        check_forms([form.words, form.words, other.words], [4, 5, 7], "x")
+    wide = CallForm(torch.float16, 3, 40, 255, 0)
+    with pytest.raises(RankMismatchError, match=r"hidden_size \(rank 4: 2147483647; rank 6: 40\)"):
+        check_forms([other.words, wide.words], [4, 6], "x")
+
+
 def test_all_faults_are_in_the_table() -> None:
     assert len(faults.FAULTS) >= 18
     assert set(faults.STEP_FAULTS) <= set(faults.FAULTS)
     for name, (function, _) in faults.FAULTS.items():  # a name that is not found would be the fault itself
         known = {faults.run_step: faults.STEP_FAULTS, faults.run_patch: faults.PATCH_FAULTS}
+        known |= {faults.run_unlike: faults.UNLIKE}
         assert name.partition(",")[0] in known.get(function, name)
     assert Failure  # the table's cells are failures of the pool
 

@@ -51,11 +51,14 @@ def test_pair_plan(rows: int, top_k: int, experts: int, ranks: int) -> None:
 def test_source_plan_and_pack(tokens: int, top_k: int, experts: int, ranks: int, parts: int) -> None:
     index, local = routing(tokens, top_k, experts), -(-experts // ranks)
     for skip in (None, ranks - 1):
-        hits = count_rows(index.cpu(), local, ranks, skip_rank=skip, parts=parts)
+        words = (2**31 - 1, 5) if parts > 1 else ()
+        hits = count_rows(index.cpu(), local, ranks, skip_rank=skip, parts=parts, words=words)
         rows = tuple(hits.counts_2PC[0, :, 0].tolist())
         expected = place_rows(hits, rows)
         finite = torch.rand(tokens, top_k, device=DEVICE).bfloat16()
-        counts, token_row, own = sort_kernels.source_plan(index, finite, local, ranks, skip, parts)
+        counts, token_row, own = sort_kernels.source_plan(
+            index, finite, local, ranks, skip, parts, hits.counts_2PC.shape[2], words
+        )
         assert torch.equal(counts[0].cpu(), hits.counts_2PC[0])
         total, most = sum(rows), sort_kernels.most_rows(tokens, top_k, ranks)
         assert torch.equal(torch.where(token_row == most, total, token_row).cpu().long(), expected.token_row_TP)
@@ -87,15 +90,15 @@ def test_what_cannot_be_routed_is_told_with_the_counts(value: float) -> None:
     index = routing(tokens, 2, 8)
     weights = torch.rand(tokens, 2, device=DEVICE)
     weights[tokens - 3, 1] = value
-    counts = sort_kernels.source_plan(index, weights, 2, 4, 1, 2)[0]
+    counts = sort_kernels.source_plan(index, weights, 2, 4, 1, 2, 3)[0]
     assert counts[0, :, 0].tolist() == [-1] * 4
     for expert in (-1, 8):  # of 4 ranks with 2 experts each
         wrong = index.clone()
         wrong[tokens // 2, 0] = expert
-        assert sort_kernels.source_plan(wrong, weights, 2, 4, 1, 2)[0][0, :, 0].tolist() == [-2] * 4
+        assert sort_kernels.source_plan(wrong, weights, 2, 4, 1, 2, 3)[0][0, :, 0].tolist() == [-2] * 4
     weights[tokens - 3, 1] = 3e38  # the sum of such would be infinite, they are not
     weights[0, 0] = 3e38
-    assert int(sort_kernels.source_plan(index, weights, 2, 4, 1, 2)[0][0, :, 0].min()) >= 0
+    assert int(sort_kernels.source_plan(index, weights, 2, 4, 1, 2, 3)[0][0, :, 0].min()) >= 0
 
 
 @pytest.mark.parametrize("sizes", [[5], [0, 7], [300, 0, 41, 2000]])

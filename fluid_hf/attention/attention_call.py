@@ -115,6 +115,7 @@ class AttentionCall:
         rights = [right.mT for right in self.plan.by_rank(projections.weights)]  # [S, H, C] each
         sums: list[torch.Tensor | None] = [*self.plan.by_rank(biases)] if biases else [None] * len(rights)
         self._own_results = [None] * len(rights)
+        self._at("forward heads")
         self._post_products(x_MH, rights, sums, range(len(rights)), "post heads")
 
     @ranged("forward attention")
@@ -136,6 +137,7 @@ class AttentionCall:
             parts = by_rank.unbind(0)
             self._own_results[index], by_rank = parts[self.own], parts[self.peer]
         received = torch.empty_like(by_rank)
+        self._at("forward results", index)
         self._handles[index], self._received[index] = self._exchange(by_rank, received), received
         self.context.event(f"post results {index}")
 
@@ -180,6 +182,7 @@ class AttentionCall:
         rights = list(by_rank.unbind(0))  # [S, H, E] each
         self._returns, self._own_returns = [None] * self.num_chunks, [None] * self.num_chunks
         order = range(self.num_chunks - 1, -1, -1)
+        self._at("backward result gradients")
         self._post_products(grad_MH, rights, [None] * len(rights), order, "post result grads")
 
     @ranged("backward attention")
@@ -202,6 +205,7 @@ class AttentionCall:
     def post_return(self, index: int, grad_SMC: torch.Tensor) -> None:
         """Send the gradients of a chunk's query, key and value heads back to the ranks that projected them."""
         received = torch.empty_like(grad_SMC)
+        self._at("backward head gradients", index)
         if self.peer is None:
             self._handles[index] = self._exchange(grad_SMC, received)
         else:
@@ -289,6 +293,9 @@ class AttentionCall:
             self.context.event(f"{event} {index}")
         for compute in own:
             compute()
+
+    def _at(self, step: str, index: int = 0) -> None:
+        self.context.exchange.at(self.context.name, step, index)
 
     def _exchange(self, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
         """Post an all-to-all: of [S, ...], or with one peer only."""

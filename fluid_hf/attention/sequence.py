@@ -153,8 +153,7 @@ def _check_equal_batches(ids: torch.Tensor, exchange: PeerExchange) -> None:
     if exchange.size == 1:
         return
     own = torch.tensor([*ids.shape, int(checksum)], device=_wire_device(ids, exchange))
-    values = [torch.empty_like(own) for _ in range(exchange.size)]
-    dist.all_gather(values, own, group=exchange.group)
+    values = exchange.all_gather(own, "shard_batch")
     shapes = [tuple(value.tolist()) for value in values]  # host synchronisation: compared here
     for rank, value in enumerate(shapes):
         if value != shapes[0]:
@@ -173,9 +172,7 @@ def _wire_device(tensor: torch.Tensor, exchange: PeerExchange) -> torch.device:
 
 def gather_sequence(local_BL: torch.Tensor, exchange: PeerExchange) -> torch.Tensor:
     """Pieces [B, L] of all ranks, one after the other: [B, T]. Collective over the group."""
-    pieces = [torch.empty_like(local_BL, memory_format=torch.contiguous_format) for _ in range(exchange.size)]
-    dist.all_gather(pieces, local_BL.contiguous(), group=exchange.group)
-    return torch.cat(pieces, dim=1)
+    return torch.cat(exchange.all_gather(local_BL, "gathering the pieces of sequences"), dim=1)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -185,8 +182,7 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, value: torch.Tensor, exchange: PeerExchange) -> torch.Tensor:
         ctx.size = exchange.size
         total = value.detach().clone()
-        if exchange.group is not None:
-            dist.all_reduce(total, group=exchange.group)
+        exchange.all_reduce(total, "the loss of whole sequences")
         return total
 
     @staticmethod
@@ -217,7 +213,6 @@ def sequence_parallel_loss(
     total = _SumOverRanks.apply(own, exchange)  # type: ignore[no-untyped-call]
     if num_items_in_batch is None:
         count = (labels != IGNORED_LABEL).sum()
-        if exchange.group is not None:
-            dist.all_reduce(count, group=exchange.group)
+        exchange.all_reduce(count, "the number of labels of whole sequences")
         num_items_in_batch = count.clamp(min=1)
     return total / num_items_in_batch  # type: ignore[no-any-return]

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fluid_hf.comm.call_form import NUM_WORDS, check_forms
 from fluid_hf.comm.faults import peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
+from fluid_hf.comm.reduce import all_gather_in_time, all_reduce_in_time
 from fluid_hf.comm.side_stream import SideStream
 from fluid_hf.errors import PeerError
 from fluid_hf.overlap.sampler import OverlapSampler
@@ -114,7 +116,10 @@ class PeerExchange:
         recvs = [(peer, tensor) for peer, tensor in recvs if tensor.numel()]
         num_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
         with self._posting(num_bytes):
-            works = self._start(sends, recvs)
+            try:
+                works = self._start(sends, recvs)
+            except RuntimeError as error:
+                raise self._posting_error(error) from error
         messages = (*sends, *recvs)
         return self._track(works, [tensor for _, tensor in messages], [peer for peer, _ in messages])
 
@@ -138,8 +143,20 @@ class PeerExchange:
         with self._posting(row_bytes * (sum(input_splits) - input_splits[self.rank])):
             assert self.group is not None
             # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
-            work = self.group.alltoall_base(output, input, output_splits, input_splits, self._all_to_all_options)
+            try:
+                work = self.group.alltoall_base(output, input, output_splits, input_splits, self._all_to_all_options)
+            except RuntimeError as error:
+                raise self._posting_error(error) from error
         return self._track([work], [output, input])
+
+    def all_gather(self, tensor: torch.Tensor, place: str) -> list[torch.Tensor]:
+        """The tensors of all ranks of the group, of equal shapes; `place` says what for, in errors."""
+        return all_gather_in_time(tensor, self.group, self.timeout_seconds, place) if self.size > 1 else [tensor]
+
+    def all_reduce(self, tensor: torch.Tensor, place: str) -> None:
+        """Sum a tensor in place over the group; `place` says what for, in errors."""
+        if self.size > 1:
+            all_reduce_in_time(tensor, self.group, self.timeout_seconds, place)
 
     def drain(self) -> None:
         """Wait for communication that nobody waited for (a recomputation that stopped early leaves some behind)."""
@@ -151,6 +168,11 @@ class PeerExchange:
         self.num_posted += 1
         self.bytes_sent += num_bytes
         return span("post", self.name, self.num_posted, num_bytes)
+
+    def _posting_error(self, error: RuntimeError) -> RuntimeError:
+        """What to raise when nothing could be posted: a peer that is gone closes its connections."""
+        gone = self.host_waits or isinstance(error, dist.DistBackendError)
+        return self.fault(error) if gone else error
 
     def fault(self, cause: object, peers: Sequence[int] = (), place: tuple[str, str, int] | None = None) -> PeerError:
         """The error for an exchange that did not end: names peers (group ranks; all if not known), layer and round."""
@@ -173,11 +195,15 @@ class PeerExchange:
         Raises:
             PeerError: they did not arrive.
             RoutingError: see `fluid_hf.comm.faults.raise_flagged`.
+            RankMismatchError: see `fluid_hf.comm.call_form.check_forms`.
         """
         try:
             counts: list[list[list[int]]] = reading(self.timeout_seconds)
         except TimeoutError as error:
             raise self.fault(error) from error
+        words = [row[-NUM_WORDS:] for row in counts[1]]
+        words[self.rank] = counts[0][self.rank][-NUM_WORDS:]  # need not have travelled
+        check_forms(words, self.ranks, layer)
         raise_flagged(counts, self.rank, self.ranks, layer)
         return counts
 

@@ -1,15 +1,16 @@
-"""Sums over ranks that end in bounded time."""
+"""Collectives that end in bounded time."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from fluid_hf.comm.faults import peer_error
 
-__all__ = ["all_reduce_in_time"]
+__all__ = ["all_gather_in_time", "all_reduce_in_time"]
 
 
 def all_reduce_in_time(
@@ -29,9 +30,26 @@ def all_reduce_in_time(
     Raises:
         PeerError: a rank did not take part in time; names it and the place.
     """
+    _in_time(lambda: dist.all_reduce(tensor, group=group, async_op=True), group, timeout_seconds, place)
+
+
+def all_gather_in_time(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, timeout_seconds: float, place: str
+) -> list[torch.Tensor]:
+    """The tensors of all ranks, of equal shapes, in rank order; see `all_reduce_in_time`."""
+    own = tensor.contiguous()
+    values = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    _in_time(lambda: dist.all_gather(values, own, group=group, async_op=True), group, timeout_seconds, place)
+    return values
+
+
+def _in_time(
+    start: Callable[[], dist.Work | None], group: dist.ProcessGroup | None, timeout_seconds: float, place: str
+) -> None:
     group = dist.group.WORLD if group is None else group
     try:
-        work = dist.all_reduce(tensor, group=group, async_op=True)
+        work = start()
+        assert work is not None
         if dist.get_backend(group) == "gloo":
             work.wait(datetime.timedelta(seconds=timeout_seconds))
         else:

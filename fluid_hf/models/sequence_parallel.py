@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -26,6 +25,7 @@ from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
+from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
 from fluid_hf.models.attention import PROJECTIONS, AttentionSite
@@ -110,6 +110,7 @@ class LayerAttention:
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return self.call_core(module, sequence, q, k, v, kwargs)
 
+        self.exchange.at(f"attention {getattr(module, 'layer_idx', '')}".strip(), "exchange of heads")
         return ulysses_attention(q, k, v, core, self.layout, self.exchange), None
 
     def call_core(
@@ -292,7 +293,7 @@ class SequenceParallel:
         _check_inputs(given, self.exchange.size)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         positions, mask = given["position_ids"], given.get("attention_mask")
-        self._check_shapes(tokens, positions, mask)
+        self._check_calls(tokens, positions, mask)
         positions = self.gather(positions, self.exchange)
         mask = self.gather(mask, self.exchange) if mask is not None else None
         embeds = self._stand_in(tokens, positions)
@@ -308,11 +309,14 @@ class SequenceParallel:
         given["attention_mask"] = tokens.new_empty((1, 1, 1, 1), dtype=torch.bool)
         return (), {**given, KEYWORD: sequence}
 
-    def _check_shapes(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any) -> None:
+    def _check_calls(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any) -> None:
+        dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
         own = [*tokens.shape[:2], positions.shape[0], 0 if mask is None else mask.shape[0]]
-        values = [torch.empty(4, dtype=torch.int64, device=tokens.device) for _ in range(self.exchange.size)]
-        dist.all_gather(values, torch.tensor(own, device=tokens.device), group=self.exchange.group)
-        shapes = torch.stack(values).tolist()  # host synchronisation, once per forward pass
+        own += CallForm(dtype or self._dtype(), 0, 0, 0, 0).words
+        values = self.exchange.all_gather(torch.tensor(own, device=tokens.device), "the forward pass of sequences")
+        calls = torch.stack(values).tolist()  # host synchronisation, once per forward pass
+        check_forms([call[4:] for call in calls], self.exchange.ranks, "attention")
+        shapes = [call[:4] for call in calls]
         for rank, shape in enumerate(shapes):
             if shape != shapes[0]:
                 raise RankMismatchError(
@@ -323,11 +327,14 @@ class SequenceParallel:
 
     def _stand_in(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """For the embeddings of the whole sequences, where only their sizes, type and device are read."""
-        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = self._dtype()
         if torch.is_autocast_enabled(tokens.device.type):
             dtype = torch.get_autocast_dtype(tokens.device.type)
         one = torch.empty((), dtype=dtype, device=tokens.device)
         return one.expand(tokens.shape[0], positions.shape[1], 1)
+
+    def _dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
 
     @torch.no_grad()
     def _masks(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:

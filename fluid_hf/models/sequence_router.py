@@ -11,7 +11,6 @@ import inspect
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fluid_hf.attention.sequence import TOKENS, gather_sequence
@@ -31,7 +30,7 @@ class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.exchange.group)
+        ctx.exchange.all_reduce(total, "the gradient of the balancing loss of whole sequences")
         start = ctx.exchange.rank * ctx.length
         return total[:, start : start + ctx.length].contiguous(), None
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
+from fluid_hf.comm.call_form import CallForm
 from fluid_hf.comm.faults import GOOD, input_status, routing_error
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
-from fluid_hf.kernels import use_kernels
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
 from fluid_hf.moe.experts import Piece
 from fluid_hf.moe.own_tokens import OwnTokens
-from fluid_hf.moe.permutation import make_pair_plan, reduce_rows, spread_rows
+from fluid_hf.moe.permutation import gather_weight_grads, make_pair_plan, reduce_rows, spread_rows
 from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
 from fluid_hf.moe.statistics import LayerStats
@@ -107,6 +107,8 @@ class LayerCall:
         self.out_dtype = hidden_TH.dtype
         self.device = hidden_TH.device
         self.needs_input_grad = hidden_TH.requires_grad or weights_TK.requires_grad
+        gradient = 1 + self.needs_input_grad if torch.is_grad_enabled() else 0
+        self._form = CallForm(dtype, self.format.top_k, self.format.hidden, context.waves, gradient)
         self.route: RowRoute | None = None
         self.num_own_pairs = 0
         self._handles: list[ExchangeHandle] = []
@@ -174,7 +176,7 @@ class LayerCall:
         serial = not context.overlap
         parts = route_parts(exchange.size, context.waves, serial)
         skip = None if serial else exchange.rank
-        ways = {"skip_rank": skip, "parts": parts, "weights_TK": weights_TK}
+        ways = {"skip_rank": skip, "parts": parts, "weights_TK": weights_TK, "words": self._form.words}
         hits = count_rows(index_TK, context.num_local_experts, exchange.size, **ways)  # type: ignore[arg-type]
         if status != GOOD:
             hits.counts_2PC[0, :, 0] = -status
@@ -353,16 +355,10 @@ class LayerCall:
             assert own is not None and own_weights is not None
             return own.to(self.out_dtype), own_weights
         grad_TH = reduce_rows(own, self.format.hidden_of(rows), token_row_TP, self.out_dtype)
-        if use_kernels(rows):
-            from fluid_hf.moe import wire_kernels
-
-            returned, local = self.format.weight_gradients_of(rows), self.context.num_local_experts
-            inputs = (own_weights, returned, token_row_TP, index_TK.contiguous(), local, self.context.exchange.rank)
-            return grad_TH, wire_kernels.gather_weight_grads(*inputs)
-        row_TK = token_row_TP.gather(1, index_TK // self.context.num_local_experts)
-        weight_rows = torch.nn.functional.pad(self.format.weight_gradients_of(rows), (0, 0, 0, 1))
-        grad_TK = weight_rows.gather(0, row_TK)
-        return grad_TH, grad_TK if own_weights is None else grad_TK + own_weights
+        returned, local = self.format.weight_gradients_of(rows), self.context.num_local_experts
+        return grad_TH, gather_weight_grads(
+            own_weights, returned, token_row_TP, index_TK, local, self.context.exchange.rank
+        )
 
     # -- shared ---------------------------------------------------------------------------------------------------
     def _post_out(self, sent: torch.Tensor, received: torch.Tensor, what: str) -> None:

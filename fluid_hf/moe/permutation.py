@@ -22,6 +22,7 @@ __all__ = [
     "PairPlan",
     "expand_rows",
     "gather_rows",
+    "gather_weight_grads",
     "make_pair_plan",
     "reduce_pairs",
     "reduce_rows",
@@ -154,3 +155,26 @@ def reduce_rows(
         picked = rows_RH.index_select(0, index_T.clamp(max=num_rows - 1)).to(total.dtype)
         total += torch.where((index_T < num_rows)[:, None], picked, 0.0)
     return total.to(dtype)
+
+
+def gather_weight_grads(
+    own_TK: torch.Tensor | None,
+    returned_RK: torch.Tensor,
+    token_row_TP: torch.Tensor,
+    index_TK: torch.Tensor,
+    num_local_experts: int,
+    own_rank: int,
+) -> torch.Tensor:
+    """Gradients of the routing weights [T, K], from the own tokens and from the row that each expert's rank returned.
+
+    Args:
+        own_TK: those of the own tokens, zero for other ranks' experts; `None` if they travelled like all others.
+    """
+    if use_kernels(returned_RK):
+        from fluid_hf.moe import wire_kernels
+
+        inputs = (own_TK, returned_RK, token_row_TP, index_TK.contiguous(), num_local_experts, own_rank)
+        return wire_kernels.gather_weight_grads(*inputs)
+    row_TK = token_row_TP.gather(1, index_TK // num_local_experts)
+    grad_TK = torch.nn.functional.pad(returned_RK, (0, 0, 0, 1)).gather(0, row_TK)
+    return grad_TK if own_TK is None else grad_TK + own_TK

@@ -17,6 +17,8 @@ from fluid_hf.moe.permutation import PairPlan
 
 __all__ = ["HitMap", "SourcePlan", "count_rows", "local_expert_ids", "place_rows"]
 
+ROOM = 8  # parts up to which counts with words are equally long, also those of ranks that cut otherwise
+
 
 @dataclass(frozen=True)
 class HitMap:
@@ -26,8 +28,8 @@ class HitMap:
         position_TP: position of the token's row among the rows for that destination, int64; -1 where there is none.
             From the kernels: `SourcePlan.token_row_TP`.
         counts_2PC: two tables, int32. The first has per destination: rows, then (row, expert) pairs of each part
-            [P, 1 + parts]; the skipped rank has no rows, and all its pairs in the first part. The second is not
-            initialised: the other ranks' counts go there.
+            [P, 1 + parts or more]; the skipped rank has no rows, and all its pairs in the first part. Words that are to
+            travel along come last. The second is not initialised: the other ranks' counts go there.
         own_pairs: from the kernels, the pair plan of the skipped rank's pairs, as `make_pair_plan` returns it with
             T * K places; `None` otherwise.
         from_kernels: whether the kernels made it.
@@ -70,6 +72,7 @@ def count_rows(
     skip_rank: int | None,
     parts: int,
     weights_TK: torch.Tensor | None = None,
+    words: tuple[int, ...] = (),
 ) -> HitMap:
     """Find which (token, destination) rows exist and count rows and pairs, without waiting for the device.
 
@@ -79,13 +82,16 @@ def count_rows(
         parts: number of parts each destination's rows are cut into.
         weights_TK: routing weights. The kernels put a status in place of the numbers of rows if one is not finite or
             an expert id is out of range.
+        words: integers that every destination gets after its counts (`fluid_hf.comm.call_form`).
     """
+    columns = 1 + max(parts, ROOM) + len(words) if words else 1 + parts
     if use_kernels(top_k_index_TK):
         from fluid_hf.moe import sort_kernels
 
         index = top_k_index_TK.contiguous()
         weights = weights_TK.contiguous() if weights_TK is not None else index
-        counts, token_row, own = sort_kernels.source_plan(index, weights, num_local_experts, ep_size, skip_rank, parts)
+        ways = (num_local_experts, ep_size, skip_rank, parts, columns, words)
+        counts, token_row, own = sort_kernels.source_plan(index, weights, *ways)
         return HitMap(token_row, counts, PairPlan(*own) if own is not None else None, True)
     tokens = top_k_index_TK.shape[0]
     rank_TK = top_k_index_TK // num_local_experts
@@ -101,8 +107,12 @@ def count_rows(
     slot_TK = rank_TK * parts + part_TP.gather(1, rank_TK)
     pairs = torch.zeros(ep_size * parts, dtype=torch.int64, device=hit_TP.device)
     pairs.scatter_add_(0, slot_TK.reshape(-1), torch.ones_like(slot_TK.reshape(-1)))
-    counts_PC = torch.cat([rows_P[:, None], pairs.view(ep_size, parts)], dim=1).to(torch.int32)
-    return HitMap(position_TP, torch.stack([counts_PC, torch.empty_like(counts_PC)]))
+    counts_2PC = torch.zeros(2, ep_size, columns, dtype=torch.int32, device=hit_TP.device)
+    counts_2PC[0, :, 0] = rows_P
+    counts_2PC[0, :, 1 : 1 + parts] = pairs.view(ep_size, parts)
+    if words:
+        counts_2PC[0, :, -len(words) :] = torch.tensor(words, dtype=torch.int32)
+    return HitMap(position_TP, counts_2PC)
 
 
 def place_rows(hits: HitMap, rows: tuple[int, ...]) -> SourcePlan:

@@ -54,15 +54,19 @@ def source_plan(
     ranks: int,
     skip_rank: int | None,
     parts: int,
+    columns: int,
+    words: tuple[int, ...] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None]:
     """Counts and places of the rows to send, without waiting for the device.
 
     Args:
         index_TK, weights_TK: contiguous int64 expert ids, and routing weights.
         skip_rank: destination whose pairs stay here and are sorted too, or `None`.
+        columns: of the counts, 1 + parts or more.
+        words: none or two integers for the last columns.
 
     Returns:
-        counts [2, P, 1 + parts] as `HitMap` has them, with -1 for every number of rows if a weight is not finite, -2 if
+        counts [2, P, columns] as `HitMap` has them, with -1 for every number of rows if a weight is not finite, -2 if
         an expert id is out of range (`fluid_hf.comm.faults`);
         token_row [T, P] (the most rows there can be, `most_rows`, where there is none); the pair plan of the skipped
         rank's pairs, with T * K places. All int32.
@@ -78,16 +82,17 @@ def source_plan(
     *own, token_row, row_counts, pair_counts, flags = _new_int32(device, *sizes)
     own.append(_new_int32(device, num_local_experts)[0])  # kept for the statistics, long after the others
     # Of its own: it is handed to the process group.
-    counts = torch.empty(2, ranks, 1 + parts, dtype=torch.int32, device=device)
+    counts = torch.empty(2, ranks, columns, dtype=torch.int32, device=device)
     if tokens == 0:
         own[3].zero_()
         counts.zero_()
+        for column, word in enumerate(words, columns - len(words)):
+            counts[0, :, column].fill_(word)
     else:
-        constants = (top_k, num_local_experts, ranks, skip, parts, per_block, slots, padded, keys)
+        constants = (top_k, num_local_experts, ranks, skip, parts, columns, per_block, slots, padded, keys)
         integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
-        _count_source(
-            (blocks, 1, 1), (index_TK, weights_TK, row_counts, pair_counts, flags, counts), (tokens,), constants
-        )
+        pointers = (index_TK, weights_TK, row_counts, pair_counts, flags, counts)
+        _count_source((blocks, 1, 1), pointers, (tokens, *(words or (0, 0))), constants)
         pointers = (index_TK, row_counts, pair_counts, flags, counts, token_row, *own)
         tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
         _place_source((blocks, 1, 1), pointers, integers, (*constants, min(chunk, slots), *tiles))
@@ -230,7 +235,7 @@ def _hits(index, token, num_tokens, num_local, skip, TOP_K: tl.constexpr, PADDED
     return found, sent
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "word", "last_word"])
 def _count_source_kernel(
     index,
     weights,
@@ -239,11 +244,14 @@ def _count_source_kernel(
     flags,
     counts,
     num_tokens,
+    word,
+    last_word,
     TOP_K: tl.constexpr,
     num_local: tl.constexpr,
     num_ranks: tl.constexpr,
     skip: tl.constexpr,
     PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -254,8 +262,11 @@ def _count_source_kernel(
     rank = tl.arange(0, PADDED)
     _, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
     tl.store(row_counts + block * PADDED + rank, tl.sum(sent, 0))
-    for part in tl.static_range(1 + PARTS):  # placement adds to them
-        tl.store(counts + rank * (1 + PARTS) + part, tl.zeros_like(rank), mask=(rank < num_ranks) & (block == 0))
+    for column in tl.static_range(COLUMNS):  # placement adds to those of the parts
+        value = tl.zeros_like(rank)
+        if column > PARTS and column >= COLUMNS - 2:
+            value += word if column == COLUMNS - 2 else last_word
+        tl.store(counts + rank * COLUMNS + column, value, mask=(rank < num_ranks) & (block == 0))
     slot = block * BLOCK * TOP_K + tl.arange(0, SLOTS)
     limit = tl.minimum((block + 1) * BLOCK, num_tokens) * TOP_K
     weight = tl.load(weights + slot, mask=slot < limit, other=0.0).to(tl.float32)
@@ -285,6 +296,7 @@ def _place_rows(
     num_ranks: tl.constexpr,
     skip: tl.constexpr,
     PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     TILE: tl.constexpr,
@@ -306,14 +318,14 @@ def _place_rows(
     part = tl.where(is_sent, part, 0)
     for wanted in tl.static_range(PARTS):
         pairs = tl.sum(tl.where(part == wanted, counted, 0), 0)
-        tl.atomic_add(counts + rank * (1 + PARTS) + 1 + wanted, pairs, mask=known & (pairs > 0))
+        tl.atomic_add(counts + rank * COLUMNS + 1 + wanted, pairs, mask=known & (pairs > 0))
     if block == 0:
         flagged = tl.zeros([64], dtype=tl.int32)
         for start_block in range(0, num_blocks, 64):
             other = start_block + tl.arange(0, 64)
             flagged = tl.maximum(flagged, tl.load(flags + other, mask=other < num_blocks, other=0))
         status = tl.max(flagged, 0)
-        tl.store(counts + rank * (1 + PARTS), tl.where(status > 0, -status, rows), mask=known)
+        tl.store(counts + rank * COLUMNS, tl.where(status > 0, -status, rows), mask=known)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "absent"])
@@ -336,6 +348,7 @@ def _place_source_kernel(
     num_ranks: tl.constexpr,
     skip: tl.constexpr,
     PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -349,7 +362,7 @@ def _place_source_kernel(
     found, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
     _place_rows(
         found, sent, token, block, row_counts, flags, counts, token_row, num_tokens, num_blocks, absent,
-        num_ranks, skip, PARTS, BLOCK, PADDED, ROW_TILE,
+        num_ranks, skip, PARTS, COLUMNS, BLOCK, PADDED, ROW_TILE,
     )  # fmt: skip
     if skip >= 0:
         running, _, last = _starts(pair_counts, block, num_blocks, PAIR_TILE, KEYS)
