@@ -13,6 +13,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -36,6 +37,7 @@ LAUNCH_ENV = {
     "DS_ACCELERATOR": "cpu",
     "MASTER_ADDR": "127.0.0.1",
     "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
 }
 # Imported once per session. Not fluid_hf: ranks import the code under test themselves.
 PRELOAD = (
@@ -47,7 +49,9 @@ PRELOAD = (
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 )
 END = ("", "", (), {})  # instead of a call: no more will come
-GRACE = 15.0  # seconds the other ranks get once one has raised: they may hang waiting for it
+HANG = 600.0  # seconds; far more than anything here takes on a slow machine, so it ends only what hangs
+GRACE = 60.0  # seconds the other ranks get once one has raised: they may hang waiting for it
+PORTS = range(12_000, 30_000)  # below those that the system gives to whoever asks for any, ranks of another pool too
 
 
 @dataclasses.dataclass
@@ -68,10 +72,12 @@ class RankError(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port nobody listens on, another one each time."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port in {PORTS}")
 
 
 class RankPool:
@@ -87,7 +93,7 @@ class RankPool:
         self._group = group
         self._start()
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = HANG, **kwargs: Any) -> list[Any]:
         """`function(rank, world_size, *args, **kwargs)` on every rank; the results in rank order.
 
         Raises:
@@ -111,7 +117,7 @@ class RankPool:
         return [results[rank] for rank in range(self.world_size)]
 
     def expect(
-        self, error: str, function: Callable[..., Any], *args: Any, timeout: float = 30, **kwargs: Any
+        self, error: str, function: Callable[..., Any], *args: Any, timeout: float = HANG, **kwargs: Any
     ) -> list[str]:
         """Check that every rank raises an error of the named type in time; their messages in rank order."""
         with pytest.raises(RankError) as caught:
@@ -209,7 +215,7 @@ def fresh_ranks(world_size: int, *, group: bool = True) -> Iterator[RankPool]:
         ranks.close()
 
 
-def run_script(script: str | Path, *args: str, nproc: int = 2, timeout: float = 240) -> str:
+def run_script(script: str | Path, *args: str, nproc: int = 2, timeout: float = HANG) -> str:
     """What a script, or a module by its name, prints in new ranks, started without a launcher; rank after rank."""
     with fresh_ranks(nproc, group=False) as ranks:
         return "".join(ranks.run(_run_script, str(script), list(args), timeout=timeout))
@@ -247,7 +253,7 @@ def launch(
     *args: str,
     nproc: int = 2,
     launcher: str = "deepspeed",
-    timeout: float = 240,
+    timeout: float = HANG,
     cwd: Path | None = None,
     capture: bool = True,
 ) -> subprocess.CompletedProcess[str]:

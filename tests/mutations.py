@@ -293,7 +293,9 @@ def try_all(chosen: list[Mutation], known: dict[str, Any], path: Path | None) ->
     outcomes = dict(known)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve() / "copy"
-        shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git*", "__pycache__", ".venv"))
+        shutil.copytree(
+            ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git*", "__pycache__", ".*_cache", ".venv")
+        )
         sound: set[str] = set()
         for mutation in chosen:
             outcome = known.get(key(mutation))

@@ -154,9 +154,13 @@ def test_checkpoint(pool2: RankPool, folder: str, tmp_path: Path) -> None:
 RECENT = Version(transformers.__version__) >= Version("5.23")
 
 
-def test_every_folder_with_experts_is_listed() -> None:
+@pytest.fixture(scope="module")
+def listed() -> dict[str, fluid_hf.SupportedModel]:
+    return {model.family: model for model in fluid_hf.supported_models()}
+
+
+def test_every_folder_with_experts_is_listed(listed: dict[str, fluid_hf.SupportedModel]) -> None:
     """A new family must be served, which `test_family` shows, or be listed with a reason."""
-    listed = {model.family: model for model in fluid_hf.supported_models()}
     assert [family for family, model in listed.items() if model.served] == FOLDERS
     assert all(model.served or len(model.reason) > 20 for model in listed.values())
     text = {path.parent.name: path.read_text("utf-8") for path in moe_families.MODELS.glob("*/modeling_*.py")}
@@ -173,14 +177,13 @@ def test_page_of_models_is_up_to_date() -> None:
 
 @pytest.mark.skipif(not RECENT, reason="the list is of transformers 5.23")
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_sequence_parallel_is_as_listed(folder: str) -> None:
-    listed = {model.family: model.sequence_parallel for model in fluid_hf.supported_models()}
+def test_sequence_parallel_is_as_listed(listed: dict[str, fluid_hf.SupportedModel], folder: str) -> None:
     try:
         find_attention(moe_families.tiny_model(folder), 2)
     except fluid_hf.UnsupportedModelError:
-        assert not listed[folder]
+        assert not listed[folder].sequence_parallel
     else:
-        assert listed[folder]
+        assert listed[folder].sequence_parallel
 
 
 def check_all(rank: int, world: int, folders: list[str]) -> dict[str, Any]:
@@ -196,10 +199,9 @@ def check_all(rank: int, world: int, folders: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(pool2: RankPool) -> list[dict[str, Any]]:
-    return pool2.run(check_all, FOLDERS, timeout=600)
+    return pool2.run(check_all, FOLDERS)
 
 
-@pytest.mark.timeout(700)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_family(results: list[dict[str, Any]], folder: str) -> None:
     for rank, result in enumerate(results):

@@ -106,7 +106,7 @@ def test_doctor_parity_compares_with_one_process(tmp_path: Path) -> None:
     """One cell, all its settings given, in a process of its own."""
     out = tmp_path / "parity.json"
     fixed = [f"{name}={FACTORS[name][0]}" for name in FACTORS]
-    command = [sys.executable, "-m", "fluid_hf.cli", "doctor", "--parity", "--quick", "--seconds", "60"]
+    command = [sys.executable, "-m", "fluid_hf.cli", "doctor", "--parity", "--quick", "--seconds", "600"]
     command += ["--json", str(out), "--fixed", *fixed]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **LAUNCH_ENV})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import distributed
+import psutil
 import pytest
 import torch.distributed as dist
 from distributed import RankError, RankPool, launch, rank_pool
@@ -67,15 +68,16 @@ def test_dead_rank_is_reported_and_replaced(pool2: RankPool) -> None:
 
 
 def test_hang_is_ended_at_the_timeout(pool2: RankPool) -> None:
-    with pytest.raises(TimeoutError, match=r"run_hang: ranks \[1\] did not finish within 1 s"):
-        pool2.run(run_hang, timeout=1)
+    pool2.run(run_echo, 1)  # the ranks have started
+    with pytest.raises(TimeoutError, match=r"run_hang: ranks \[1\] did not finish within 2 s"):
+        pool2.run(run_hang, timeout=2)
     assert pool2.run(run_echo, 1) == [(0, 2, 1), (1, 2, 1)]
 
 
 def test_launched_ranks_are_killed_at_the_timeout(tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text("import time; time.sleep(600)\n")
-    start = time.monotonic()
     with pytest.raises(AssertionError, match="did not end within 6 s"):
         launch(script, launcher="torchrun", timeout=6)
-    assert time.monotonic() - start < 60
+    running = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not any(str(script) in command for command in running)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import faults
 import pytest
@@ -15,25 +16,30 @@ from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
 
+LIMIT = f"{faults.TIMEOUT:g} s"
+TRIED = {
+    "NaN in router logits": ("RoutingError", ["rank 1", "model.layers.1.mlp.experts", "NaN"]),
+    "raises in backward": ("PeerError", ["rank 1", "backward", "round 0", "model.layers.0.mlp.experts", LIMIT]),
+    "killed between counts and rows": ("PeerError", ["rank 1", "forward", "round 0", "model.layers.1.mlp.experts"]),
+    "top-k index out of range, ep_size 1": ("PeerError", ["rank 1", "gradient of model.embed_tokens.weight", LIMIT]),
+    "saves on one rank only": ("PeerError", ["rank 1", LIMIT]),
+}
 
-@pytest.mark.parametrize(
-    ("fault", "error", "words"),
-    [
-        ("NaN in router logits", "RoutingError", ["rank 1", "model.layers.1.mlp.experts", "NaN"]),
-        ("raises in backward", "PeerError", ["rank 1", "backward", "round 0", "model.layers.0.mlp.experts", "4 s"]),
-        ("killed between counts and rows", "PeerError", ["rank 1", "forward", "round 0", "model.layers.1.mlp.experts"]),
-        (
-            "top-k index out of range, ep_size 1",
-            "PeerError",
-            ["rank 1", "gradient of model.embed_tokens.weight", "4 s"],
-        ),
-        ("saves on one rank only", "PeerError", ["rank 1", "4 s"]),
-    ],
-)
-def test_fault_on_one_of_two_ranks(fault: str, error: str, words: list[str]) -> None:
-    failures, _ = faults.try_fault(fault, 2)
-    assert failures[0].kind == error, failures[0].text
-    assert all(word in failures[0].message for word in words), failures[0].message
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, dict[int, Failure]]:
+    """What the ranks raised, by fault; most of the time they wait, so several are tried at once."""
+    with ThreadPoolExecutor(3) as tries:
+        found = tries.map(faults.try_fault, TRIED, repeat(2))
+        return {name: raised for name, (raised, _) in zip(TRIED, found, strict=True)}
+
+
+@pytest.mark.parametrize("fault", TRIED)
+def test_fault_on_one_of_two_ranks(failures: dict[str, dict[int, Failure]], fault: str) -> None:
+    error, words = TRIED[fault]
+    found = failures[fault][0]
+    assert found.kind == error, found.text
+    assert all(word in found.message for word in words), found.message
 
 
 pool2 = rank_pool(2)
@@ -128,10 +134,8 @@ def test_reading_from_the_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     reader._pinned, reader._done = torch.zeros_like(tensor), NeverDone()  # type: ignore[assignment]
     monkeypatch.setattr(NeverDone, "record", lambda self: None, raising=False)
     read = reader.start(tensor.as_subclass(OnDevice), Arrived(), contextlib.nullcontext())
-    start = time.monotonic()
     with pytest.raises(TimeoutError, match="within 0 s"):
         read(0.2)
-    assert time.monotonic() - start < 5
     monkeypatch.setattr(NeverDone, "query", lambda self: True)
     assert read(0.2) == [[0, 0], [0, 0]]
 

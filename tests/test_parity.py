@@ -22,7 +22,7 @@ SCRIPT = ROOT / "tests" / "parity.py"
 
 def run_matrix(folder: Path, world: int, *options: str) -> list[CellResult]:
     path = folder / "cells.json"
-    run_script(SCRIPT, *options, "--json", str(path), nproc=world, timeout=280)
+    run_script(SCRIPT, *options, "--json", str(path), nproc=world)
     return parity.read_results(path)
 
 

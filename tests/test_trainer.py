@@ -18,14 +18,12 @@ from transformers import AutoModelForCausalLM
 TOLERANCE = 1e-4
 
 
-def train(
-    runs: list[dict[str, Any]], folder: Path, nproc: int = 2, timeout: float = 280
-) -> dict[str, list[dict[str, Any]]]:
+def train(runs: list[dict[str, Any]], folder: Path, nproc: int = 2) -> dict[str, list[dict[str, Any]]]:
     """Results of each run by name, one per rank, in rank order; in new processes."""
     runs = [{"output": str(folder / run["name"]), **run} for run in runs]
     with fresh_ranks(nproc) as ranks:
         try:
-            ranks.run(trainer_script.run_all, runs, str(folder), timeout=timeout)
+            ranks.run(trainer_script.run_all, runs, str(folder))
         except RankError:
             if not any("die_after_save" in run for run in runs):
                 raise

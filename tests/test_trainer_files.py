@@ -30,7 +30,7 @@ RUNS: list[dict[str, Any]] = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
     with fresh_ranks(2) as ranks:
-        ranks.run(trainer_files_script.run_all, RUNS, str(folder), timeout=280)
+        ranks.run(trainer_files_script.run_all, RUNS, str(folder))
     return {run["name"]: {**json.loads((folder / f"{run['name']}.json").read_text()), "at": folder} for run in RUNS}
 
 
