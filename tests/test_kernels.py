@@ -75,7 +75,7 @@ def test_source_plan_and_pack(tokens: int, top_k: int, experts: int, ranks: int,
         form = RowFormat(40, top_k, torch.bfloat16)
         hidden = torch.randn(tokens, 40, device=DEVICE).bfloat16()
         weights = torch.rand(tokens, top_k, device=DEVICE)
-        packed = wire_kernels.pack_rows(hidden, weights, index, token_row, most, form, local)[:total]
+        packed = wire_kernels.pack_rows(hidden, weights, index, token_row, most, most + 3, form, local)[:total]
         assert expected.row_token_R is not None and expected.row_rank_R is not None
         row_token, row_rank = expected.row_token_R.to(DEVICE), expected.row_rank_R.to(DEVICE)
         assert torch.equal(form.hidden_of(packed), hidden[row_token])

@@ -86,7 +86,7 @@ def check_forms(words: Sequence[Sequence[int]], ranks: Sequence[int], layer: str
         if len(set(values.values())) > 1:
             raise RankMismatchError(
                 f"{field} ({describe_ranks(values)}) must be equal on all ranks that call layer {layer} together; "
-                f"{remedy}. Nothing was sent."
+                f"{remedy}."
             )
 
 

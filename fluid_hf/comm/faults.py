@@ -54,7 +54,7 @@ def routing_error(bad: dict[int, int], layer: str) -> RoutingError:
     first = min(bad)
     return RoutingError(
         f"router output of rank {', '.join(map(str, sorted(bad)))} in layer {layer}: {MEANING[bad[first]]}; look for "
-        "diverged weights, a too high learning rate or bad input on that rank. Nothing was sent."
+        "diverged weights, a too high learning rate or bad input on that rank."
     )
 
 

@@ -2,7 +2,8 @@
 
 Legend: R rows this rank sends, ordered by destination; Q rows it receives. The overlapped route receives wave by wave
 (wave-major buffer); the serial route receives everything in one all-to-all (ordered by source), its own rows included.
-Every transfer works on any buffer whose first dimension is R or Q.
+Every transfer works on any buffer whose first dimension is R or Q. The first way of a dispatch has messages, which are
+the waves unless rows go early (`fluid_hf.comm.head_start`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Protocol
 
 import torch
 
+from fluid_hf.comm.head_start import EarlyRows, message_bounds, needed_messages
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.tournament import Message, Wave, part_bounds, plan_waves
 
-__all__ = ["RowRoute", "SerialRoute", "WaveRoute", "make_route", "route_parts"]
+__all__ = ["EarlyRoute", "RowRoute", "SerialRoute", "WaveRoute", "make_route", "post_between_two", "route_parts"]
 
 
 class RowRoute(Protocol):
@@ -34,6 +36,12 @@ class RowRoute(Protocol):
 
     def wave_pairs(self, wave: int) -> int:
         """Number of (row, expert) pairs in a wave."""
+
+    def needed(self) -> list[int]:
+        """For each wave, how many of the dispatch's messages must have arrived; for the last wave all of them."""
+
+    def post_dispatch(self, message: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        """Start a message of the dispatch: from `sent` [R, ...] into `received` [Q, ...]."""
 
     def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
         """Start a wave towards the experts: from `sent` [R, ...] into `received` [Q, ...]."""
@@ -81,6 +89,12 @@ class WaveRoute:
     def wave_pairs(self, wave: int) -> int:
         return sum(self._received[message.peer][1 + message.part] for message in self._waves[wave])
 
+    def needed(self) -> list[int]:
+        return list(range(1, self.num_waves + 1))
+
+    def post_dispatch(self, message: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        return self.post_out(message, sent, received)
+
     def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
         self._exchange.at_round(wave)
         sends = [(message.peer, self._outgoing_slice(message, sent)) for message in self._waves[wave]]
@@ -108,6 +122,44 @@ class WaveRoute:
             slices.append((message.peer, rows[start:end]))
             start = end
         return slices
+
+
+class EarlyRoute(WaveRoute):
+    """A route between two ranks of which the first message was sent before the counts were known.
+
+    Args:
+        exchange, sent_rows, received_counts: as for `WaveRoute`.
+        waves: number of waves.
+        early: rows that went early.
+    """
+
+    def __init__(
+        self,
+        exchange: PeerExchange,
+        waves: int,
+        sent_rows: Sequence[int],
+        received_counts: Sequence[Sequence[int]],
+        early: EarlyRows,
+    ) -> None:
+        super().__init__(exchange, plan_waves(exchange.rank, 2, waves)[0], sent_rows, received_counts)
+        self._early = early
+        self._messages = max(2, waves)
+
+    def needed(self) -> list[int]:
+        ends = [self.wave_bounds(wave)[1] for wave in range(self.num_waves)]
+        return needed_messages(self.num_received, self._early.received, self._messages, ends)
+
+    def post_dispatch(self, message: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        low, high = message_bounds(self.num_sent, self._early.sent, message, self._messages)
+        first, last = message_bounds(self.num_received, self._early.received, message, self._messages)
+        return post_between_two(self._exchange, message, sent[low:high], received[first:last])
+
+
+def post_between_two(exchange: PeerExchange, index: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+    """Start a message in both directions between two ranks."""
+    exchange.at_round(index)
+    peer = 1 - exchange.rank
+    return exchange.post([(peer, sent)], [(peer, received)])
 
 
 class SerialRoute:
@@ -138,6 +190,12 @@ class SerialRoute:
     def wave_pairs(self, wave: int) -> int:
         return self._pairs
 
+    def needed(self) -> list[int]:
+        return [1]
+
+    def post_dispatch(self, message: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
+        return self.post_out(message, sent, received)
+
     def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
         return self._exchange.all_to_all(received, sent, self._received, self._sent)
 
@@ -156,8 +214,11 @@ def make_route(
     serial: bool,
     sent_rows: Sequence[int],
     received_counts: Sequence[Sequence[int]],
+    early: EarlyRows | None = None,
 ) -> RowRoute:
     """The route for one layer call, with the same number of waves on every rank."""
     if serial:
         return SerialRoute(exchange, sent_rows, received_counts)
+    if early is not None:
+        return EarlyRoute(exchange, waves, sent_rows, received_counts, early)
     return WaveRoute(exchange, plan_waves(exchange.rank, exchange.size, waves)[0], sent_rows, received_counts)

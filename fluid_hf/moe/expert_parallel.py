@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from fluid_hf.moe.expert_math import ExpertGradients
-from fluid_hf.moe.layer_call import LayerCall, LayerContext
+from fluid_hf.moe.layer_call import LayerCall
+from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.moe.saved_pieces import pack_pieces, unpack_pieces
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 from fluid_hf.ranges import span

@@ -15,7 +15,7 @@ from fluid_hf.errors import ConfigError
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_parallel import expert_parallel
 from fluid_hf.moe.general_experts import GeneralMath
-from fluid_hf.moe.layer_call import LayerContext
+from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
 from fluid_hf.overlap.planner import choose_waves
 from fluid_hf.overlap.wgrad import WgradScheduler

@@ -11,73 +11,27 @@ The methods run in the order of `fluid_hf.moe.expert_parallel`, which holds the 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fluid_hf.comm.call_form import CallForm
 from fluid_hf.comm.faults import GOOD, input_status, routing_error
-from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
-from fluid_hf.comm.row_route import RowRoute, make_route, route_parts
-from fluid_hf.moe.activation import Activation
+from fluid_hf.comm.peer_exchange import ExchangeHandle
+from fluid_hf.comm.row_route import RowRoute
 from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
 from fluid_hf.moe.experts import Piece
+from fluid_hf.moe.layer_context import LayerContext
+from fluid_hf.moe.outgoing import Outgoing
 from fluid_hf.moe.own_tokens import OwnTokens
 from fluid_hf.moe.permutation import gather_weight_grads, make_pair_plan, reduce_rows, spread_rows
-from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
+from fluid_hf.moe.routing_plan import SourcePlan
 from fluid_hf.moe.rows import RowFormat
-from fluid_hf.moe.statistics import LayerStats
-from fluid_hf.overlap.deferred_linear import WindowWeights
-from fluid_hf.overlap.wgrad import WgradScheduler
-from fluid_hf.ranges import mark, ranged, span
+from fluid_hf.ranges import ranged, span
 
-__all__ = ["LayerCall", "LayerContext"]
-
-
-@dataclass
-class LayerContext:
-    """What stays the same between calls of one layer.
-
-    Attributes:
-        exchange: exchange of the expert-parallel group (size 1: no communication).
-        num_experts: experts of the whole layer.
-        act: activation of the gate.
-        scheduler: weight gradient scheduler.
-        overlap: exchange in waves; `False` for one all-to-all each way.
-        waves: waves of the exchange, equal on all ranks.
-        recompute: compute the projections again in backward instead of keeping them.
-        stats: counts since they were last read.
-        math: what the experts compute; by default `act(gate) * up` between two projections.
-        record: called with the name of each event, for tests and timelines; `None` for nothing.
-        name: of the layer, in the ranges of a profile and in errors.
-        windows: weights of other layers whose gradients are computed in this layer's windows.
-    """
-
-    exchange: PeerExchange
-    num_experts: int
-    act: Activation
-    scheduler: WgradScheduler
-    overlap: bool = True
-    waves: int = 1
-    recompute: bool = False
-    stats: LayerStats = field(default_factory=LayerStats)
-    math: ExpertMath | None = None
-    record: Callable[[str], None] | None = None
-    name: str = "layer"
-    windows: WindowWeights | None = None
-
-    @property
-    def num_local_experts(self) -> int:
-        """Experts held by this rank."""
-        return self.num_experts // self.exchange.size
-
-    def event(self, name: str) -> None:
-        """Record an event, if anybody listens."""
-        if self.record is not None:
-            self.record(name)
-        mark(name)
+__all__ = ["LayerCall"]
 
 
 class LayerCall:
@@ -124,40 +78,36 @@ class LayerCall:
     @ranged("forward dispatch")
     def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> SourcePlan | None:
         """Plan the rows, tell every peer how many come, and post all waves of the dispatch."""
-        context = self.context
-        size = context.exchange.size
+        context, exchange = self.context, self.context.exchange
         status = input_status(weights_TK, index_TK, context.num_experts) if index_TK.device.type == "cpu" else GOOD
-        if size == 1:
+        if exchange.size == 1:
             if status != GOOD:
                 raise routing_error({0: status}, context.name)
             self.num_own_pairs = index_TK.numel()
             return None
-        context.exchange.drain()
-        context.exchange.at(context.name, "forward counts")
+        exchange.drain()
+        exchange.at(context.name, "forward counts")
         if status != GOOD:  # told to the peers in place of the counts, which they wait for
             index_TK = torch.zeros_like(index_TK)
-        hits, handle = self._count(index_TK, weights_TK, status)
-        reading = context.exchange.start_reading(hits.counts_2PC, handle)
-        # Packed while the counts travel, into a buffer for the most rows there can be.
-        packed = self._pack_most(hidden_TH, weights_TK, index_TK, hits) if hits.from_kernels else None
-        context.exchange.side_stream.mark(self.device)
-        if packed is not None and context.overlap:
+        outgoing = Outgoing(context, self.format, hidden_TH, weights_TK, index_TK)
+        reading = outgoing.count(status, self._form)
+        # Packed while the counts travel, and what was promised sent.
+        queued = outgoing.pack()
+        exchange.side_stream.mark(self.device)
+        self._own_tokens.plan = outgoing.own_pairs()
+        if queued and context.overlap:
             with span("own tokens"):
-                self._own_tokens.start_early(hidden_TH, weights_TK, self._forward_weights(), size)
-        counts = context.exchange.read_counts(reading, context.name)
-        context.exchange.at(context.name, "forward dispatch")
-        plan = self._plan(hits, counts, index_TK.shape[0])
-        route = self.route
-        assert route is not None
-        sent = self._pack(hidden_TH, weights_TK, index_TK, plan) if packed is None else packed[: route.num_sent]
-        received = self.format.new_rows(route.num_received, self.device)
-        self._rows = received
-        # The rows go behind the mark, not behind the own tokens' projections. When `received` was allocated, no memory
-        # that was used after the mark had been given back.
-        if packed is not None:
+                self._own_tokens.start_early(hidden_TH, weights_TK, self._forward_weights(), exchange.size)
+        plan, self.route, self.num_own_pairs = outgoing.read(reading)
+        exchange.at(context.name, "forward dispatch")
+        # When a buffer is allocated here, no memory that was used after the mark has been given back.
+        self._rows = outgoing.buffer(self.route)
+        # The rows go behind the mark, not behind the own tokens' projections.
+        if queued:
             self._start_own(hidden_TH, weights_TK, index_TK)
-        with context.exchange.side_stream.posting():
-            self._post_out(sent, received, "dispatch")
+        with exchange.side_stream.posting():
+            self._handles = outgoing.post(self.route)
+        context.event("post dispatch")
         return plan
 
     @ranged("own tokens")
@@ -168,57 +118,6 @@ class LayerCall:
         local, pairs = self.context.num_local_experts, self.num_own_pairs
         make_plan = functools.partial(make_pair_plan, index_TK, local, pairs)
         self._own_tokens.start(hidden_TH, weights_TK, self._forward_weights(), make_plan, pairs)
-
-    @ranged("plan")
-    def _count(self, index_TK: torch.Tensor, weights_TK: torch.Tensor, status: int) -> tuple[HitMap, ExchangeHandle]:
-        """Count the rows and send every peer its counts."""
-        context, exchange = self.context, self.context.exchange
-        serial = not context.overlap
-        parts = route_parts(exchange.size, context.waves, serial)
-        skip = None if serial else exchange.rank
-        ways = {"skip_rank": skip, "parts": parts, "weights_TK": weights_TK, "words": self._form.words}
-        hits = count_rows(index_TK, context.num_local_experts, exchange.size, **ways)  # type: ignore[arg-type]
-        if status != GOOD:
-            hits.counts_2PC[0, :, 0] = -status
-        ones = [1] * exchange.size
-        handle = exchange.all_to_all(hits.counts_2PC[1], hits.counts_2PC[0], ones, ones)
-        if hits.own_pairs is not None:
-            self._own_tokens.plan = hits.own_pairs
-        elif not serial:  # sorted while the counts travel; there are at most that many pairs
-            first = exchange.rank * context.num_local_experts
-            self._own_tokens.plan = make_pair_plan(index_TK, context.num_local_experts, index_TK.numel(), first)
-        return hits, handle
-
-    def _plan(self, hits: HitMap, counts_2PC: list[list[list[int]]], tokens: int) -> SourcePlan:
-        context, exchange = self.context, self.context.exchange
-        serial = not context.overlap
-        rows, received = tuple(counts[0] for counts in counts_2PC[0]), counts_2PC[1]
-        received[exchange.rank] = counts_2PC[0][exchange.rank]  # need not have travelled
-        self.num_own_pairs = 0 if serial else received[exchange.rank][1]
-        self.route = make_route(exchange, context.waves, serial, rows, received)
-        context.stats.add_dispatch(tokens, self.route.num_sent - (rows[exchange.rank] if serial else 0))
-        return place_rows(hits, rows)
-
-    def _pack_most(
-        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, hits: HitMap
-    ) -> torch.Tensor:
-        from fluid_hf.moe import sort_kernels, wire_kernels
-
-        exchange = self.context.exchange
-        most = sort_kernels.most_rows(index_TK.shape[0], index_TK.shape[1], exchange.size)
-        inputs = (hidden_TH, weights_TK.contiguous(), index_TK.contiguous(), hits.position_TP)
-        return wire_kernels.pack_rows(*inputs, most, self.format, self.context.num_local_experts)
-
-    def _pack(
-        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, plan: SourcePlan
-    ) -> torch.Tensor:
-        form, local, rows = self.format, self.context.num_local_experts, sum(plan.rows)
-        assert plan.row_token_R is not None and plan.row_rank_R is not None
-        sent = form.new_rows(rows, self.device)
-        form.hidden_of(sent).copy_(hidden_TH.index_select(0, plan.row_token_R))
-        form.ids_of(sent).copy_(local_expert_ids(index_TK[plan.row_token_R], local, plan.row_rank_R))
-        form.weights_of(sent).copy_(weights_TK.index_select(0, plan.row_token_R))
-        return sent
 
     @ranged("forward experts")
     def run_experts(
@@ -241,9 +140,13 @@ class LayerCall:
         context.exchange.at(context.name, "forward combine")
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
-        for wave in range(route.num_waves if route is not None else 0):
+        arriving = iter(self._handles)
+        arrived = 0
+        for wave, needed in enumerate(route.needed() if route is not None else []):
             assert route is not None and self._rows is not None and returned is not None
-            self._handles[wave].wait()
+            for handle in itertools.islice(arriving, needed - arrived):
+                handle.wait()
+            arrived = needed
             context.event(f"wait dispatch {wave}")
             low, high = route.wave_bounds(wave)
             piece = self._wave_piece(self._rows[low:high], route.wave_pairs(wave))
@@ -288,7 +191,9 @@ class LayerCall:
         self.context.exchange.at(self.context.name, "backward output gradients")
         sent = spread_rows(self._own, row_token_R, token_row_TP, self.route.num_sent)
         self._rows = self._new_hidden(self.route.num_received)
-        self._post_out(sent, self._rows, "output grad")
+        waves = range(self.route.num_waves)
+        self._handles = [self.route.post_out(wave, sent, self._rows) for wave in waves]
+        self.context.event("post output grad")
         self.output_grads_in_flight = True
 
     @ranged("backward experts")
@@ -361,11 +266,6 @@ class LayerCall:
         )
 
     # -- shared ---------------------------------------------------------------------------------------------------
-    def _post_out(self, sent: torch.Tensor, received: torch.Tensor, what: str) -> None:
-        assert self.route is not None
-        self._handles = [self.route.post_out(wave, sent, received) for wave in range(self.route.num_waves)]
-        self.context.event(f"post {what}")
-
     def _post_return(self, wave: int, buffer: torch.Tensor) -> ExchangeHandle:
         assert self.route is not None and self._rows is not None
         handle = self.route.post_back(wave, buffer, self._rows)

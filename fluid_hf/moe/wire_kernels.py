@@ -23,16 +23,17 @@ def pack_rows(
     index_TK: torch.Tensor,
     token_row_TP: torch.Tensor,
     most: int,
+    places: int,
     form: RowFormat,
     num_local_experts: int,
 ) -> torch.Tensor:
-    """The rows to send, as `RowFormat` lays them out: uint8 [most, stride], of which the first R are written.
+    """The rows to send, as `RowFormat` lays them out: uint8 [places, stride], of which the first R are written.
 
     Args:
         token_row_TP: row of each (token, destination); `most` or more where there is none.
-        most: rows of the buffer, at least R.
+        places: rows of the buffer, at least `most`.
     """
-    buffer = form.new_rows(most, hidden_TH.device)
+    buffer = form.new_rows(places, hidden_TH.device)
     if hidden_TH.shape[0] == 0 or most == 0:
         return buffer
     hidden, ids, weights = form.hidden_of(buffer), form.ids_of(buffer), form.weights_of(buffer)
