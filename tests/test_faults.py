@@ -61,7 +61,7 @@ def test_ranks_that_call_in_other_ways_all_say_so(pool2: RankPool, fault: str, m
     function, settings = faults.FAULTS[fault]
     where = "attention" if "sp_size" in fault else "model.layers.0.mlp.experts"
     for text in pool2.expect("RankMismatchError", function, fault, settings):
-        assert text.startswith(message) and f"layer {where} together; " in text and "Nothing was sent" in text
+        assert text.startswith(message) and f"layer {where} together; " in text
 
 
 def test_forms_survive_their_words() -> None:
