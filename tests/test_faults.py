@@ -20,7 +20,7 @@ LIMIT = f"{faults.TIMEOUT:g} s"
 TRIED = {
     "NaN in router logits": ("RoutingError", ["rank 1", "model.layers.1.mlp.experts", "NaN"]),
     "raises in backward": ("PeerError", ["rank 1", "backward", "round 0", "model.layers.0.mlp.experts", LIMIT]),
-    "killed between counts and rows": ("PeerError", ["rank 1", "dispatch, round 1", "model.layers.1.mlp.experts"]),
+    "killed between counts and rows": ("PeerError", ["rank 1", "forward", ", round ", "model.layers.1.mlp.experts"]),
     "top-k index out of range, ep_size 1": ("PeerError", ["rank 1", "gradient of model.embed_tokens.weight", LIMIT]),
     "saves on one rank only": ("PeerError", ["rank 1", LIMIT]),
 }
