@@ -38,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Tools for expert-parallel Hugging Face models.",
         epilog="`fluid-hf COMMAND --help` explains the options of each.",
     )
+    # What `deepspeed --module fluid_hf.cli` adds; the environment has it, too.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add_parser(subparsers)

@@ -21,7 +21,7 @@ class FluidConfig:
 
     Args:
         ep_size: ranks that share one set of experts (expert parallel size). `None` takes the largest divisor of the
-            world size that divides the number of experts.
+            world size that divides the number of experts and keeps groups inside a node (of nodes with several ranks).
         sp_size: ranks that share one sequence (sequence parallel size). `None` takes that of the Trainer's
             `ParallelismConfig`, or 1.
         overlap: exchange rows peer by peer and compute what has arrived while the rest is on the wire. `False` is the

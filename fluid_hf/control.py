@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 from typing import Any
 
 import torch.distributed as dist
@@ -50,6 +51,14 @@ class ControlGroup:
                 f"Call it on every rank, not inside `if rank == 0`. ({error})"
             ) from error
         return values
+
+    def hosts(self, what: str) -> list[str]:
+        """The name of every rank's node, in rank order.
+
+        Raises:
+            CollectiveError: a rank did not make this call in time.
+        """
+        return self.gather(socket.gethostname(), what)
 
     def agree(self, error: Exception | None, fingerprint: Any, what: str) -> None:
         """Raise on every rank if any rank has an error, or if fingerprints differ between ranks.

@@ -30,9 +30,11 @@ from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
+    ParallelGroups,
     release_exchange_groups,
     resolve_ep_size,
     resolve_sp_size,
+    tell_crossing_groups,
     with_exchange_groups,
     with_sequence_groups,
 )
@@ -67,7 +69,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     """
     control = ControlGroup()
     try:
-        error, requested, config, backend, sites = _prepare(model, config)
+        error, requested, config, backend, sites = _prepare(model, config, hosts := control.hosts("patch_model"))
         described = [_description(site) for site in sites]
         fingerprint = (config.to_dict() if config else None, described, _attention_description(model, config))
         control.agree(error, fingerprint, "patch_model (settings and model)")
@@ -80,9 +82,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
         return model
     assert config.ep_size is not None and config.sp_size is not None
     control.wait_at_most(config.timeout_seconds)
-    groups = with_sequence_groups(backend.create_groups(config.ep_size), config.sp_size)
-    groups = with_exchange_groups(groups, config.nccl_max_ctas)
-    state = FluidState(config, requested, groups, backend, control)
+    tell_crossing_groups(hosts, ep_size=config.ep_size, sp_size=config.sp_size)
+    state = FluidState(config, requested, _create_groups(backend, config), backend, control)
     wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
         adapters = [] if isinstance(site.module, StoredExperts) else adapters_of(model, site.module)
@@ -103,6 +104,12 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     bind_saving(model, state)
     backend.attach(model)
     return model
+
+
+def _create_groups(backend: Backend, config: FluidConfig) -> ParallelGroups:
+    assert config.ep_size is not None and config.sp_size is not None
+    groups = with_sequence_groups(backend.create_groups(config.ep_size), config.sp_size)
+    return with_exchange_groups(groups, config.nccl_max_ctas)
 
 
 def _attach_sequence(model: nn.Module, state: FluidState) -> None:
@@ -203,7 +210,7 @@ def get_state(model: Any) -> FluidState:
 
 
 def _prepare(
-    model: nn.Module, config: FluidConfig | None
+    model: nn.Module, config: FluidConfig | None, hosts: list[str]
 ) -> tuple[Exception | None, FluidConfig | None, FluidConfig | None, Backend | None, list[ExpertsSite]]:
     """Every check that one rank can make by itself. Changes nothing; returns the error instead of raising it."""
     try:
@@ -231,7 +238,7 @@ def _prepare(
             )
         if len(counts) > 1:
             raise UnsupportedModelError(f"{type(model).__name__} has layers with different num_experts {counts}.")
-        ep_size = resolve_ep_size(requested.ep_size, world, counts[0] if counts else 1)
+        ep_size = resolve_ep_size(requested.ep_size, world, counts[0] if counts else 1, hosts)
         resolved = dataclasses.replace(requested, ep_size=ep_size, sp_size=sp_size)
         backend = _choose_backend(resolved)
         backend.check(resolved)

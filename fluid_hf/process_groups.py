@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from fluid_hf.errors import ConfigError
 __all__ = [
     "ParallelGroups",
     "create_groups",
+    "crossing_groups",
     "expert_data_parallel_ranks",
     "expert_parallel_ranks",
     "release_exchange_groups",
@@ -26,9 +29,12 @@ __all__ = [
     "resolve_sp_size",
     "sequence_parallel_ranks",
     "set_group_timeout",
+    "tell_crossing_groups",
     "with_exchange_groups",
     "with_sequence_groups",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,38 @@ def sequence_parallel_ranks(world_size: int, sp_size: int) -> list[list[int]]:
     return [list(range(start, start + sp_size)) for start in range(0, world_size, sp_size)]
 
 
+def crossing_groups(hosts: Sequence[str], size: int) -> list[list[int]]:
+    """Global ranks of the groups of `size` neighbours that lie on more than one node.
+
+    Args:
+        hosts: the node of each rank, in rank order.
+        size: `ep_size` or `sp_size`.
+    """
+    groups = expert_parallel_ranks(len(hosts), size) if len(hosts) % size == 0 else []
+    return [ranks for ranks in groups if len({hosts[rank] for rank in ranks}) > 1]
+
+
+def tell_crossing_groups(hosts: Sequence[str], **sizes: int) -> None:
+    """Warn, on rank 0, where groups lie on several nodes although each would fit into one.
+
+    Args:
+        hosts: the node of each rank, in rank order.
+        **sizes: `ep_size` and `sp_size`.
+    """
+    fewest = min((hosts.count(host) for host in set(hosts)), default=0)
+    for name, size in sizes.items():
+        crossing = crossing_groups(hosts, size)
+        if not crossing or size > fewest or (dist.is_initialized() and dist.get_rank() != 0):
+            continue
+        logger.warning(
+            "%s (%d): ranks %s are on several nodes, so their exchanges cross the network; number the ranks node by "
+            "node, and take a size that divides the ranks of every node.",
+            name,
+            size,
+            ", ".join(map(str, crossing[0])),
+        )
+
+
 def resolve_sp_size(sp_size: int | None, world_size: int) -> int:
     """The sequence parallel size to use, checked.
 
@@ -89,15 +127,24 @@ def resolve_sp_size(sp_size: int | None, world_size: int) -> int:
     return sp_size
 
 
-def resolve_ep_size(ep_size: int | None, world_size: int, num_experts: int) -> int:
+def resolve_ep_size(ep_size: int | None, world_size: int, num_experts: int, hosts: Sequence[str] = ()) -> int:
     """The expert parallel size to use: as asked, checked; or the largest divisor of the world size that fits.
+
+    Not asked for, groups stay inside a node, where the links are fast, unless each node has one rank only.
+
+    Args:
+        ep_size: as asked.
+        world_size: number of ranks.
+        num_experts: experts of a layer.
+        hosts: the node of each rank, in rank order; empty for one node.
 
     Raises:
         ConfigError: `ep_size` divides neither the world size nor the number of experts.
     """
     fitting = [n for n in range(1, world_size + 1) if world_size % n == 0 and num_experts % n == 0]
     if ep_size is None:
-        return fitting[-1]
+        inside = [size for size in fitting if not crossing_groups(hosts, size)]
+        return inside[-1] if inside[-1] > 1 else fitting[-1]
     if world_size % ep_size:
         raise ConfigError(
             f"world size ({world_size}) must be divisible by ep_size ({ep_size}); use ep_size {_choices(fitting)}."

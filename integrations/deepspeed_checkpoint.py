@@ -21,6 +21,7 @@ from fluid_hf.checkpoint.files import sync_folder
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.errors import CheckpointError
 from fluid_hf.integrations.safe_files import check_files, read_tag
+from fluid_hf.integrations.shared_folder import check_found_alike, check_node_local, check_shared
 from fluid_hf.integrations.universal import convert_universal
 from fluid_hf.state import FluidState
 
@@ -64,7 +65,12 @@ def _wrap_save(
         # Other engines write in the background or on several file systems; theirs is the order of events.
         at_once = type(engine.checkpoint_engine) is TorchCheckpointEngine and not engine.use_node_local_storage()
         name = f"{tag}.incomplete" if at_once else tag
-        if is_main:
+        first_here = engine.local_rank == 0 if engine.use_node_local_storage() else is_main
+        if engine.use_node_local_storage():
+            check_node_local(engine.zero_optimization_stage(), split=engine.has_moe_layers)
+        else:
+            check_shared(folder, state.control, "engine.save_checkpoint")
+        if first_here:
             shutil.rmtree(folder / f"{tag}.incomplete", ignore_errors=True)
             _describe(folder / name, model, layout)
         if layout["ep_size"] == 1:  # ds_to_universal asks for it; of split experts the engine writes more
@@ -74,10 +80,12 @@ def _wrap_save(
         if at_once:
             state.control.gather(None, "engine.save_checkpoint")  # all ranks' files are there
         error = None
-        if is_main:
+        if first_here:
             try:
                 if at_once:
                     _put_in_place(folder, name, tag, save_latest)
+                elif save_latest and not is_main:  # the engine tells the first node only which one is the latest
+                    (folder / "latest").write_text(tag, encoding="utf-8")
                 if layout["ep_size"] > 1:
                     (folder / "zero_to_fp32.py").write_text(RECOVERY_SCRIPT, encoding="utf-8")
             except OSError as failure:
@@ -139,6 +147,7 @@ def _wrap_load(
             with contextlib.suppress(OSError):  # a folder that cannot be written was not being written
                 _find_replaced(folder)
         state.control.gather(None, "engine.load_checkpoint")
+        check_found_alike(folder / ("latest" if tag is None else str(tag)), state.control, "engine.load_checkpoint")
         if not engine.load_universal_checkpoint():
             error = None
             try:

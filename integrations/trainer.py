@@ -13,6 +13,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.accelerate import agree_on_sp_size, check_sp_size, fill_batches
+from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
@@ -80,6 +81,8 @@ class FluidCallback(TrainerCallback):
     ) -> None:
         """Let weight gradients run in communication windows; begin to measure."""
         fluid = get_state(kwargs["model"])
+        if fluid.engine_bound and args.save_strategy != "no":
+            _check_output(args, fluid)
         fluid.scheduler.enable()
         if fluid.groups.sp_size > 1:
             fill_batches(kwargs.get("train_dataloader"), fluid.groups.sp_size, kwargs["model"].config)
@@ -142,6 +145,18 @@ class FluidCallback(TrainerCallback):
             self._step_metrics = None
         if self._history is not None and state.is_world_process_zero:
             self._history.write(_folder(args))
+
+
+def _check_output(args: TrainingArguments, fluid: FluidState) -> None:
+    """Fail now rather than at the first checkpoint, which may be hours away."""
+    assert args.output_dir is not None
+    if not args.save_on_each_node:
+        check_shared(Path(args.output_dir), fluid.control, "FluidCallback.on_train_begin")
+        return
+    active = deepspeed_config()
+    stage = active.get("zero_optimization", {}).get("stage", 0) if isinstance(active, dict) else 0
+    held = [parameter for layer in fluid.layers.values() for parameter in layer.split_parameters()]
+    check_node_local(stage, split=fluid.groups.ep_size > 1 and any(parameter.requires_grad for parameter in held))
 
 
 def _folder(args: TrainingArguments) -> Path:

@@ -86,11 +86,13 @@ class RankPool:
     Args:
         world_size: number of ranks, at most 4.
         group: start the ranks' default process group.
+        nodes: how many nodes the ranks believe to be on: that many have a `LOCAL_RANK` of 0.
     """
 
-    def __init__(self, world_size: int, *, group: bool = True) -> None:
+    def __init__(self, world_size: int, *, group: bool = True, nodes: int = 1) -> None:
         self.world_size = world_size
         self._group = group
+        self._local_size = world_size // nodes
         self._start()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = HANG, **kwargs: Any) -> list[Any]:
@@ -182,7 +184,7 @@ class RankPool:
         self._processes = []
         for rank in range(self.world_size):
             here, there = context.Pipe()
-            args = (there, rank, self.world_size, port, self._group)
+            args = (there, rank, self.world_size, self._local_size, port, self._group)
             process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             self._connections.append(here)
@@ -206,9 +208,9 @@ def fork_context() -> ForkServerContext:
 
 
 @contextlib.contextmanager
-def fresh_ranks(world_size: int, *, group: bool = True) -> Iterator[RankPool]:
+def fresh_ranks(world_size: int, *, group: bool = True, nodes: int = 1) -> Iterator[RankPool]:
     """A pool of ranks for one `with` block."""
-    ranks = RankPool(world_size, group=group)
+    ranks = RankPool(world_size, group=group, nodes=nodes)
     try:
         yield ranks
     finally:
@@ -292,10 +294,9 @@ def _kill_tree(pid: int) -> None:
             process.kill()
 
 
-def _serve(connection: Connection, rank: int, world_size: int, port: int, group: bool) -> None:
-    os.environ.update(
-        LAUNCH_ENV, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port)
-    )
+def _serve(connection: Connection, rank: int, world_size: int, local_size: int, port: int, group: bool) -> None:
+    os.environ.update(LAUNCH_ENV, RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(rank % local_size), LOCAL_WORLD_SIZE=str(local_size))
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
     import torch.distributed as dist

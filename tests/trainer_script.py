@@ -74,6 +74,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         logging_steps=1,
         save_strategy="steps" if options.get("save_steps") else "no",
         save_steps=options.get("save_steps", 500),
+        save_on_each_node=options.get("save_on_each_node", False),
         report_to=options.get("report_to", "none"),
         dataloader_pin_memory=False,
         disable_tqdm=True,

@@ -70,9 +70,9 @@ def from_pretrained(
         UnsupportedModelError: the model cannot be patched, or its experts are not read by shares (DBRX, LongCat-Flash).
     """
     control = ControlGroup(LOADING_TIMEOUT_SECONDS)
-    loader = _ShareLoader(path, control)
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
+        loader = _ShareLoader(path, control, control.hosts("fluid_hf.from_pretrained"))
         try:
             loader.requested = requested_config(config)
             with _without_zero_init(), quiet_progress(rank != 0):
@@ -93,11 +93,12 @@ def from_pretrained(
 class _ShareLoader:
     """Stands between transformers' construction of the empty model and its loading of the weights."""
 
-    def __init__(self, path: str, control: ControlGroup) -> None:
+    def __init__(self, path: str, control: ControlGroup, hosts: list[str]) -> None:
         self.requested: FluidConfig = FluidConfig()
         self.model_class: Any = None
         self._path = path
         self._control = control
+        self._hosts = hosts
         self._failed = False
 
     def load(self, load: Any, model: Any, files: list[str], load_config: Any) -> Any:
@@ -117,7 +118,7 @@ class _ShareLoader:
         absent: set[str] = set()
         shares = []
         for site in sites:
-            ep_size = resolve_ep_size(self.requested.ep_size, world, site.num_experts)
+            ep_size = resolve_ep_size(self.requested.ep_size, world, site.num_experts, self._hosts)
             held = site.num_experts // ep_size
             start = (dist.get_rank() % ep_size if world > 1 else 0) * held
             share = ExpertShare(site.num_experts, start, start + held)

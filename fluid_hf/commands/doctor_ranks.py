@@ -30,6 +30,7 @@ from fluid_hf.commands.doctor_checks import (
 )
 from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CollectiveError, FluidError
+from fluid_hf.process_groups import crossing_groups
 
 __all__ = ["RankInfo", "examine", "judge_agreement", "judge_pairs", "judge_ranks", "merge", "runs_on_ranks"]
 
@@ -154,6 +155,9 @@ def judge_ranks(infos: Sequence[RankInfo]) -> list[Finding]:
     elif len(set(counts)) > 1:
         problem = "nodes with other numbers of ranks: expert-parallel groups cross them"
         findings.append(Finding("warning", "ranks per node", ", ".join(map(str, counts)), problem, "use equal nodes"))
+    if len(nodes) > 1:
+        sizes = [n for n in range(1, len(hosts) + 1) if len(hosts) % n == 0 and not crossing_groups(hosts, n)]
+        findings.append(Finding("ok", "ep_size", f"{' or '.join(map(str, sizes))} keeps rows inside a node"))
     with_gpu = [rank for rank, info in enumerate(infos) if info.gpu]
     if with_gpu and len(with_gpu) < len(infos):
         without = [rank for rank, info in enumerate(infos) if not info.gpu]
