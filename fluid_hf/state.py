@@ -43,7 +43,7 @@ class FluidState:
         sequence_router: hands the balancing loss the router logits of whole sequences; `None` with `sp_size` 1.
         cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
         sequence_exchange: exchange of the sequence-parallel group.
-        bound_blocks: names of the blocks with a forward of `fluid_hf.models.block_forms`.
+        bound_blocks: methods that run a shared expert in the window, by the name of the block or layer that has them.
         bound_methods: names of the methods of the block around a list of experts that call all of them at once, by
             the layer's name.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
@@ -77,7 +77,7 @@ class FluidState:
         self.cross_layer: CrossLayerWgrad | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
-        self.bound_blocks: list[str] = []
+        self.bound_blocks: dict[str, list[str]] = {}
         self.bound_methods: dict[str, list[str]] = {}
         self.engine_bound = False
         self.staging_folder: str | None = None

@@ -14,6 +14,7 @@ import transformers
 from distributed import ROOT, RankPool, rank_pool
 from families import relative_error
 from packaging.version import Version
+from shared_windows import misplaced, record_shared
 from transformers import PreTrainedModel
 
 import fluid_hf
@@ -59,14 +60,21 @@ def build(folder: str) -> PreTrainedModel:
 
 
 def check_family(rank: int, world: int, folder: str) -> dict[str, float]:
-    """Worst relative errors of one family, patched on this rank against unpatched on all ranks' batches."""
+    """Worst relative errors of one family, patched on this rank against unpatched on all ranks' batches.
+
+    Shared experts must run in the communication window.
+    """
     batches = [ids_of(other) for other in range(world)]
     expected = build(folder)
     # One batch after the other, as the ranks have them: the same roundings outside the experts.
     reference = [run(expected, ids, index) for index, ids in enumerate(batches)]
     model = build(folder)
     fluid_hf.patch_model(model, FluidConfig(ep_size=world))
-    output, grad = run(model, batches[rank], rank)
+    with record_shared(model) as events:
+        output, grad = run(model, batches[rank], rank)
+    assert bool(events) == (LISTED[folder].shared_expert != "none")
+    for name, found_events in events.items():
+        assert misplaced(found_events) == [], (name, found_events)
     model.fluid.finish_batch()
     model.fluid.reduce_gradients(model)
     errors = {"output": relative_error(output, reference[rank][0]), "input": relative_error(grad, reference[rank][1])}
@@ -163,6 +171,7 @@ def test_every_folder_with_experts_is_listed(listed: dict[str, fluid_hf.Supporte
     """A new family must be served, which `test_family` shows, or be listed with a reason."""
     assert [family for family, model in listed.items() if model.served] == FOLDERS
     assert all(model.served or len(model.reason) > 20 for model in listed.values())
+    assert all(model.shared_expert in ("overlapped", "none") for model in listed.values())
     text = {path.parent.name: path.read_text("utf-8") for path in moe_families.MODELS.glob("*/modeling_*.py")}
     routed = {name for name, source in text.items() if re.search(r"class \w*Experts?\w*\(|num_experts_per_tok", source)}
     assert routed <= listed.keys(), routed - listed.keys()

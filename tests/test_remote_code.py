@@ -16,6 +16,7 @@ from distributed import RankPool, rank_pool
 from families import batch, relative_error
 from remote_code import modeling_tiny_moe as code
 from remote_code.configuration_tiny_moe import TinyMoeConfig
+from shared_windows import misplaced, record_shared
 from torch import nn
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
@@ -28,6 +29,7 @@ from fluid_hf.models.expert_loops import UnknownLoopError, replace_loops
 pool2 = rank_pool(2)
 
 STYLES = [style for style in code.BLOCKS if style != "capacity"]
+SHARED = ("hit_loop", "pairs", "flat_pairs", "method")  # that have a shared expert
 TOLERANCE = 1e-5
 
 
@@ -82,7 +84,11 @@ def compare(rank: int, world: int, style: str) -> dict[str, float]:
     plain, model = build(style), build(style)
     reference = [run(plain, ids) for ids in batches]
     fluid_hf.patch_model(model, FluidConfig(ep_size=world))
-    found = run(model, batches[rank])
+    with record_shared(model) as events:
+        found = run(model, batches[rank])
+    assert len(events) == 2 * (style in SHARED)
+    for name, found_events in events.items() if world > 1 else ():
+        assert misplaced(found_events, passes=2) == [], (name, found_events)
     errors = {name: relative_error(value, reference[rank][name]) for name, value in found.items()}
     wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
     own = gradients(model, world)

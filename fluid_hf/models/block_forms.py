@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812 - the name in HF's text
 
+from fluid_hf.models.put_off import CARRIED, carries, put_off, take
 from fluid_hf.models.shared_experts import register_form, run_between
 
 __all__: list[str] = []
@@ -342,18 +343,20 @@ def forward(self, hidden_states, moe_mm_token_type_ids=None):
 def ernie_vl(
     self: Any, hidden_states: torch.Tensor, moe_mm_token_type_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Text tokens to the text experts, image tokens to the image experts."""
-    shared = self.shared_experts(hidden_states) if self.shared_experts is not None else None
+    """Text tokens to the text experts, image tokens to the image experts; the shared experts in the window of the
+    former."""
+    run = put_off(self.shared_experts, hidden_states) if self.shared_experts is not None else None
     if moe_mm_token_type_ids is None:
         moe_mm_token_type_ids = hidden_states.new_zeros(hidden_states.shape[:2])
     is_image = moe_mm_token_type_ids.bool()
     output = torch.zeros_like(hidden_states)
     logits = torch.zeros(is_image.numel(), self.num_experts, device=output.device, dtype=torch.float)
     for experts, mask in ((self.text_moe, ~is_image), (self.vision_moe, is_image)):
-        flat, flat_logits = experts(hidden_states[mask])
+        carried = {CARRIED: run} if carries(experts.forward) else {}
+        flat, flat_logits = experts(hidden_states[mask], **carried)
         output[mask] = flat.reshape(-1, hidden_states.shape[-1])
         logits[mask.reshape(-1)] = flat_logits.reshape(-1, self.num_experts).to(logits.dtype)
-    return output if shared is None else output + shared, logits
+    return output if run is None else output + take(run), logits
 
 
 # Llama 4: HF gives every expert every token, scaled by its routing weight, which is zero for those not chosen.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import transformers
 from transformers.utils import logging
 
 from fluid_hf.models.expert_formats import SCALED_INPUT
+from fluid_hf.models.in_place import OwnCalls, called
+from fluid_hf.models.shared_calls import SharedCalls
 from fluid_hf.models.shared_experts import has_form
 
 __all__ = ["SupportedModel", "supported_models"]
@@ -80,21 +83,36 @@ def supported_models() -> list[SupportedModel]:
 
 
 def _shared_expert(source: str, undecorated: str | None) -> str:
-    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     experts = {
-        node.name
-        for node in classes
-        if node.name == undecorated or any("use_experts_implementation" in ast.unparse(d) for d in node.decorator_list)
+        name
+        for name, node in classes.items()
+        if name == undecorated or any("use_experts_implementation" in ast.unparse(d) for d in node.decorator_list)
     }
+    blocks = {name for name, node in classes.items() if name not in experts and _children(node, experts)}
     states = set()
-    for node in classes:
-        text = ast.unparse(node)
-        forwards = [m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "forward"]
-        if node.name in experts or not forwards or not any(f"{name}(" in text for name in experts):
-            continue
-        forward = ast.unparse(forwards[0])
-        if "self.experts(" in forward and "self.shared_" in forward:
-            states.add("overlapped" if has_form(forward) else "not overlapped")
-    if not states:  # called by the layer around the block, or not at all
+    for node in classes.values():
+        routed = _children(node, experts) | _children(node, blocks)
+        forward = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "forward"), None)
+        calls = {called(n) or "" for n in ast.walk(forward)} if forward is not None else set()
+        shared = {name for name in calls if name.startswith("shared_") and not name.endswith("gate")}
+        if forward is not None and routed & calls and shared:
+            known = has_form(ast.unparse(forward)) or _can_put_off(forward, _children(node, experts), routed, shared)
+            states.add("overlapped" if known else "not overlapped")
+    if not states:
         return "not overlapped" if "self.shared_expert" in source or "self.shared_mlp" in source else "none"
     return "overlapped" if states == {"overlapped"} else "not overlapped"
+
+
+def _children(node: ast.ClassDef, classes: set[str]) -> set[str]:
+    """Names of the children of a module that are of these classes."""
+    made = [n for n in ast.walk(node) if isinstance(n, ast.Assign) and len(n.targets) == 1]
+    found = {ast.unparse(n.targets[0]) for n in made for c in ast.walk(n.value) if getattr(c, "id", None) in classes}
+    return {name.removeprefix("self.") for name in found if name.startswith("self.")}
+
+
+def _can_put_off(forward: ast.FunctionDef, experts: set[str], routed: set[str], shared: set[str]) -> bool:
+    """Whether the source of a forward lets its shared experts be put off; tests hold every family to it."""
+    own = OwnCalls(lambda name: name in routed | shared, lambda name: name in routed)
+    calls = SharedCalls(next(iter(experts), None), frozenset(routed - experts), frozenset(shared), own)
+    return calls.rewrite(copy.deepcopy(forward))

@@ -12,9 +12,20 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["Follow", "assigned_names", "choose_branches", "follow", "function_source", "read_names", "same_words"]
+__all__ = [
+    "Follow",
+    "assigned_names",
+    "choose_branches",
+    "follow",
+    "function_source",
+    "is_setting",
+    "read_names",
+    "same_words",
+]
 
 NO_GRAD = ("torch.no_grad()", "torch.inference_mode()")
+# A decorator of transformers that writes the docstring and returns the function itself.
+DOCUMENTS = "auto_docstring"
 # Calls that change the type or the placement in memory, not the values; those of a type take its name.
 CASTS = ("to", "type", "type_as")
 
@@ -31,7 +42,10 @@ def function_source(method: Any) -> ast.FunctionDef | None:
         node = ast.parse(textwrap.dedent(inspect.getsource(plain))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-    if not isinstance(node, ast.FunctionDef) or any(ast.unparse(d) not in NO_GRAD for d in node.decorator_list):
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    node.decorator_list = [d for d in node.decorator_list if not ast.unparse(d).startswith(DOCUMENTS)]
+    if any(ast.unparse(d) not in NO_GRAD for d in node.decorator_list):
         return None
     if (plain is not method) != bool(node.decorator_list):
         return None
@@ -39,7 +53,8 @@ def function_source(method: Any) -> ast.FunctionDef | None:
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
         del node.body[0]
     node.returns = None
-    for argument in [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs]:
+    extras = [extra for extra in (node.args.vararg, node.args.kwarg) if extra is not None]
+    for argument in [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs, *extras]:
         argument.annotation = None
     return node
 
@@ -48,7 +63,7 @@ def choose_branches(body: list[ast.stmt], owner: Any) -> list[ast.stmt]:
     """The statements without those that settings of the module rule out (`if self.config.pretraining_tp > 1:`)."""
     chosen: list[ast.stmt] = []
     for statement in body:
-        if isinstance(statement, ast.If) and _is_setting(statement.test):
+        if isinstance(statement, ast.If) and is_setting(statement.test):
             try:
                 test = eval(ast.unparse(statement.test), {"__builtins__": {}}, {"self": owner})
             except AttributeError:
@@ -60,7 +75,7 @@ def choose_branches(body: list[ast.stmt], owner: Any) -> list[ast.stmt]:
     return chosen
 
 
-def _is_setting(test: ast.expr) -> bool:
+def is_setting(test: ast.expr) -> bool:
     """Whether a condition reads nothing but attributes of the module and constants, and not its mode."""
     allowed = (ast.Attribute, ast.Name, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp, ast.cmpop, ast.boolop)
     nodes = list(ast.walk(test))

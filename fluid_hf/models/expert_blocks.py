@@ -1,7 +1,9 @@
 """Blocks that call a list of experts in a loop of their own: which methods take the place of theirs.
 
 The router, shared experts, auxiliary losses and what is returned stay the block's own code; only its loop is replaced
-(`fluid_hf.models.expert_loops`). For a block whose loop is not known, `register_block` takes a forward.
+(`fluid_hf.models.expert_loops`), and shared experts are put off until the routed ones' communication window where that
+gives the same (`fluid_hf.models.shared_methods`). For a block whose loop is not known, `register_block` takes a
+forward.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import nn
 from fluid_hf.errors import UnsupportedModelError
 from fluid_hf.models.code_reading import function_source
 from fluid_hf.models.expert_loops import UnknownLoopError, replace_loops
+from fluid_hf.models.shared_methods import compiled, with_shared_put_off
 
 __all__ = ["block_methods", "register_block"]
 
@@ -29,7 +32,9 @@ def register_block(block: type[nn.Module]) -> Callable[[Forward], Forward]:
 
     For a block whose own loop over its `nn.ModuleList` of experts is not known. The function takes and returns what the
     block's forward does, and calls the experts once, on every rank and also without tokens:
-    `self.experts(hidden [T, H], index [T, K] (int64), weights [T, K]) -> [T, H]`, by the name that the list has.
+    `self.experts(hidden [T, H], index [T, K] (int64), weights [T, K]) -> [T, H]`, by the name that the list has. With
+    a function as fourth argument, a shared expert, they return a pair: their result, and the function's, which was
+    called while rows travelled.
 
     Args:
         block: the class, of a model from the Hub `type(model.model.layers[0].mlp)`. The function is kept on it.
@@ -56,7 +61,7 @@ def block_methods(block: nn.Module, attribute: str, where: str) -> dict[str, For
     registered = getattr(type(block), REGISTERED, None)
     if registered is not None:
         return {"forward": registered}
-    found: dict[str, Forward] = {}
+    functions: dict[str, ast.FunctionDef] = {}
     for name, method in _own_methods(block).items():
         if f"self.{attribute}" not in _text(method):
             continue
@@ -64,12 +69,13 @@ def block_methods(block: nn.Module, attribute: str, where: str) -> dict[str, For
         if function is None or name in vars(block):
             raise _unknown(block, where, name, "which is decorated or replaced")
         try:
-            found[name] = _compiled(replace_loops(function, block, attribute), method)
+            functions[name] = replace_loops(function, block, attribute)
         except UnknownLoopError as error:
             raise _unknown(block, where, name, f"in a way that is not known ({error})") from None
-    if not found:
+    if not functions:
         raise _unknown(block, where, "forward", f"which does not name self.{attribute} or has no source")
-    return found
+    functions |= with_shared_put_off(block, attribute, functions)
+    return {name: compiled(function, getattr(type(block), name)) for name, function in functions.items()}
 
 
 def _own_methods(block: nn.Module) -> dict[str, Any]:
@@ -95,12 +101,3 @@ def _unknown(block: nn.Module, where: str, method: str, why: str) -> Unsupported
         f"{where} runs its experts in its method {method}, {why}; write its forward with one call of "
         f"self.experts(hidden, index, weights) and register it: fluid_hf.register_block({type(block).__name__})."
     )
-
-
-def _compiled(function: ast.FunctionDef, method: Any) -> Forward:
-    plain = inspect.unwrap(method)
-    module = ast.fix_missing_locations(ast.Module([function], []))
-    scope: dict[str, Any] = {}
-    exec(compile(module, f"<{plain.__qualname__} with one call of all experts>", "exec"), plain.__globals__, scope)
-    made: Forward = scope[function.name]
-    return made

@@ -4,9 +4,10 @@ A shared expert needs no exchange, so it can run while the routed rows travel: b
 results (`fluid_hf.moe.expert_parallel`). HF's blocks call it before or after `self.experts`; the functions of
 `fluid_hf.models.block_forms` make the same calls with the shared expert handed to `self.experts` as `between`.
 
-A block qualifies by the text of its forward, not by its family: it must read exactly like the text beside the
-function, names of local variables and annotations aside. A block that reads otherwise, in another version of
-transformers or patched by somebody else, keeps its own forward: the same results, without this overlap.
+A block has a form by the text of its forward, not by its family: it must read exactly like the text beside the
+function, names of local variables and annotations aside. The forward of another block, or of a layer that calls the
+shared expert beside the block, is made from its own source (`fluid_hf.models.shared_methods`). What is not understood,
+or was patched by somebody else, keeps its own forward: the same results, without this overlap.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from fluid_hf.models.shared_methods import (
+    block_functions,
+    carrying_forward,
+    compiled,
+    layer_forward,
+    shared_children,
+    with_shared_put_off,
+)
 
 __all__ = [
     "bind_blocks",
@@ -87,24 +97,50 @@ def has_form(source: str) -> bool:
     return canonical_text(source) in _FORMS
 
 
-def bind_blocks(model: nn.Module, experts: Iterable[str]) -> list[str]:
-    """Let the blocks around these experts (by module name) run by their forms; the names of those that do."""
-    bound: dict[str, None] = {}
-    for name in experts:
-        parent = name.rpartition(".")[0]
-        for block_name in (parent, parent.rpartition(".")[0]):
-            block = model.get_submodule(block_name)
-            form = find_form(type(block))
-            if form is not None and block_name not in bound and "forward" not in vars(block):
-                block.forward = types.MethodType(form, block)  # type: ignore[method-assign]
-                bound[block_name] = None
-    return list(bound)
+def bind_blocks(model: nn.Module, experts: Iterable[str]) -> dict[str, list[str]]:
+    """Let what is around these experts (by module name) run its shared expert in their window: the block, by a form or
+    by its own source, or the layer that calls the block. Names of the methods bound, by name of their module.
+    """
+    bound: dict[str, list[str]] = {}
+
+    def bind(name: str, methods: Mapping[str, Forward | None]) -> bool:
+        found = {method: function for method, function in methods.items() if function is not None}
+        bind_methods(model.get_submodule(name), found)
+        if found:
+            bound[name] = list(found)
+        return bool(found)
+
+    for experts_name in experts:
+        name, _, attribute = experts_name.rpartition(".")
+        outer, _, child = name.rpartition(".")
+        block, layer = model.get_submodule(name), model.get_submodule(outer)
+        is_own = bind(name, _methods(block, attribute)) or name in bound
+        form = find_form(type(layer)) if outer not in bound and "forward" not in vars(layer) else None
+        beside = form is not None or outer in bound or bool(shared_children(layer))
+        can_carry = name and beside and not is_own and "forward" not in vars(block)
+        carrying = carrying_forward(block, attribute) if can_carry else None
+        if carrying is not None and form is None and outer not in bound:
+            form = layer_forward(layer, child)
+        if bind(outer, {"forward": form}) or outer in bound:
+            bind(name, {"forward": carrying})
+    return bound
 
 
-def unbind_blocks(model: nn.Module, names: Iterable[str]) -> None:
-    """Give the blocks their classes' own forwards back."""
-    for name in names:
-        unbind_methods(model.get_submodule(name), ["forward"])
+def _methods(block: nn.Module, attribute: str) -> dict[str, Forward | None]:
+    """The block's methods by its form or, if it has none, by its source."""
+    if "forward" in vars(block):
+        return {}
+    form = find_form(type(block))
+    if form is not None:
+        return {"forward": form}
+    made = with_shared_put_off(block, attribute, block_functions(block, attribute)) if shared_children(block) else {}
+    return {name: compiled(function, getattr(type(block), name)) for name, function in made.items()}
+
+
+def unbind_blocks(model: nn.Module, bound: Mapping[str, Iterable[str]]) -> None:
+    """Give the blocks their classes' own methods back."""
+    for name, methods in bound.items():
+        unbind_methods(model.get_submodule(name), methods)
 
 
 def bind_methods(block: nn.Module, methods: Mapping[str, Forward]) -> None:
