@@ -62,6 +62,7 @@ SMALL: dict[str, Any] = {
 
 # What a family's configuration asks for beyond that.
 SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere2_moe": {"num_shared_experts": 1},
     "dbrx": {
         "d_model": 32,
         "n_heads": 4,

@@ -14,10 +14,15 @@ from fluid_hf.models.catalogue import SupportedModel, supported_models
 HEAD = """# Models
 
 Every family of transformers {version} with routed experts. "Overlapped": the shared expert runs while the rows of the
-routed ones travel; "not overlapped": it runs where transformers calls it. Sequence parallel: `sp_size` over 1, for the
-family's plain configuration (a model with another kind of layer is refused by name). All that are served work with
-DeepSpeed, too (ZeRO 0 to 3, tested with a family of each kind of experts). This page is written by `fluid-hf models`;
-`fluid_hf.supported_models()` returns it as data.
+routed ones travel, wherever the block, or the decoder layer around it, calls one (tests hold each family to the order
+of events, forward and backward); "not overlapped" would be: where transformers calls it. Sequence parallel: `sp_size`
+over 1, for the family's plain configuration (a model with another kind of layer is refused by name). All that are
+served work with DeepSpeed, too (ZeRO 0 to 3, tested with a family of each kind of experts). This page is written by
+`fluid-hf models`; `fluid_hf.supported_models()` returns it as data.
+
+Behind transformers' own expert parallelism (`ep_implementation="fluid"`) shared experts are not overlapped in any
+family: it replaces the experts' forward by a function of three tensors that returns one, so a block has no way to hand
+its shared expert on, and what implements the exchange is given the experts only, not the block that holds both.
 
 | family | served | shared expert | sequence parallel | why not |
 |---|---|---|---|---|
@@ -34,9 +39,13 @@ Code from the Hub (`trust_remote_code=True`) and from before transformers 5 has 
 - the block sums each token's experts in a loop like Mixtral's (a one-hot mask or `index == e`, then `index_add_`) or
   DeepSeek's (tokens repeated, `y[index == e] = expert(...)`; `moe_infer` for evaluation).
 
-Its router, auxiliary losses and shared experts stay the model's code. Checkpoints have the model's own names and
-shapes, under DeepSpeed, too. Load the whole model with transformers, then call `patch_model`; or let each rank read its
-own experts only: `fluid_hf.from_pretrained(path, config, trust_remote_code=True)`.
+Its router, auxiliary losses and shared experts stay the model's code. A shared expert (a child with "shared" in its
+name) runs while rows travel, if the block's code lets it: it is called in straight code or under a condition that is a
+setting, its arguments keep their values between its call and that of the experts, and nothing there may change them in
+place. Otherwise it runs where the block calls it. The same holds for blocks with experts in transformers' way whose
+code is not one of those that fluid_hf knows. Checkpoints have the model's own names and shapes, under DeepSpeed, too.
+Load the whole model with transformers, then call `patch_model`; or let each rank read its own experts only:
+`fluid_hf.from_pretrained(path, config, trust_remote_code=True)`.
 
 A block with another loop is an `UnsupportedModelError` that names the method. Give it a forward with one call of all
 experts, before patching; every rank must call it in every forward, also without tokens:
@@ -48,6 +57,9 @@ def forward(self, hidden_states):
     weights, index = self.gate(flat).softmax(-1).topk(self.top_k)  # as the block's own code routes
     return self.experts(flat, index, weights).view(hidden_states.shape)  # [T, H], [T, K], [T, K] -> [T, H]
 ```
+
+With a function as fourth argument the experts return a pair, their result and the function's, which runs while rows
+travel: `routed, shared = self.experts(flat, index, weights, lambda: self.shared_experts(flat))`.
 """
 
 
