@@ -42,6 +42,7 @@ LAUNCH_ENV = {
 # Imported once per session. Not fluid_hf: ranks import the code under test themselves.
 PRELOAD = (
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # each engine imports it, and with it torch's compiler
     "peft",
     "transformers.trainer",
     "transformers.models.mixtral.modeling_mixtral",
