@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     config.stash[WATCHDOG] = os.fdopen(os.dup(2), "w")  # capturing replaces the descriptor during tests
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What the packages made lives as long as the process: collections need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

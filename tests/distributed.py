@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import io
 import multiprocessing
@@ -43,6 +44,7 @@ LAUNCH_ENV = {
 PRELOAD = (
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # each engine imports it, and with it torch's compiler
+    "matplotlib.figure",
     "peft",
     "transformers.trainer",
     "transformers.models.mixtral.modeling_mixtral",
@@ -303,6 +305,7 @@ def _serve(connection: Connection, rank: int, world_size: int, local_size: int, 
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # half a million objects of the packages, else looked at by every collection
     if group and world_size > 1:
         dist.init_process_group("gloo")
     modules: dict[str, ModuleType] = {__file__: sys.modules[__name__]}
