@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -45,6 +47,17 @@ def batch(rank: int, rows: int, length: int = 12, vocab_size: int = 96, step: in
     """Token ids of one rank."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
     return torch.randint(3, vocab_size, (rows, length), generator=generator)
+
+
+def reloaded_losses(rank: int, world: int, folders: list[str], ids: torch.Tensor) -> dict[str, float]:
+    """The loss of each folder's model, by transformers alone."""
+    losses = {}
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            losses[folder] = float(model(input_ids=ids, labels=ids).loss)
+    assert "fluid_hf" not in sys.modules
+    return losses
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

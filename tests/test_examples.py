@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,33 +36,25 @@ def test_examples_are_short_and_explain_every_argument(name: str) -> None:
         assert any(keyword.arg == "help" for keyword in call.keywords), ast.unparse(call)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("pretrain")
+@pytest.fixture(scope="module", autouse=True)
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Path] | None]:
+    """Runs beside the tests that do not need it: its launcher and its ranks import one after the other."""
+    wanted = any("checkpoint" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(pretrain, tmp_path_factory.mktemp("pretrain")) if wanted else None
+
+
+def pretrain(output: Path) -> Path:
     done = launch(EXAMPLES / "pretrain.py", *SMALL, "--profile-steps", "5", "6", "--output", str(output))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "reloaded              yes" in done.stdout
     return output
 
 
-def test_pretraining_saves_a_model_and_a_profile(checkpoint: Path) -> None:
-    assert (checkpoint / "checkpoint" / "config.json").is_file()
-    summary = json.loads((checkpoint / "fluid_profile" / "timeline.json").read_text())
-    assert len(summary["layers"]) == 4 and 0 < summary["overlap_ratio"] < 1
-
-
-def test_generated_text_is_that_of_transformers(checkpoint: Path) -> None:
-    folder = checkpoint / "checkpoint"
-    arguments = [str(folder), "--new-tokens", "8", "--prompt", *PROMPTS]
-    printed = run_script(EXAMPLES / "generate.py", *arguments)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False)
-    inputs.pop("token_type_ids", None)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    expected = tokenizer.batch_decode(
-        model.generate(**inputs, max_new_tokens=8, do_sample=False), skip_special_tokens=True
-    )
-    assert printed == "".join(f"--- {text}\n" for text in expected)
+@pytest.fixture
+def checkpoint(launched: Future[Path] | None) -> Path:
+    assert launched is not None
+    return launched.result()
 
 
 def test_lora_trains_and_saves_an_adapter(tmp_path: Path) -> None:
@@ -88,9 +80,29 @@ def test_api_pages_build(tmp_path: Path) -> None:
     pytest.importorskip("pdoc")
     text = (EXAMPLES / "guides" / "api.md").read_text(encoding="utf-8")
     (line,) = (line for line in text.splitlines() if line.startswith("pdoc "))
-    command = [sys.executable, "-m", "pdoc", *line.split()[1:]]
-    command[command.index("api")] = str(tmp_path)
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    arguments = line.split()[1:]
+    arguments[arguments.index("api")] = str(tmp_path)
+    run_script("pdoc", *arguments, nproc=1)
     page = (tmp_path / "fluid_hf.html").read_text(encoding="utf-8")
     assert all(f'id="{name}"' in page for name in ("patch_model", "FluidConfig", "ExpertParallelExperts"))
     assert 'id="FluidCallback"' in (tmp_path / "fluid_hf/integrations/trainer.html").read_text(encoding="utf-8")
+
+
+def test_pretraining_saves_a_model_and_a_profile(checkpoint: Path) -> None:
+    assert (checkpoint / "checkpoint" / "config.json").is_file()
+    summary = json.loads((checkpoint / "fluid_profile" / "timeline.json").read_text())
+    assert len(summary["layers"]) == 4 and 0 < summary["overlap_ratio"] < 1
+
+
+def test_generated_text_is_that_of_transformers(checkpoint: Path) -> None:
+    folder = checkpoint / "checkpoint"
+    arguments = [str(folder), "--new-tokens", "8", "--prompt", *PROMPTS]
+    printed = run_script(EXAMPLES / "generate.py", *arguments)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs.pop("token_type_ids", None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = tokenizer.batch_decode(
+        model.generate(**inputs, max_new_tokens=8, do_sample=False), skip_special_tokens=True
+    )
+    assert printed == "".join(f"--- {text}\n" for text in expected)

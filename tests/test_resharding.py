@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
-from distributed import LAUNCH_ENV, RankError, RankPool, rank_pool, run_script
+from distributed import RankError, RankPool, fresh_ranks, rank_pool, run_script
 from families import FAMILIES, batch, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -260,21 +258,6 @@ def run_round_trip(rank: int, world: int, folder: str, ep_size: int, stages: tup
     return losses
 
 
-FRESH = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from families import batch
-from transformers import AutoModelForCausalLM
-losses = {}
-for folder in sys.argv[2:]:
-    with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        losses[folder] = model(input_ids=batch(0, 2), labels=batch(0, 2)).loss.item()
-assert "fluid_hf" not in sys.modules
-print(json.dumps(losses))
-"""
-
-
 def test_round_trips(pool2: RankPool, pool4: RankPool, tmp_path: Path) -> None:
     for family in FAMILIES:
         tiny_model(family).save_pretrained(tmp_path / family)
@@ -282,9 +265,8 @@ def test_round_trips(pool2: RankPool, pool4: RankPool, tmp_path: Path) -> None:
     for pool, ep_size, stages in ((pool2, 2, (1, 2, 3)), (pool2, 1, (1, 3)), (pool4, 4, (2, 3)), (pool4, 2, (1,))):
         losses.update(pool.run(run_round_trip, folder, ep_size, stages)[0])
     assert len(losses) == 8 * len(FAMILIES)
-    command = [sys.executable, "-c", FRESH, str(Path(__file__).parent), *losses]
-    env = {**os.environ, **LAUNCH_ENV}
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+    with fresh_ranks(1) as process:
+        (found,) = process.run(families.reloaded_losses, list(losses), batch(0, 2))
     assert found == pytest.approx(losses, rel=1e-6)
     first = load_file(f"{folder}/mixtral-2-2-1/model.safetensors")
     assert not torch.equal(first["lm_head.weight"], load_file(tmp_path / "mixtral/model.safetensors")["lm_head.weight"])

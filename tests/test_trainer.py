@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 import trainer_script
@@ -69,22 +68,6 @@ def test_stage_equals_unpatched_training(
     assert len(curve(found)) == 10
 
 
-RELOAD = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from families import batch
-from transformers import AutoModelForCausalLM
-losses = {}
-for folder in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    found = [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in batch(0, 96)[:6]]
-    losses[Path(folder).name] = sum(found) / 6
-assert "fluid_hf" not in sys.modules
-print(json.dumps(losses))
-"""
-
-
 def test_saved_models_are_plain_checkpoints(
     results: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -92,9 +75,9 @@ def test_saved_models_are_plain_checkpoints(
     found = tmp_path_factory.getbasetemp().glob("stages*/saved-*")
     folders = sorted(str(folder) for folder in found if not folder.parent.is_symlink())  # pytest links the newest
     assert len(folders) == 16
-    command = [sys.executable, "-c", RELOAD, str(Path(__file__).parent), *folders]
-    losses = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    for name, loss in losses.items():
+    with fresh_ranks(1) as process:
+        (losses,) = process.run(families.reloaded_losses, folders, batch(0, 96)[:6])
+    for name, loss in ((Path(folder).name, loss) for folder, loss in losses.items()):
         expected = results[name.removeprefix("saved-").removesuffix("_direct")][0]["eval_loss"]
         assert abs(loss - expected) <= TOLERANCE * expected, name
     assert not list(Path(folders[0]).parent.glob(".*")), "temporary files were left"
