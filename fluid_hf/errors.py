@@ -8,6 +8,7 @@ __all__ = [
     "CollectiveError",
     "ConfigError",
     "FluidError",
+    "GradientError",
     "MissingPackageError",
     "NotPatchedError",
     "PeerError",
@@ -98,6 +99,14 @@ class WgradPendingError(FluidError, RuntimeError):
 
     Remedy: Call `loss.backward()` without `inputs`, or turn the scheduler off around partial backward passes:
     `model.fluid.scheduler.disable()`.
+    """
+
+
+class GradientError(FluidError, RuntimeError):
+    """A gradient was asked for that would be wrong: of weights that changed since forward, or of a gradient.
+
+    Remedy: Call `loss.backward()` before `optimizer.step()`, without `create_graph` and outside `torch.func`
+    transforms; take second derivatives with the unpatched model.
     """
 
 

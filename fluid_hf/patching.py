@@ -22,7 +22,7 @@ from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.generation import bind_generation, unbind_generation
-from fluid_hf.models.registry import ExpertsSite, find_experts, has_experts
+from fluid_hf.models.registry import ExpertsSite, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
@@ -102,6 +102,7 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
         bind_generation(_inside_adapters(model))
     bind_saving(model, state)
+    model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
     backend.attach(model)
     return model
 
@@ -164,7 +165,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     state.control.close()
     release_exchange_groups(state.groups)
     del model.fluid
-    model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+    for name in ("_ddp_params_and_buffers_to_ignore", "__deepcopy__", "__reduce_ex__"):
+        model.__dict__.pop(name, None)
     return model
 
 
@@ -185,6 +187,14 @@ def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
         unbind_methods(block, state.bound_methods[name])
         original.module.train(layer.training)
     setattr(block, attribute, original.module if isinstance(original, StoredExperts) else original)
+
+
+def _refuse_copy(*args: Any) -> Any:
+    """Stands where `copy.deepcopy`, `pickle` and `torch.save` ask a model how to copy it."""
+    raise UnsupportedModelError(
+        "a patched model cannot be copied or pickled: its experts, process groups and saving belong to this one; "
+        "copy it before patch_model and patch the copy too, or write it with fluid_hf.save_pretrained."
+    )
 
 
 class _RefuseDDP:
@@ -239,6 +249,8 @@ def _prepare(
         if len(counts) > 1:
             raise UnsupportedModelError(f"{type(model).__name__} has layers with different num_experts {counts}.")
         ep_size = resolve_ep_size(requested.ep_size, world, counts[0] if counts else 1, hosts)
+        if ep_size > 1:
+            check_unshared(model, sites)
         resolved = dataclasses.replace(requested, ep_size=ep_size, sp_size=sp_size)
         backend = _choose_backend(resolved)
         backend.check(resolved)

@@ -225,6 +225,3 @@ class FluidState:
         for gradient, _ in gradients:
             gradient.mul_(scale.to(gradient.dtype))
         return norm
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FluidState:
-        return self  # process groups cannot be copied; a copied model shares them

@@ -55,6 +55,15 @@ def bad_router(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     layer(torch.randn(1, 8), torch.tensor([[0, 4]]), torch.ones(1, 2))
 
 
+def changed_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = patched()
+    ids = batch(0, 2)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        next(model.fluid.layers["model.layers.1.mlp.experts"].parameters()).mul_(2)
+    loss.backward()
+
+
 def unreached_gradient(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = patched()
     ids = batch(0, 2)
@@ -85,6 +94,7 @@ WAYS: dict[str, Callable[[pytest.MonkeyPatch, Path], Any]] = {
     "CheckpointError": unwritable,
     "CollectiveError": missing_rank,
     "ConfigError": lambda m, p: FluidConfig(waves=0),
+    "GradientError": changed_weights,
     "MissingPackageError": no_matplotlib,
     "NotPatchedError": lambda m, p: fluid_hf.unpatch_model(nn.Linear(2, 2)),
     "PeerError": silent_peer,

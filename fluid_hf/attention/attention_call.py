@@ -20,6 +20,7 @@ import torch
 
 from fluid_hf.attention.fused_projection import HeadPlan, Projections
 from fluid_hf.attention.heads import HeadLayout
+from fluid_hf.comm.gradients import check_versions
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradWork
 from fluid_hf.ranges import mark, ranged
@@ -95,6 +96,7 @@ class AttentionCall:
         self._returns: list[torch.Tensor | None] = []
         self._own_returns: list[torch.Tensor | None] = []
         self.returns_in_flight = False
+        self._versions: list[int] | None = None
 
     @property
     def complete(self) -> bool:
@@ -103,7 +105,10 @@ class AttentionCall:
 
     def projections(self) -> Projections:
         """The weights in the type the call computes in; called inside autograd nodes, without gradients."""
-        return self._read().to(self.dtype)
+        found = self._read()
+        tensors = [tensor for tensor in (*found.weights.values(), *found.biases.values()) if tensor is not None]
+        self._versions = check_versions(self._versions, tensors, self.context.name)
+        return found.to(self.dtype)
 
     # -- forward --------------------------------------------------------------------------------------------------
     @ranged("forward attention")

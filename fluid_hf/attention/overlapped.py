@@ -31,6 +31,7 @@ from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.head_layouts import HeadNorms, heads_from_wire, heads_to_wire
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.ulysses import CoreAttention
+from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_tokens
 
 __all__ = ["overlapped_attention"]
@@ -162,6 +163,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: AttentionCall = ctx.call
+        refuse_second_derivatives(call.context.name)
         token: _Token = ctx.token
         (full,) = ctx.saved_tensors
         grad = grads[0].flatten(0, 1).to(call.dtype).contiguous()
@@ -195,6 +197,7 @@ def overlapped_attention(
     Returns:
         [B, L, H] in the type the projections compute in (autocast's where it is on, else the weights').
     """
+    refuse_transforms(context.name)
     device = hidden_BLH.device.type
     parameters = read()
     autocast = torch.is_autocast_enabled(device)

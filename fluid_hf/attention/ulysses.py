@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fluid_hf.attention.heads import HeadLayout
+from fluid_hf.comm.gradients import refuse_second_derivatives
 from fluid_hf.comm.peer_exchange import PeerExchange
 
 __all__ = ["CoreAttention", "gather_heads_scatter_seq", "scatter_heads_gather_seq", "ulysses_attention"]
@@ -32,6 +33,7 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        refuse_second_derivatives(ctx.exchange.place[0])
         return _exchange(grads[0], ctx.exchange), None
 
 

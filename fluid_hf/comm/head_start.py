@@ -33,7 +33,7 @@ class EarlyRows:
 
 
 class HeadStart:
-    """What two ranks have promised each other for the next call of one layer, by number of waves and bytes of a row.
+    """What two ranks have promised each other for the next call of one layer with as many waves and bytes of a row.
 
     Equal on both sides as long as they call the layer in the same order, which every collective needs.
     """
@@ -48,7 +48,8 @@ class HeadStart:
     def promise(self, waves: int, row_bytes: int, sent: int, received: int) -> None:
         """Promise rows for the next call from those of this one: the first wave, and a little for chance."""
         capacity = received + received // 16
-        self._promised[waves, row_bytes] = EarlyRows(_share(sent, waves), _share(received, waves), capacity)
+        # Nothing else is kept: rows of a rank that calls in another way than before must not meet rows of other bytes.
+        self._promised = {(waves, row_bytes): EarlyRows(_share(sent, waves), _share(received, waves), capacity)}
 
     def forget(self) -> None:
         """Promise nothing: after an error that ended the call on both ranks."""

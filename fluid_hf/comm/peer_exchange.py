@@ -207,6 +207,9 @@ class PeerExchange:
         raise_flagged(counts, self.rank, self.ranks, layer)
         return counts
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PeerExchange:
+        return self  # process groups cannot be copied; a copied layer shares them
+
     def at(self, layer: str, step: str, index: int = 0) -> None:
         """Say what is posted from now on, for errors."""
         self.place = (layer, step, index)

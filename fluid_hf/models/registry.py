@@ -7,7 +7,8 @@ code is known (`fluid_hf.models.expert_lists`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,10 @@ from fluid_hf.models.expert_formats import expert_format, is_experts, weight_nam
 from fluid_hf.models.expert_lists import is_expert_list, read_expert_list
 from fluid_hf.models.other_experts import OTHER_EXPERTS, read_other_experts
 from fluid_hf.models.shared_experts import find_form
-from fluid_hf.models.stored_experts import StoredExperts
+from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["LOADED_SHARE", "ExpertsSite", "find_experts", "has_experts"]
+__all__ = ["LOADED_SHARE", "ExpertsSite", "check_unshared", "find_experts", "has_experts"]
 
 # Set on an experts module that holds this rank's experts only: the number of experts of the layer.
 LOADED_SHARE = "_fluid_num_experts"
@@ -93,6 +94,24 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
 def has_experts(model: nn.Module) -> bool:
     """Whether any module is one of experts, or a list of them."""
     return any(is_experts(module) or is_stored_otherwise(name, module) for name, module in model.named_modules())
+
+
+def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:
+    """Weights to be split must belong to one block: another one that reads them would find some of the experts only.
+
+    Raises:
+        UnsupportedModelError: experts, or weights of theirs, are in several places; names the layer.
+    """
+    parents = Counter(id(child) for module in model.modules() for child in module.children())
+    holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    for site in sites:
+        module = site.module.module if isinstance(site.module, StoredExperts) else site.module
+        weights = [weight for name in site.weight_names for weight in stored_parameters(site.module, name)]
+        if parents[id(module)] > 1 or any(holders[id(weight)] > 1 for weight in weights):
+            raise UnsupportedModelError(
+                f"the experts of {site.name} must not be those of another layer too while ep_size is over 1; give each "
+                "layer its own experts, let layers share the whole block, or set ep_size 1."
+            )
 
 
 def _check_model(model: nn.Module) -> None:

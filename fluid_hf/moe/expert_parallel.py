@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
 from fluid_hf.moe.expert_math import ExpertGradients
 from fluid_hf.moe.layer_call import LayerCall
 from fluid_hf.moe.layer_context import LayerContext
@@ -104,6 +105,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
+        refuse_second_derivatives(ctx.call.context.name)
         ctx.call.post_output_grad(grads[0], *ctx.saved_tensors)
         return grads[0].new_empty(0), None, None, None
 
@@ -131,7 +133,12 @@ def expert_parallel(
 
     Returns:
         [T, H] in the type of `hidden_TH`; with `between`, also its result.
+
+    Raises:
+        RankMismatchError, RoutingError, PeerError: see `fluid_hf.errors`; the first two on all ranks of the group.
+        GradientError: inside `torch.func` transforms, or in backward with `create_graph` or changed weights.
     """
+    refuse_transforms(context.name)
     parameters = read_parameters()
     dtype = _compute_dtype(hidden_TH, parameters["down"])
     call = LayerCall(context, read_parameters, hidden_TH, top_k_weights_TK, dtype)

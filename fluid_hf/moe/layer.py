@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.comm.peer_exchange import PeerExchange
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import ConfigError, GradientError
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_parallel import expert_parallel
 from fluid_hf.moe.general_experts import GeneralMath
@@ -176,16 +176,29 @@ class ExpertParallelLayer(nn.Module):
         return expert_parallel(hidden_states, top_k_index, top_k_weights, parameters, self.context, between)
 
     def _readable_parameters(self) -> Callable[[], dict[str, torch.Tensor]]:
-        """How backward reads the weights again. Those that an adapter computes exist during forward only: kept."""
-        if not parametrize.is_parametrized(self):
-            return self.expert_parameters
-        if self.ep_size > 1 and not self.adapters_are_split:
+        """How backward reads the weights again. Computed ones (adapters, `functional_call`) are kept from forward."""
+        held = self._held_tensors()
+        adapted = parametrize.is_parametrized(self)
+        if not adapted and all(isinstance(tensor, nn.Parameter) for tensor in held):
+            return lambda: self._read_again(held)
+        if adapted and self.ep_size > 1 and not self.adapters_are_split:
             raise ConfigError(
                 f"adapters on the experts (target_parameters) were added with ep_size ({self.ep_size}) over 1 in force "
                 "and would differ between ranks; call get_peft_model first and patch_model after it."
             )
         computed = self.expert_parameters()
         return lambda: computed
+
+    def _held_tensors(self) -> list[torch.Tensor | None]:
+        return [tensor for module in self.modules() for tensor in module._parameters.values()]
+
+    def _read_again(self, held: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        if any(now is not before for now, before in zip(self._held_tensors(), held, strict=True)):
+            raise GradientError(
+                f"parameters of layer {self.context.name} must be those that forward was called with, and they were "
+                "replaced; give torch.func.functional_call tensors that are no nn.Parameter."
+            )
+        return self.expert_parameters()
 
     def extra_repr(self) -> str:
         """Shown by `repr(model)`."""

@@ -19,6 +19,7 @@ import torch
 
 from fluid_hf.comm.call_form import CallForm
 from fluid_hf.comm.faults import GOOD, input_status, routing_error
+from fluid_hf.comm.gradients import check_versions
 from fluid_hf.comm.peer_exchange import ExchangeHandle
 from fluid_hf.comm.row_route import RowRoute
 from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
@@ -72,6 +73,7 @@ class LayerCall:
         self._keep = torch.is_grad_enabled() and not context.recompute
         self._own_tokens = OwnTokens(self.math, self._keep)
         self._held_weights: Any = None
+        self._versions: list[int] | None = None
         self.returns_in_flight = self.output_grads_in_flight = False
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -281,7 +283,9 @@ class LayerCall:
         return self._held_weights
 
     def _weights(self) -> Any:
-        return self.math.read(self._read_parameters(), self.dtype)
+        parameters = self._read_parameters()
+        self._versions = check_versions(self._versions, parameters.values(), self.context.name)
+        return self.math.read(parameters, self.dtype)
 
     def _new_hidden(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)

@@ -1,0 +1,57 @@
+"""Gradients that nodes with host code between them cannot give: they are refused instead of being wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fluid_hf.errors import GradientError
+
+__all__ = ["check_versions", "refuse_second_derivatives", "refuse_transforms"]
+
+
+def refuse_transforms(layer: str) -> None:
+    """Raise inside `torch.func` transforms (`grad`, `vmap`, `jvp` and what is made of them).
+
+    Raises:
+        GradientError: names the layer.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise GradientError(
+            f"layer {layer} must be called outside torch.func transforms (grad, vmap, jvp): they would run its "
+            "exchange another number of times on each rank; use loss.backward() or torch.autograd.grad."
+        )
+
+
+def refuse_second_derivatives(layer: str) -> None:
+    """Raise in a backward pass whose gradients are to have gradients: these would be missing, without a word.
+
+    Raises:
+        GradientError: names the layer.
+    """
+    if torch.is_grad_enabled():
+        raise GradientError(
+            f"create_graph (True) must be False in a backward pass through layer {layer}: its gradients have no "
+            "gradients of their own; take second derivatives with the unpatched model."
+        )
+
+
+def check_versions(before: list[int] | None, weights: Iterable[torch.Tensor], layer: str) -> list[int]:
+    """How often each weight was changed in place; backward reads the weights again, as autograd's own check cannot see.
+
+    Args:
+        before: what forward got from here; `None` in forward.
+        weights: as they are now.
+        layer: its name.
+
+    Raises:
+        GradientError: they have changed since forward.
+    """
+    now = [0 if weight.is_inference() else weight._version for weight in weights]
+    if before is not None and before != now:
+        raise GradientError(
+            f"weights of layer {layer} (changed in place {sum(now) - sum(before)} times since forward) must be the "
+            "same in forward and backward; call loss.backward() before optimizer.step(), and forward again after it."
+        )
+    return now
