@@ -47,6 +47,9 @@ def test_a_promise_is_the_first_wave_and_a_little() -> None:
     start.promise(2, 64, sent=640, received=65)
     assert start.begin(2, 64) == EarlyRows(330, 34, 69)
     assert start.begin(3, 64) == start.begin(2, 128) == EarlyRows(0, 0, 0), "others have promises of their own"
+    assert start.padding(2, 64) == (0, 0) and start.padding(3, 64) == start.padding(2, 128) == (330 * 64, 34 * 64)
+    start.promise(3, 64, sent=3, received=0)
+    assert start.begin(2, 64) == EarlyRows(0, 0, 0) and start.padding(2, 64) == (64, 0), "only of the last call"
     start.forget()
     assert start.begin(2, 64) == EarlyRows(0, 0, 0)
 

@@ -39,16 +39,26 @@ class HeadStart:
     """
 
     def __init__(self) -> None:
-        self._promised: dict[tuple[int, int], EarlyRows] = {}
+        self._promised: dict[tuple[int, int], EarlyRows] = {}  # of the last call only
 
     def begin(self, waves: int, row_bytes: int) -> EarlyRows:
         """Rows that go early in this call; none in the first."""
         return self._promised.get((waves, row_bytes), EarlyRows())
 
+    def padding(self, waves: int, row_bytes: int) -> tuple[int, int]:
+        """Bytes to send and receive in a call of another kind than the last one, which the promise was made for.
+
+        The promise is kept all the same, with bytes that nobody reads: if only one of the ranks calls in another way,
+        which both of them learn from the counts, no message is left over that the next one would be taken for.
+        """
+        stale = {key: rows for key, rows in self._promised.items() if key != (waves, row_bytes)}
+        for (_, old_bytes), rows in stale.items():
+            return rows.sent * old_bytes, rows.received * old_bytes
+        return 0, 0
+
     def promise(self, waves: int, row_bytes: int, sent: int, received: int) -> None:
         """Promise rows for the next call from those of this one: the first wave, and a little for chance."""
         capacity = received + received // 16
-        # Nothing else is kept: rows of a rank that calls in another way than before must not meet rows of other bytes.
         self._promised = {(waves, row_bytes): EarlyRows(_share(sent, waves), _share(received, waves), capacity)}
 
     def forget(self) -> None:

@@ -91,7 +91,13 @@ class Outgoing:
         if early is not None:
             exchange, form = self.context.exchange, self._format
             exchange.at(self.context.name, "forward dispatch")
-            self._received = form.new_rows(max(early.capacity, early.received), self._packed.device)
+            device = self._packed.device
+            padding = self.context.head_start.padding(self.context.waves, form.stride)
+            if padding != (0, 0):
+                post_between_two(
+                    exchange, 0, *(torch.empty(size, dtype=torch.uint8, device=device) for size in padding)
+                )
+            self._received = form.new_rows(max(early.capacity, early.received), device)
             ways = self._packed[: early.sent], self._received[: early.received]
             self._handles = [post_between_two(exchange, 0, *ways)]
             exchange.at(self.context.name, "forward counts")
