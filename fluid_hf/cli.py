@@ -7,6 +7,7 @@ import sys
 from typing import Any, Protocol
 
 from fluid_hf.commands import bench, doctor, errors, models, profile
+from fluid_hf.commands.arguments import check_targets
 from fluid_hf.errors import FluidError
 
 __all__ = ["main"]
@@ -47,12 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit status: 0, or 1 with the named error on the error stream."""
+    """Entry point; the exit status: 0, 1 with the named error on the error stream, or argparse's 2 for unknown ones."""
     options = build_parser().parse_args(arguments)
     try:
+        check_targets(options)
         return COMMANDS[options.command].run(options)
-    except FluidError as error:
-        print(f"fluid-hf {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
+    except (FluidError, OSError) as error:
+        name = type(error).__name__
+        more = f"\n`fluid-hf errors {name}` has cause and remedy." if isinstance(error, FluidError) else ""
+        print(f"fluid-hf {options.command}: {name}: {error}{more}", file=sys.stderr)
         return 1
 
 

@@ -89,7 +89,9 @@ def _wrap_save(
                 if layout["ep_size"] > 1:
                     (folder / "zero_to_fp32.py").write_text(RECOVERY_SCRIPT, encoding="utf-8")
             except OSError as failure:
-                error = CheckpointError(f"checkpoint ({folder / tag}) cannot be written: {failure}")
+                error = CheckpointError(
+                    f"checkpoint ({folder / tag}) cannot be written: {failure}; free space or choose another folder."
+                )
         state.control.agree(error, None, "engine.save_checkpoint")
         return result
 

@@ -98,13 +98,18 @@ def convert_universal(
         tag = read_tag(folder, "latest_universal", "run ds_to_universal to make a universal checkpoint.")
     source = folder / str(tag)
     if not (source / "zero").is_dir():
-        raise CheckpointError(f"folder ({source / 'zero'}) is missing: {source} is no universal checkpoint.")
+        raise CheckpointError(
+            f"folder ({source / 'zero'}) must exist in a universal checkpoint but does not; run ds_to_universal again."
+        )
     check_files(source.rglob("*.pt"))
     held = {path.name for path in (source / "zero").iterdir() if path.is_dir()}
     sources = {name: find_source(name, held) for name in shapes}
     lost = [name for name, found in sources.items() if found is None]
     if lost:
-        raise CheckpointError(f"tensor ({lost[0]}) must be in {source / 'zero'} but is not, as {len(lost) - 1} others.")
+        others = f"{len(lost) - 1} others are missing, too"
+        raise CheckpointError(
+            f"tensor ({lost[0]}) must be in {source / 'zero'} but is not ({others}); resume the model it was made from."
+        )
     wanted = {name: found for name, found in sources.items() if found is not None}
     if all(found == Source((name,)) for name, found in wanted.items()):
         return tag

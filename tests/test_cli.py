@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import astuple
@@ -56,6 +57,53 @@ def test_named_errors_end_with_their_name(monkeypatch: pytest.MonkeyPatch, capsy
 def test_nccl_without_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "model", "--link", "nccl"]) == 1
     assert "ConfigError: link (nccl) must have a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("profile --from NONE --out OUT", "TraceError: trace .* must be a Chrome trace"),
+        (
+            "profile --out FILE/picture",
+            r"ConfigError: --out .*picture.json\) must be a file .*(File exists|Not a dir)",
+        ),
+        (
+            "bench layer --json FILE/x.json",
+            r"ConfigError: --json .*x.json\) must be a file .*(File exists|Not a dir)",
+        ),
+        ("doctor --json OUT", "ConfigError: --json .* must be a file that can be written: it is a folder"),
+        ("bench layer --shapes mixtral-9x9b", "ConfigError: shape .* must be one of .*no such file or folder"),
+        ("bench layer --shapes tiny --ep 7", r"ConfigError: --ep \(7\) must divide the experts .*'tiny': 16"),
+        ("bench layer --shapes tiny --ep 0", "argument --ep: must be a positive integer, is '0'"),
+        ("bench attention --shapes tiny --sp 3", r"ConfigError: --sp \(\[3\]\) must divide"),
+        ("bench table --json NONE", "ConfigError: --json .* wrote with its --json .*FileNotFoundError"),
+        ("bench table --json FILE", "ConfigError: --json .* wrote with its --json .*JSONDecodeError"),
+        ("doctor --parity --fixed nonsense", r"ConfigError: setting \('nonsense'\) must be one of"),
+        ("errors NoError", "invalid choice: 'NoError'"),
+        ("timeline", "invalid choice: 'timeline'"),
+    ],
+)
+def test_wrong_input_is_named_before_anything_runs(
+    command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no JSON")
+    places = {"NONE": str(tmp_path / "none"), "FILE": str(tmp_path / "file"), "OUT": str(tmp_path)}
+    words = [re.sub("NONE|FILE|OUT", lambda found: places[found[0]], word) for word in command.split()]
+    try:
+        status = cli.main(words)
+    except SystemExit as ended:
+        assert ended.code == 2, "argparse's own errors"
+    else:
+        assert status == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "no JSON"
+
+
+def test_results_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--shapes tiny --ep 1 --tokens 16 --repeats 1 --layers 1 --variants grouped --json -"
+    assert cli.main(["bench", "layer", *options.split()]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["cells"][0]["shape"] == "tiny" and "limits" in printed.err
 
 
 def test_table_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fluid_hf.errors import ConfigError
@@ -62,6 +63,8 @@ def shape_of(name: str) -> LayerShape:
     from transformers import AutoConfig
 
     try:
+        if not Path(name).exists() and ("/" not in name or name.startswith(("/", ".", "~"))):
+            raise OSError("no such file or folder")  # the Hub would be asked several times for a misspelt name
         config: Any = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(

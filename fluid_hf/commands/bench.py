@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fluid_hf.commands import bench_attention, bench_layer, bench_metrics, bench_model, bench_table
@@ -29,5 +34,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Run the chosen benchmark."""
-    status: int = BENCHMARKS[options.what].run(options)
+    command: Callable[[argparse.Namespace], int] = BENCHMARKS[options.what].run
+    if options.json != "-" or options.what == "table":
+        return command(options)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        options.json = str(Path(folder) / "results.json")
+        status = command(options)
+        text = Path(options.json).read_text(encoding="utf-8") if Path(options.json).exists() else ""
+    print(text)
     return status

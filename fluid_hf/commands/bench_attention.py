@@ -19,6 +19,8 @@ from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
+from fluid_hf.commands.arguments import positive
+from fluid_hf.errors import ConfigError
 
 ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
 
@@ -35,13 +37,18 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--shapes", nargs="+", default=shapes, choices=sorted(ATTENTION_SHAPES), help="models by name")
     add("--memory", action="store_true", help="measure what a small model's training step holds instead of timing")
     add("--model", default="small", choices=sorted(MEMORY_MODELS), help="with --memory")
-    add("--sp", nargs="+", type=int, help="sequence parallel sizes, 1 for the layer alone: 2 8; with --memory 1 2 4 8")
-    add("--tokens", nargs="+", type=int, default=[8192, 32768], help="tokens of the whole sequence")
-    add("--chunks", nargs="+", type=int, default=[1, 2], help="chunks of heads to time beside the planner's choice")
-    add("--layers", type=int, default=4, help="calls in a row; times are per call")
-    add("--repeats", type=int, default=20, help="timed runs of each variant")
+    add(
+        "--sp",
+        nargs="+",
+        type=positive,
+        help="sizes of the group, 1 for the layer alone: 2 8; with --memory 1 2 4 8",
+    )
+    add("--tokens", nargs="+", type=positive, default=[8192, 32768], help="tokens of the whole sequence")
+    add("--chunks", nargs="+", type=positive, default=[1, 2], help="chunks of heads to time beside the one planned")
+    add("--layers", type=positive, default=4, help="calls in a row; times are per call")
+    add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
-    add("--json", help="file for the results")
+    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
     return parser
 
 
@@ -52,6 +59,9 @@ def run(options: argparse.Namespace) -> int:
         return _memory(options, cells)
     for sp_size in options.sp or [2, 8]:
         _bench(options, sp_size, cells)
+    if not cells:
+        heads = {name: ATTENTION_SHAPES[name].heads for name in options.shapes}
+        raise ConfigError(f"--sp ({options.sp}) must divide --tokens ({options.tokens}) and the heads ({heads}).")
     print("\n" + attention_table(_write(options, "attention", cells)))
     return int(any(isinstance(error, str) for cell in cells for error in cell["errors"].values()))
 

@@ -19,6 +19,8 @@ from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.links import LINKS, is_first, link_world, several_processes, world_sizes
 from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
+from fluid_hf.commands.arguments import positive
+from fluid_hf.errors import ConfigError
 from fluid_hf.overlap.cost_model import backward_seconds, forward_seconds, hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves
 from fluid_hf.profiling.breakdown import breakdown, breakdown_text, record
@@ -35,23 +37,32 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     names = ", ".join(sorted(SHAPES))
     add("--shapes", nargs="+", default=["qwen3-30b-a3b"], help=f"models: {names}, or folders or config.json of others")
     add("--link", choices=LINKS, default="mirror", help="mirror: one process plays a rank of --ep; else under torchrun")
-    add("--ep", nargs="+", type=int, help="expert parallel sizes; 1 for no communication (default: 2, or all ranks)")
-    add("--tokens", type=int, default=8192, help="tokens per rank")
-    add("--waves", nargs="+", type=int, help="waves to time beside the planner's choice")
+    add(
+        "--ep",
+        nargs="+",
+        type=positive,
+        help="expert parallel sizes; 1: no communication (default: 2, or all ranks)",
+    )
+    add("--tokens", type=positive, default=8192, help="tokens per rank")
+    add("--waves", nargs="+", type=positive, help="waves to time beside the planner's choice")
     add("--skew", nargs="+", type=float, default=[0.0], help="Zipf exponents of expert popularity; 0 is balanced")
-    add("--layers", type=int, default=4, help="calls timed in a row, as layers run in a model; times are per call")
-    add("--repeats", type=int, default=20, help="timed runs of each variant")
+    add("--layers", type=positive, default=4, help="calls timed in a row, as layers run in a model; times are per call")
+    add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add("--report", action="store_true", help="also say where the time goes, from a timeline of ours")
-    add("--json", help="file for the results")
+    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Time every shape on every group size; print as they come, and write the file. 1 if variants disagree."""
-    for name in options.shapes:
-        shape_of(name)  # an unknown one is named before anything is timed
     sizes = world_sizes(options.link, options.ep)
+    experts = {name: shape_of(name).experts for name in options.shapes}
+    for size in sizes:
+        if all(count % size for count in experts.values()):
+            raise ConfigError(f"--ep ({size}) must divide the experts of one of the shapes ({experts}).")
+    if not torch.cuda.is_available():
+        print("no GPU: times say nothing; --shapes tiny --tokens 256 compares the variants at once", file=sys.stderr)
     with link_world(options.link) if options.link != "mirror" else contextlib.nullcontext():
         cells = [cell for ep_size in sizes for cell in _bench(options, ep_size)]
         first = is_first()

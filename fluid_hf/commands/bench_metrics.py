@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fluid_hf.bench.links import is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelBench, ModelSlice
+from fluid_hf.commands.arguments import positive
 from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.step_metrics import StepMetrics
 from fluid_hf.patching import patch_model
@@ -35,14 +36,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", default="qwen3-30b-a3b", choices=sorted(MODELS), help="sizes of the layers")
-    add("--ep", type=int, default=8, help="expert parallel size of the mirror link")
-    add("--layers", type=int, default=4, help="decoder layers")
-    add("--batch", type=int, default=2, help="sequences per rank")
-    add("--sequence", type=int, default=4096, help="tokens of a sequence")
-    add("--waves", type=int, help="waves of each exchange (the planner's choice if not given)")
-    add("--logging-steps", type=int, default=10, help="steps between two logs")
-    add("--repeats", type=int, default=12, help="stretches of that many steps to time of each kind")
-    add("--json", help="file for the results")
+    add("--ep", type=positive, default=8, help="expert parallel size of the mirror link")
+    add("--layers", type=positive, default=4, help="decoder layers")
+    add("--batch", type=positive, default=2, help="sequences per rank")
+    add("--sequence", type=positive, default=4096, help="tokens of a sequence")
+    add("--waves", type=positive, help="waves of each exchange (the planner's choice if not given)")
+    add("--logging-steps", type=positive, default=10, help="steps between two logs")
+    add("--repeats", type=positive, default=12, help="stretches of that many steps to time of each kind")
+    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
     return parser
 
 

@@ -18,6 +18,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelSlice
 from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
+from fluid_hf.commands.arguments import positive
 from fluid_hf.errors import ConfigError
 
 MODES = ["inference", "forward", "backward", "step"]
@@ -33,21 +34,33 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS), help="models by name")
     add("--link", choices=LINKS, default="nccl", help="mirror: one process plays rank 0 of --ep")
-    add("--ep", type=int, default=2, help="expert parallel size on the mirror link; else the number of ranks")
-    add("--sp", nargs="+", type=int, default=[1], help="ranks that share a sequence, which then has --batch of them")
-    add("--layers", nargs="+", type=int, default=[2], help="decoder layers of the slice")
-    add("--batch", nargs="+", type=int, default=[2], help="sequences per rank")
-    add("--sequence", type=int, default=4096, help="tokens of a sequence")
+    add("--ep", type=positive, default=2, help="expert parallel size on the mirror link; else the number of ranks")
+    add(
+        "--sp",
+        nargs="+",
+        type=positive,
+        default=[1],
+        help="ranks that share a sequence; they have --batch of them",
+    )
+    add("--layers", nargs="+", type=positive, default=[2], help="decoder layers of the slice")
+    add("--batch", nargs="+", type=positive, default=[2], help="sequences per rank")
+    add("--sequence", type=positive, default=4096, help="tokens of a sequence")
     add("--modes", nargs="+", choices=MODES, default=MODES[:3], help="step: with DeepSpeed ZeRO 1 and AdamW")
-    add("--repeats", type=int, default=20, help="timed runs of each variant and mode")
+    add("--repeats", type=positive, default=20, help="timed runs of each variant and mode")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
-    add("--waves", nargs="+", type=int, default=[], help="fixed numbers of waves, in the smallest slice of each model")
-    add("--ctas", nargs="+", type=int, default=[], help="nccl_max_ctas, in the smallest slice of each model")
+    add(
+        "--waves",
+        nargs="+",
+        type=positive,
+        default=[],
+        help="numbers of waves, in the smallest slice of each model",
+    )
+    add("--ctas", nargs="+", type=positive, default=[], help="nccl_max_ctas, in the smallest slice of each model")
     add("--trace", help="folder for a picture of one pass of the smallest slices; the JSON gets its numbers")
     add("--budget", type=float, help="seconds after which no slice or fixed setting is started")
     add("--timeout", type=float, default=300.0, help="seconds after which a collective that hangs ends the run")
     add("--stack-after", type=float, default=60.0, help="seconds of one stage after which every rank shows its stacks")
-    add("--json", help="file for the results")
+    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
     return parser
 
 

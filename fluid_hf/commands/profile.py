@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fluid_hf.bench.shapes import SHAPES
+from fluid_hf.commands.arguments import positive
 from fluid_hf.errors import ConfigError, TraceError
 from fluid_hf.profiling.layer_run import LayerRun
 from fluid_hf.profiling.session import draw_traces
@@ -42,9 +43,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--title", default="", help="title of the picture")
     add("--json", metavar="FILE", help="also write the summary here; `-` prints it instead of the short text")
     add("--shape", default="small", choices=sorted(SHAPES), help="sizes of the layer to run (default: %(default)s)")
-    add("--ep", type=int, default=2, help="ranks: CPU or GPU processes, or one GPU's mirror link (default: 2)")
-    add("--tokens", type=int, help="tokens per rank (default: 8192 on GPUs, 512 on CPUs)")
-    add("--waves", type=int, help="waves of the overlapped layer (default: the planner's choice)")
+    add("--ep", type=positive, default=2, help="ranks: CPU or GPU processes, or one GPU's mirror link (default: 2)")
+    add("--tokens", type=positive, help="tokens per rank (default: 8192 on GPUs, 512 on CPUs)")
+    add("--waves", type=positive, help="waves of the overlapped layer (default: the planner's choice)")
     add(
         "--traces", default="overlapped", choices=KEPT, help="traces to keep of a layer run here (default: %(default)s)"
     )
@@ -97,9 +98,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--ep ({options.ep}) must be at least 2 and divide the experts of {options.shape} ({experts})."
         )
-    for name, value in (("tokens", options.tokens), ("waves", options.waves)):
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} ({value}) must be at least 1.")
 
 
 def _trace_layer(options: argparse.Namespace) -> tuple[list[tuple[str, str | Path]], str]:
