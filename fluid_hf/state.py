@@ -86,9 +86,16 @@ class FluidState:
         self._last_stats = WgradStats()
 
     def finish_batch(self) -> WgradStats:
-        """End a batch: `scheduler.finish_batch()`, and nothing may be left in flight."""
+        """End a batch: `scheduler.finish_batch()`, and nothing may be left in flight.
+
+        Raises:
+            WgradPendingError: see `WgradScheduler.finish_batch`.
+            RoutingError: on a GPU with `ep_size` 1, of a call whose kernels have found an expert id out of range.
+        """
         self.exchange.drain()
         self.sequence_exchange.drain()
+        for layer in self.layers.values():
+            layer.context.late_status.check(layer.context.name)
         self._last_stats = self.scheduler.finish_batch()
         return self._last_stats
 

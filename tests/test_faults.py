@@ -10,7 +10,9 @@ import faults
 import pytest
 import torch
 from distributed import Failure, RankPool, rank_pool
+from families import batch, tiny_model
 
+import fluid_hf
 from fluid_hf import ConfigError, FluidConfig, PeerError, RankMismatchError, RoutingError
 from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
@@ -99,6 +101,21 @@ def test_status_of_a_routers_output() -> None:
     assert input_status(weights, index, 3) == input_status(weights, index - 1, 4) == 2
     assert input_status(weights * float("nan"), index, 4) == input_status(weights / 0, index, 4) == 1
     assert input_status(torch.ones(0, 2), torch.zeros(0, 2, dtype=torch.int64), 4) == 0
+
+
+def test_what_kernels_found_is_raised_once_with_the_next_call_or_batch() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    ids = batch(0, 2)
+    model(ids)
+    late = model.fluid.layers["model.layers.1.mlp.experts"].context.late_status
+    for look in (model.fluid.finish_batch, lambda: model(ids)):
+        late.flag(ids.device).fill_(2)  # as the kernel does, in a call before
+        with pytest.raises(
+            RoutingError, match=r"rank 0 in layer model.layers.1.mlp.experts: expert ids .* call before"
+        ):
+            look()
+        model(ids)
+        model.fluid.finish_batch()
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])

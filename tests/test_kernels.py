@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 
+from fluid_hf.comm.late_status import LateStatus
+from fluid_hf.errors import RoutingError
 from fluid_hf.moe.activation import glu_backward, glu_forward
 from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_pairs, reduce_rows
 from fluid_hf.moe.routing_plan import count_rows, local_expert_ids, place_rows
@@ -44,6 +46,23 @@ def test_pair_plan(rows: int, top_k: int, experts: int, ranks: int) -> None:
             fields = (expected.pair_row_S, expected.pair_slot_S, expected.row_pair_RK, expected.offsets_E)
             for ours, theirs in zip(found, fields, strict=True):
                 assert torch.equal(ours.cpu().long(), theirs.long())
+
+
+def test_ids_out_of_range_are_told_where_nothing_is_exchanged() -> None:
+    late, device = LateStatus(), torch.device(DEVICE)
+    index = routing(70 * SCALE, 2, 8)
+    sort_kernels.pair_plan(index, 0, 8, index.numel(), late.flag(device))
+    torch.cuda.synchronize() if device.type == "cuda" else None
+    late.check("x")
+    for wrong in (-1, 8):
+        index[-1, 1] = wrong  # in the last of several blocks
+        sort_kernels.pair_plan(index, 0, 8, index.numel())  # elsewhere others' ids are no fault
+        late.check("x")
+        sort_kernels.pair_plan(index, 0, 8, index.numel(), late.flag(device))
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        with pytest.raises(RoutingError, match="rank 0 in layer x: expert ids must be in .* in a call before this one"):
+            late.check("x")
+        late.check("x")  # once
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -136,7 +136,10 @@ def test_killed_writer_leaves_a_whole_model(tmp_path: Path, sizes: tuple[str, ..
     # In memory where that can be: what a dying process leaves does not depend on how fast the disk is.
     memory = Path("/dev/shm")
     base = memory if os.access(memory, os.W_OK) else tmp_path
-    env = {**os.environ, **LAUNCH_ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    known = {
+        name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
+    }  # it forks and is killed
+    env = {**known, **LAUNCH_ENV, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     with tempfile.TemporaryDirectory(prefix="fluid_hf.", dir=base) as folder:
         command = [sys.executable, str(ROOT / "tests" / "crash_writer.py"), f"{folder}/out", "20", *sizes]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=600)

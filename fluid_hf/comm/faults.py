@@ -24,7 +24,8 @@ GRACE = 2.0  # seconds in which the other survivors report, before the silent ra
 def input_status(weights_TK: torch.Tensor, index_TK: torch.Tensor, num_experts: int) -> int:
     """`GOOD`, or what is wrong with a router's output. Only for tensors on the CPU: it reads values.
 
-    On a GPU the kernel that counts the rows finds the same (`fluid_hf.moe.sort_kernels`)."""
+    On a GPU the kernel that counts the rows finds the same (`fluid_hf.moe.sort_kernels`). Where nothing is exchanged it
+    finds ids out of range (`fluid_hf.comm.late_status`); weights that are NaN or Inf make the output NaN or Inf."""
     if index_TK.numel() and (int(index_TK.min()) < 0 or int(index_TK.max()) >= num_experts):
         return OUT_OF_RANGE
     return GOOD if bool(torch.isfinite(weights_TK).all()) else NOT_FINITE
@@ -49,12 +50,13 @@ def raise_flagged(counts_2PC: Sequence[Sequence[Sequence[int]]], own: int, ranks
         raise routing_error({ranks[peer]: status for peer, status in bad.items()}, layer)
 
 
-def routing_error(bad: dict[int, int], layer: str) -> RoutingError:
-    """The error for ranks whose router gave something that cannot be used."""
+def routing_error(bad: dict[int, int], layer: str, *, late: bool = False) -> RoutingError:
+    """The error for ranks whose router gave something that cannot be used; with `late` in a call before."""
     first = min(bad)
+    when = " It was in a call before this one, whose result lacks these experts." if late else ""
     return RoutingError(
         f"router output of rank {', '.join(map(str, sorted(bad)))} in layer {layer}: {MEANING[bad[first]]}; look for "
-        "diverged weights, a too high learning rate or bad input on that rank."
+        f"diverged weights, a too high learning rate or bad input on that rank.{when}"
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fluid_hf.comm.call_form import CallForm
 from fluid_hf.comm.faults import GOOD, input_status, routing_error
@@ -84,7 +85,8 @@ class LayerCall:
         status = input_status(weights_TK, index_TK, context.num_experts) if index_TK.device.type == "cpu" else GOOD
         if exchange.size == 1:
             if status != GOOD:
-                raise routing_error({0: status}, context.name)
+                raise routing_error({dist.get_rank() if dist.is_initialized() else 0: status}, context.name)
+            context.late_status.check(context.name)
             self.num_own_pairs = index_TK.numel()
             return None
         exchange.drain()
@@ -118,7 +120,8 @@ class LayerCall:
         if self.route is not None and self.route.serial:
             return
         local, pairs = self.context.num_local_experts, self.num_own_pairs
-        make_plan = functools.partial(make_pair_plan, index_TK, local, pairs)
+        flag = self.context.late_status.flag(self.device) if self.route is None else None
+        make_plan = functools.partial(make_pair_plan, index_TK, local, pairs, flag=flag)
         self._own_tokens.start(hidden_TH, weights_TK, self._forward_weights(), make_plan, pairs)
 
     @ranged("forward experts")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fluid_hf.comm.head_start import HeadStart
+from fluid_hf.comm.late_status import LateStatus
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_math import ExpertMath
@@ -35,6 +36,7 @@ class LayerContext:
         name: of the layer, in the ranges of a profile and in errors.
         windows: weights of other layers whose gradients are computed in this layer's windows.
         head_start: rows promised for the next call.
+        late_status: what kernels found where nothing is exchanged.
     """
 
     exchange: PeerExchange
@@ -50,6 +52,7 @@ class LayerContext:
     name: str = "layer"
     windows: WindowWeights | None = None
     head_start: HeadStart = field(default_factory=HeadStart)
+    late_status: LateStatus = field(default_factory=LateStatus)
 
     @property
     def num_local_experts(self) -> int:

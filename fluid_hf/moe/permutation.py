@@ -64,7 +64,14 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int, first_expert: int = 0) -> PairPlan:
+def make_pair_plan(
+    ids_RK: torch.Tensor,
+    num_experts: int,
+    num_pairs: int,
+    first_expert: int = 0,
+    *,
+    flag: torch.Tensor | None = None,
+) -> PairPlan:
     """Sort the (row, expert) pairs by expert.
 
     Args:
@@ -72,11 +79,12 @@ def make_pair_plan(ids_RK: torch.Tensor, num_experts: int, num_pairs: int, first
         num_experts: E.
         num_pairs: number of ids inside, known on the host, so that nothing waits for the device; or more, with what
             lies beyond undefined (see `PairPlan.first_pairs`).
+        flag: where the kernels write that an id is outside (`fluid_hf.comm.late_status`); `None` if that is no fault.
     """
     if use_kernels(ids_RK):
         from fluid_hf.moe import sort_kernels
 
-        return PairPlan(*sort_kernels.pair_plan(ids_RK, first_expert, num_experts, num_pairs))
+        return PairPlan(*sort_kernels.pair_plan(ids_RK, first_expert, num_experts, num_pairs, flag))
     rows, top_k = ids_RK.shape
     key = ids_RK.reshape(-1).to(torch.int64) - first_expert
     key = torch.where((key < 0) | (key >= num_experts), num_experts, key)

@@ -24,12 +24,13 @@ PLACE_TILE = 8192
 
 
 def pair_plan(
-    ids_RK: torch.Tensor, first_expert: int, num_experts: int, num_pairs: int
+    ids_RK: torch.Tensor, first_expert: int, num_experts: int, num_pairs: int, flag: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`pair_row_S`, `pair_slot_S`, `row_pair_RK` and `offsets_E` (all int32) of `make_pair_plan`.
 
     Args:
         ids_RK: expert ids of any integer type and row stride; held here if in [first_expert, first_expert + E).
+        flag: int32 in host memory that gets `fluid_hf.comm.faults.OUT_OF_RANGE` if one is not held here.
     """
     rows, top_k = ids_RK.shape
     blocks = blocks_of(rows * top_k, SORT_BLOCK)
@@ -41,7 +42,8 @@ def pair_plan(
     else:
         integers = (rows * top_k, first_expert, blocks, num_pairs)
         constants = (ids_RK.stride(0), top_k, num_experts, SORT_BLOCK, keys)
-        _count_pairs((blocks, 1, 1), (ids_RK, partial), integers[:2], constants)
+        told = partial if flag is None else flag
+        _count_pairs((blocks, 1, 1), (ids_RK, partial, told), integers[:2], (*constants, flag is not None))
         pointers = (ids_RK, partial, *plan)
         _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
     return plan[0], plan[1], plan[2].view(rows, top_k), plan[3]
@@ -175,6 +177,7 @@ def _place_chunks(
 def _count_pairs_kernel(
     ids,
     partial,
+    flag,
     num_slots,
     first,
     stride: tl.constexpr,
@@ -182,10 +185,13 @@ def _count_pairs_kernel(
     num_experts: tl.constexpr,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):
     block = tl.program_id(0)
     slot = block * BLOCK + tl.arange(0, BLOCK)
     expert, held = _load_experts(ids, stride, slot, slot < num_slots, top_k, first, num_experts)
+    if FLAGS:  # all that write do write the same
+        tl.store(flag, 2, mask=tl.sum(((slot < num_slots) & ~held).to(tl.int32), 0) > 0)
     found = tl.histogram(tl.where(held, expert, 0), KEYS, mask=held)
     tl.store(partial + block * KEYS + tl.arange(0, KEYS), found.to(tl.int32))
 
