@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from deepspeed.launcher import runner
@@ -176,3 +176,28 @@ def test_every_setting_and_metric_is_documented() -> None:
     source += (ROOT / "fluid_hf/state.py").read_text(encoding="utf-8")
     metrics = set(re.findall(r'"(fluid/\w+)"', source)) - {"fluid/tokens"}
     assert len(metrics) >= 10 and all(f"`{name}`" in text for name in metrics), metrics
+
+
+def test_gains_at_the_top_are_those_of_the_results() -> None:
+    """The first table of the README, from the files that the measured section links to."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2:5] for line in text.partition("## ")[0].splitlines() if line.startswith("| ")][1:]
+    found = [[[float(number) for number in cell.split(" to ")] for cell in row] for row in rows]
+
+    def cells(name: str) -> list[dict[str, Any]]:
+        return list(json.loads((ROOT / "examples/benchmarks/results" / name).read_text(encoding="utf-8"))["cells"])
+
+    peers, expected = ("AutoEP", "AllToAllEP", "serial"), []
+    for name in ("2026-11-25_model_2xh100_nvlink.json", "2026-11-25_model_2xh100_shm.json"):
+        times = {key: value["backward"]["median"] for key, value in cells(name)[0]["variants"].items()}
+        expected.append([[times[peer] / times["fluid_hf"]] for peer in peers])
+    layers = [cell for cell in cells("2026-11-25b_layer_h100_mirror.json") if cell["ep_size"] > 1]
+    gains = [[cell["variants"][peer]["both"] / _planned(cell) for cell in layers] for peer in peers]
+    expected.append([[min(values), max(values)] for values in gains])
+    for row, numbers in zip(found, expected, strict=True):
+        for cell, values in zip(row, numbers, strict=True):
+            assert cell == pytest.approx(values, abs=0.006), (found, expected)
+
+
+def _planned(cell: dict[str, Any]) -> float:
+    return float(cell["variants"][f"overlap {cell['planned_waves']}"]["both"])
