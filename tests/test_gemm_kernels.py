@@ -24,8 +24,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Triton's interpreter multiplies bfloat16 as the integers it keeps it in.
 DTYPES = [dtype for dtype in TOLERANCE if not (INTERPRETED and dtype == torch.bfloat16)]
-# Tokens, hidden, inner, experts held, experts per token; the last has an expert with more rows than a tile.
-SIZES = [(1, 32, 32, 1, 1), (50, 96, 40, 6, 3), (30, 40, 72, 5, 4), (40, 33, 30, 4, 2), (150, 64, 32, 2, 2)]
+# Tokens, hidden, inner, experts held, experts per token; one has experts without a pair, the last one an expert with
+# more rows than a tile.
+SIZES = [(1, 32, 32, 1, 1), (50, 96, 40, 6, 3), (30, 40, 72, 5, 4), (40, 33, 30, 4, 2), (3, 40, 48, 8, 1)]
+SIZES += [(150, 64, 32, 2, 2)]
 MANY = 7  # places for pairs that there are not
 
 
