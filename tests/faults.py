@@ -180,7 +180,7 @@ def run_unlike(rank: int, world: int, name: str, settings: dict[str, Any]) -> No
     fault = name.partition(",")[0]
     autocast = fault.startswith("autocast")
     if rank == BAD:
-        UNLIKE[fault](model)
+        {**UNLIKE, **SEQUENCE_UNLIKE}[fault](model)
     dtype = torch.bfloat16 if rank == BAD else torch.float16
     with torch.autocast("cpu", dtype, enabled=autocast and (rank == BAD or fault == "autocast dtypes differ")):
         step(model, rank)
@@ -213,6 +213,16 @@ UNLIKE: dict[str, Callable[[Any], Any]] = {
     "frozen on one rank only": freeze,
     "waves differ": more_waves,
 }
+
+
+def hook_a_projection(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: None)
+
+
+SEQUENCE_UNLIKE: dict[str, Callable[[Any], Any]] = {
+    "autocast on one rank only": lambda model: None,
+    "a hook on one rank's projection": hook_a_projection,
+}
 PATCH_FAULTS = ("settings differ", "models differ", "shapes differ", "dtypes differ")
 LONE_FAULTS = (
     "saves on one rank only",
@@ -230,7 +240,7 @@ FAULTS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **{name: (run_one_rank_only, {}) for name in LONE_FAULTS},
     **{name: (run_unlike, {}) for name in UNLIKE},
     **{f"{name}, sp_size 2": (run_step, {"sp_size": 2}) for name in SEQUENCE},
-    "autocast on one rank only, sp_size 2": (run_unlike, {"ep_size": 1, "sp_size": 2}),
+    **{f"{name}, sp_size 2": (run_unlike, {"ep_size": 1, "sp_size": 2}) for name in SEQUENCE_UNLIKE},
 }
 
 

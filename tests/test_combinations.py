@@ -212,6 +212,42 @@ def test_as_the_unpatched_model(pool2: RankPool, way: Callable[[Any, int], Outpu
         assert errors[name] <= TOLERANCE, f"{name} is off by {errors[name]:.2e}"
 
 
+def run_hooks_in_attention(rank: int, world: int) -> float:
+    """Hooks on projections and norms of layers whose code is known; weights that are computed."""
+    losses, gradients = [], []
+    ids = batch(0, 2, length=8)
+    for patched in (False, True):
+        model: Any = tiny_model("qwen3_moe").train()
+        if patched:
+            fluid_hf.patch_model(model, FluidConfig(ep_size=1, sp_size=world))
+        first, second = (layer.self_attn for layer in model.model.layers)
+        double: Callable[..., Any] = lambda module, grads, _: tuple(2 * grad for grad in grads)  # noqa: E731
+        first.q_proj.register_full_backward_hook(double)
+        second.k_norm.register_full_backward_hook(double)
+        second.q_norm.register_forward_hook(lambda module, args, output: 2 * output)
+        for computed in (False, True):
+            weights = {name: weight * 0.8 for name, weight in model.named_parameters()} if computed else {}
+            if patched:
+                piece = model.fluid.shard_batch({"input_ids": ids, "labels": ids})
+                labels = piece.pop("shift_labels")
+                logits = functional_call(model, weights, kwargs=piece).logits
+                loss = model.fluid.sequence_loss(logits, labels)
+            else:
+                loss = functional_call(model, weights, kwargs={"input_ids": ids, "labels": ids}).loss
+            loss.backward()
+            losses.append(loss)
+        if patched:
+            model.fluid.reduce_gradients(model)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    fluid_hf.unpatch_model(model)
+    expected, found = torch.stack(losses).detach().view(2, 2)
+    return max(relative_error(found, expected), relative_error(gradients[1], gradients[0]))
+
+
+def test_hooks_in_attention(pool2: RankPool) -> None:
+    assert max(pool2.run(run_hooks_in_attention)) <= TOLERANCE
+
+
 def run_refusals(rank: int, world: int) -> None:
     """Each is refused before it does harm, and the next step is right."""
     model: Any = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))

@@ -66,6 +66,15 @@ def test_ranks_that_call_in_other_ways_all_say_so(pool2: RankPool, fault: str, m
         assert text.startswith(message) and f"layer {where} together; " in text
 
 
+def test_hooks_on_one_rank_only(pool2: RankPool) -> None:
+    """The hooked layer exchanges in another way than the others' same layer."""
+    function, settings = faults.FAULTS["a hook on one rank's projection, sp_size 2"]
+    for text in pool2.expect("RankMismatchError", function, "a hook on one rank's projection", settings):
+        assert text.startswith(
+            "attention layers with hooks or adapters on their projections (rank 0: 0; rank 1: 1) must"
+        )
+
+
 def test_forms_survive_their_words() -> None:
     form = CallForm(torch.float16, 2**13 - 1, 2**31 - 1, 255, 2)
     assert all(0 <= word < 2**31 for word in form.words)
@@ -90,7 +99,7 @@ def test_all_faults_are_in_the_table() -> None:
     assert set(faults.STEP_FAULTS) <= set(faults.FAULTS)
     for name, (function, _) in faults.FAULTS.items():  # a name that is not found would be the fault itself
         known = {faults.run_step: faults.STEP_FAULTS, faults.run_patch: faults.PATCH_FAULTS}
-        known |= {faults.run_unlike: faults.UNLIKE}
+        known |= {faults.run_unlike: {**faults.UNLIKE, **faults.SEQUENCE_UNLIKE}}
         assert name.partition(",")[0] in known.get(function, name)
     assert Failure  # the table's cells are failures of the pool
 

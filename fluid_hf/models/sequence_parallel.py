@@ -25,12 +25,13 @@ from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
-from fluid_hf.comm.call_form import CallForm, check_forms
+from fluid_hf.comm.call_form import CallForm, check_forms, describe_ranks
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
 from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.models.core_arguments import CoreLayer, core_arguments
+from fluid_hf.models.sequence_inputs import check_inputs
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_interface"]
@@ -38,8 +39,8 @@ __all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_inte
 INTERFACE = "fluid_sequence_parallel"
 KEYWORD = "fluid_sequence"
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LAYER_ARGUMENTS = (KEYWORD, "position_embeddings", "attention_mask", "past_key_values")
-PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class _Whole:
@@ -184,9 +185,12 @@ class OverlappedForward:
         return output, None
 
     def is_plain(self) -> bool:
-        """Whether the projections are plain ones: no adapters, and no hooks that would not be called."""
+        """Whether the projections are plain: no adapters, no computed weights, no hooks that would not be called."""
         layers = [getattr(self.module, name) for name in PROJECTIONS]
-        return all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
+        inside = [*layers, self.module.q_norm, self.module.k_norm] if self._form.normed else layers
+        if any(type(x) is not nn.Linear or not isinstance(x.weight, nn.Parameter) for x in layers):
+            return False
+        return not any(getattr(x, kind) for x in inside for kind in HOOKS)
 
     def _read(self) -> Projections:
         layers = {name[0]: getattr(self.module, name) for name in PROJECTIONS}
@@ -290,7 +294,7 @@ class SequenceParallel:
         if not (body.training if sharded is None else sharded):
             return (), {**given, KEYWORD: WHOLE}
         self.exchange.drain()
-        _check_inputs(given, self.exchange.size)
+        check_inputs(given, self.exchange.size)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         positions, mask = given["position_ids"], given.get("attention_mask")
         self._check_calls(tokens, positions, mask)
@@ -313,9 +317,16 @@ class SequenceParallel:
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
         own = [*tokens.shape[:2], positions.shape[0], 0 if mask is None else mask.shape[0]]
         own += CallForm(dtype or self._dtype(), 0, 0, 0, 0).words
+        own.append(sum(not forward.is_plain() for forward in self.overlapped.values()))
         values = self.exchange.all_gather(torch.tensor(own, device=tokens.device), "the forward pass of sequences")
         calls = torch.stack(values).tolist()  # host synchronisation, once per forward pass
-        check_forms([call[4:] for call in calls], self.exchange.ranks, "attention")
+        check_forms([call[4:-1] for call in calls], self.exchange.ranks, "attention")
+        changed = {rank: call[-1] for rank, call in zip(self.exchange.ranks, calls, strict=True)}
+        if len(set(changed.values())) > 1:
+            raise RankMismatchError(
+                f"attention layers with hooks or adapters on their projections ({describe_ranks(changed)}) must be as "
+                "many on all ranks that share sequences; add and remove them on every rank alike."
+            )
         shapes = [call[:4] for call in calls]
         for rank, shape in enumerate(shapes):
             if shape != shapes[0]:
@@ -363,30 +374,3 @@ def _by_position(
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _check_inputs(given: dict[str, Any], sp_size: int) -> None:
-    """Everything a piece must or must not come with; equal on all ranks of a group by construction."""
-    positions, mask = given.get("position_ids"), given.get("attention_mask")
-    if positions is None:
-        raise ConfigError(
-            f"position_ids must be given when sequences are cut over sp_size ({sp_size}) ranks, so that each piece "
-            "keeps its place; use model.fluid.shard_batch, or model.eval() for whole sequences."
-        )
-    if positions.dim() != 2:
-        raise ConfigError(f"position_ids must have 2 dimensions [sequences, tokens], not {positions.dim()}.")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-        raise ConfigError(
-            "attention_mask must be 2-D [sequences, tokens] of this rank's piece with sequence parallelism; masks of "
-            "another shape cannot be cut: describe packed samples by position_ids."
-        )
-    if given.get("past_key_values") is not None:
-        raise ConfigError("past_key_values cannot be used with sequences cut over ranks; generate in model.eval().")
-    if given.get("output_attentions"):
-        raise ConfigError("output_attentions (true) must be false with sequences cut over ranks.")
-    packed = [name for name in PACKING_KEYWORDS if given.get(name) is not None]
-    if packed:
-        raise ConfigError(
-            f"{', '.join(packed)} cannot be cut over ranks; describe packed samples by position_ids that start again "
-            "at 0 (DataCollatorWithFlattening(return_position_ids=True, return_flash_attn_kwargs=False))."
-        )

@@ -1,0 +1,44 @@
+"""What a model may be given with a piece of a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fluid_hf.errors import ConfigError
+
+__all__ = ["check_inputs"]
+
+PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def check_inputs(given: dict[str, Any], sp_size: int) -> None:
+    """Everything a piece must or must not come with; equal on all ranks of a group by construction.
+
+    Raises:
+        ConfigError: names the input.
+    """
+    positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if positions is None:
+        raise ConfigError(
+            f"position_ids must be given when sequences are cut over sp_size ({sp_size}) ranks, so that each piece "
+            "keeps its place; use model.fluid.shard_batch, or model.eval() for whole sequences."
+        )
+    if positions.dim() != 2:
+        raise ConfigError(f"position_ids must have 2 dimensions [sequences, tokens], not {positions.dim()}.")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise ConfigError(
+            "attention_mask must be 2-D [sequences, tokens] of this rank's piece with sequence parallelism; masks of "
+            "another shape cannot be cut: describe packed samples by position_ids."
+        )
+    if given.get("past_key_values") is not None:
+        raise ConfigError("past_key_values cannot be used with sequences cut over ranks; generate in model.eval().")
+    if given.get("output_attentions"):
+        raise ConfigError("output_attentions (true) must be false with sequences cut over ranks.")
+    packed = [name for name in PACKING_KEYWORDS if given.get(name) is not None]
+    if packed:
+        raise ConfigError(
+            f"{', '.join(packed)} cannot be cut over ranks; describe packed samples by position_ids that start again "
+            "at 0 (DataCollatorWithFlattening(return_position_ids=True, return_flash_attn_kwargs=False))."
+        )
