@@ -215,6 +215,9 @@ def test_files_broken_for_one_rank(pool2: RankPool, tmp_path: Path) -> None:
     assert "rank 1" in messages[0]
     (tmp_path / "1" / "config.json").unlink()  # now it fails before it looks at the shards
     assert "rank 1" in pool2.expect("CheckpointError", run_load_own, str(tmp_path))[0]
+    shutil.rmtree(tmp_path / "1")
+    messages = pool2.expect("CheckpointError", run_load_own, str(tmp_path))
+    assert "rank 1" in messages[0] and all("must be there for every rank" in message for message in messages)
 
 
 def run_bad_settings(rank: int, world: int, folder: str) -> None:

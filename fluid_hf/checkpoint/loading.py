@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,6 +76,7 @@ def from_pretrained(
         loader = _ShareLoader(path, control, control.hosts("fluid_hf.from_pretrained"))
         try:
             loader.requested = requested_config(config)
+            _check_folder(path)
             with _without_zero_init(), quiet_progress(rank != 0):
                 loading_class = _loading_class(auto_class, loader, path, hf_kwargs)
                 model, info = loading_class.from_pretrained(path, output_loading_info=True, **hf_kwargs)
@@ -88,6 +90,15 @@ def from_pretrained(
         control.close()
     return_freed_memory()
     return patch_model(model, config)
+
+
+def _check_folder(path: str) -> None:
+    """A path that is none would be looked for on the Hub, and refused as a wrong name there."""
+    if (os.path.isabs(path) or path.startswith(".")) and not os.path.isdir(path):
+        raise CheckpointError(
+            f"folder ({path}) must be there for every rank but is not on {socket.gethostname()}; copy the model to "
+            "every node, or to a folder that all of them share."
+        )
 
 
 class _ShareLoader:

@@ -97,6 +97,7 @@ def draw_expert_load(
     bar.set_label("tokens over the mean", color=TEXT, fontsize=9)
     axis.set_title(f"Load of each expert {title} (1: balanced)", loc="left", color=TEXT, fontsize=11, weight="bold")
     axis.set_xlabel("optimizer step", color=TEXT, fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("expert", color=TEXT, fontsize=9)
     for item in (axis, bar.ax):
         item.tick_params(colors=TEXT, labelsize=8)
