@@ -75,6 +75,7 @@ def test_nccl_without_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None
         ("bench layer --shapes mixtral-9x9b", "ConfigError: shape .* must be one of .*no such file or folder"),
         ("bench layer --shapes tiny --ep 7", r"ConfigError: --ep \(7\) must divide the experts .*'tiny': 16"),
         ("bench layer --shapes tiny --ep 0", "argument --ep: must be a positive integer, is '0'"),
+        ("profile --tokens 0", "argument --tokens: must be a positive integer, is '0'"),
         ("bench attention --shapes tiny --sp 3", r"ConfigError: --sp \(\[3\]\) must divide"),
         ("bench table --json NONE", "ConfigError: --json .* wrote with its --json .*FileNotFoundError"),
         ("bench table --json FILE", "ConfigError: --json .* wrote with its --json .*JSONDecodeError"),

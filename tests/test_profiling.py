@@ -204,7 +204,6 @@ def test_layer_is_traced_on_a_mirror_link(
         (["--before", "a.json"], "--before and --layer must come with --from"),
         (["--ep", "1"], r"--ep \(1\) must be at least 2"),
         (["--ep", "3"], r"--ep \(3\) must be at least 2 and divide the experts of small \("),
-        (["--tokens", "0"], r"--tokens \(0\) must be at least 1"),
     ],
 )
 def test_profile_refuses_what_it_cannot_run(arguments: list[str], message: str) -> None:
