@@ -96,6 +96,8 @@ def _shared_expert(source: str, undecorated: str | None) -> str:
         forward = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == "forward"), None)
         calls = {called(n) or "" for n in ast.walk(forward)} if forward is not None else set()
         shared = {name for name in calls if name.startswith("shared_") and not name.endswith("gate")}
+        if "experts" in routed:
+            shared |= calls & {"mlp"}
         if forward is not None and routed & calls and shared:
             known = has_form(ast.unparse(forward)) or _can_put_off(forward, _children(node, experts), routed, shared)
             states.add("overlapped" if known else "not overlapped")
@@ -113,6 +115,6 @@ def _children(node: ast.ClassDef, classes: set[str]) -> set[str]:
 
 def _can_put_off(forward: ast.FunctionDef, experts: set[str], routed: set[str], shared: set[str]) -> bool:
     """Whether the source of a forward lets its shared experts be put off; tests hold every family to it."""
-    own = OwnCalls(lambda name: name in routed | shared, lambda name: name in routed)
+    own = OwnCalls(lambda name: True, lambda name: name in routed)
     calls = SharedCalls(next(iter(experts), None), frozenset(routed - experts), frozenset(shared), own)
     return calls.rewrite(copy.deepcopy(forward))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -100,6 +101,7 @@ class _Rewriter:
     def rewrite(self, body: list[ast.stmt]) -> bool:
         """Statements that run one after the other, and those inside their conditions first."""
         changed = False
+        self._sink(body)
         for statement in body:
             if isinstance(statement, ast.If):
                 changed |= self.rewrite(statement.body)
@@ -109,6 +111,16 @@ class _Rewriter:
             done = not any(self._move(body, s, found) for s in range(len(body)) for found in self._find(body[s], body))
             changed |= not done
         return changed
+
+    def _sink(self, body: list[ast.stmt]) -> None:
+        """Take a shared expert just before a setting, under which the experts run, into both of its branches."""
+        for first, second in itertools.pairwise(list(body)):
+            if not isinstance(second, ast.If) or not is_setting(second.test) or not _is_plain_assignment(first):
+                continue
+            if any(self._find(first, body)) and any(map(self._routed, second.body)):
+                second.body.insert(0, first)
+                second.orelse.insert(0, copy.deepcopy(first))
+                body.remove(first)
 
     def _find(self, statement: ast.stmt, body: list[ast.stmt]) -> Iterator[_Found]:
         """Calls of shared experts in a statement, also under conditions that are settings."""
@@ -170,25 +182,39 @@ class _Rewriter:
         """The shared expert runs in statement `s`, the experts in the later statement `e`: what is made of its result
         is made after them."""
         leaf = found.leaf
-        if not isinstance(leaf, ast.Assign) or [type(target) for target in leaf.targets] != [ast.Name]:
+        if not _is_plain_assignment(leaf):
             return False
-        between = [*found.after, *body[s + 1 : e + 1]]
-        target, names = ast.unparse(leaf.targets[0]), read_names([leaf]) - {"self"}
-        if target in read_names(between) | assigned_names(between) or names & assigned_names([*between, leaf]):
+        moved, stay = [leaf], []
+        targets = assigned_names([leaf])
+        for statement in [*found.after, *body[s + 1 : e + 1]]:
+            if not targets & (read_names([statement]) | assigned_names([statement])):
+                stay.append(statement)
+            elif found.tests or not _is_plain_assignment(statement) or self._routed(statement):
+                return False
+            else:
+                moved.append(statement)
+                targets |= assigned_names([statement])
+        names = (read_names(moved) | targets) - {"self"}
+        inside = {id(node) for node in ast.walk(found.call)}
+        beside = {n.id for n in ast.walk(leaf) if isinstance(n, ast.Name) and id(n) not in inside}
+        later = (beside | read_names(moved[1:])) - targets
+        if later & assigned_names(stay) or any(_sets_what_is_read(stay, statement) for statement in moved):
             return False
-        if _sets_what_is_read(between, leaf) or self._may_change([*between, leaf], names):
+        if self._may_change(stay, names) or self._may_change(moved, names | (read_names(stay) - {"self"})):
             return False
         run, put_off = self._put_off(found.call)
         for call in self._routed(body[e]):
             _give(call, self._calls.experts, run)
-        found.body[found.body.index(leaf)] = put_off
         _become_take(found.call, run)
+        if not found.tests:
+            body[s : e + 1] = [put_off, *stay, *moved]
+            return True
+        found.body[found.body.index(leaf)] = put_off
         after: ast.stmt = leaf
         for test in reversed(found.tests):
             after = ast.If(copy.deepcopy(test), [after], [])
         body.insert(e + 1, after)
-        if found.tests:
-            body.insert(s, ast.Assign([ast.Name(run, ast.Store())], ast.Constant(None)))
+        body.insert(s, ast.Assign([ast.Name(run, ast.Store())], ast.Constant(None)))
         return True
 
     def _may_change(self, statements: list[ast.stmt], names: set[str]) -> bool:
@@ -198,6 +224,11 @@ class _Rewriter:
         run, self._count = f"_fluid_run{self._count}", self._count + 1
         made = ast.Call(ast.Name(PUT_OFF, ast.Load()), [call.func, *call.args], call.keywords)
         return run, ast.Assign([ast.Name(run, ast.Store())], copy.deepcopy(made))
+
+
+def _is_plain_assignment(statement: ast.stmt) -> bool:
+    """Whether all that a statement does is to give one name a value."""
+    return isinstance(statement, ast.Assign) and [type(target) for target in statement.targets] == [ast.Name]
 
 
 def _sets_what_is_read(statements: list[ast.stmt], read: ast.AST) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fluid_hf.models.code_reading import function_source
+from fluid_hf.models.expert_lists import FUNCTIONS
 from fluid_hf.models.in_place import OwnCalls, may_change, returns_fresh
 from fluid_hf.models.put_off import carries, put_off, run_experts, take
 from fluid_hf.models.shared_calls import PUT_OFF, RUN_EXPERTS, TAKE, SharedCalls, carry, experts_calls
@@ -23,16 +24,17 @@ from fluid_hf.moe.layer import ExpertParallelLayer
 __all__ = ["block_functions", "carrying_forward", "compiled", "layer_forward", "shared_children", "with_shared_put_off"]
 
 Forward = Callable[..., Any]
-# Modules of torch that change nothing they are given, unless they say `inplace`.
-TRUSTED = "torch.nn.modules."
+# Where modules are defined that change nothing they are given, unless they say `inplace`.
+TRUSTED = ("torch.nn.modules.", "transformers.activations")
 # Names that transformers' function around the forward of a decoder layer closes over.
 CHECKPOINTING = ("forward", "forward_with_checkpointing")
 
 
 def shared_children(module: nn.Module) -> frozenset[str]:
-    """Children that are shared experts, by their names."""
-    names = [name for name, _ in module.named_children()]
-    return frozenset(name for name in names if "shared" in name and "gate" not in name and "router" not in name)
+    """Children that are shared experts, by their names; beside experts an MLP is one, too (Gemma 4)."""
+    names = {name for name, _ in module.named_children()}
+    shared = {name for name in names if "shared" in name and "gate" not in name and "router" not in name}
+    return frozenset(shared | (names & {"mlp"} if "experts" in names else set()))
 
 
 def block_functions(block: nn.Module, attribute: str) -> dict[str, ast.FunctionDef]:
@@ -42,7 +44,7 @@ def block_functions(block: nn.Module, attribute: str) -> dict[str, ast.FunctionD
         method = inspect.getattr_static(type(block), name)
         if not inspect.isfunction(method) or name in vars(block) or hasattr(nn.Module, name) and name != "forward":
             continue
-        function = function_source(method)
+        function = _source(method)
         if function is not None and experts_calls(function, attribute):
             found[name] = function
     return found
@@ -92,13 +94,12 @@ def layer_forward(layer: nn.Module, child: str) -> Forward | None:
     shared = shared_children(layer)
     if not shared or "forward" in vars(layer):
         return None
-    method = _inside_checkpointing(type(layer).forward)
-    function = function_source(method)
+    function = _source(type(layer).forward)
     if function is None:
         return None
     if not SharedCalls(None, frozenset({child}), shared, _Own(layer, {}, child).calls()).rewrite(function):
         return None
-    return _as_checkpointed(type(layer).forward, compiled(function, method))
+    return compiled(function, type(layer).forward)
 
 
 def _is_checkpointing(method: Any) -> bool:
@@ -113,6 +114,10 @@ def _inside_checkpointing(method: Any) -> Any:
     return method
 
 
+def _source(method: Any) -> ast.FunctionDef | None:
+    return function_source(_inside_checkpointing(method))
+
+
 def _as_checkpointed(method: Any, forward: Forward) -> Forward:
     """`forward` inside transformers' function for checkpointing, if `method` is inside it."""
     if not _is_checkpointing(method):
@@ -125,7 +130,7 @@ def _as_checkpointed(method: Any, forward: Forward) -> Forward:
 
 def compiled(function: ast.FunctionDef, method: Any) -> Forward:
     """A method from its changed source, with the names of the module that defined it."""
-    plain = inspect.unwrap(method)
+    plain = inspect.unwrap(_inside_checkpointing(method))
     maker = ast.parse(f"def make({PUT_OFF}, {RUN_EXPERTS}, {TAKE}): return 0").body[0]
     assert isinstance(maker, ast.FunctionDef)
     maker.body = [function, ast.Return(ast.Name(function.name, ast.Load()))]
@@ -133,7 +138,7 @@ def compiled(function: ast.FunctionDef, method: Any) -> Forward:
     scope: dict[str, Any] = {}
     exec(compile(module, f"<{plain.__qualname__} as fluid_hf calls it>", "exec"), plain.__globals__, scope)
     made: Forward = scope["make"](put_off, run_experts, take)
-    return made
+    return _as_checkpointed(method, made)
 
 
 def _can_carry(function: ast.FunctionDef) -> bool:
@@ -165,6 +170,8 @@ class _Own:
             if type(found).__module__.startswith(TRUSTED):
                 return not getattr(found, "inplace", False)
             return _Own(found, {}, None).leaves_alone("forward")
+        if any(found is known for known in FUNCTIONS):  # an activation
+            return True
         function = self._source(name)
         if function is None or name in self._reading:
             return False
