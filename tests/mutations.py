@@ -44,6 +44,8 @@ class Mutation:
 PROPERTIES = "tests/test_properties.py::test_"
 TRUST = "tests/test_trust.py::test_"
 RANKS = "tests/test_expert_parallel.py::test_two_ranks"
+FAULTS = "tests/test_faults.py::test_"
+COMBINATIONS = "tests/test_combinations.py::test_"
 MUTATIONS = (
     # comm: wrong peers, off-by-one in splits, rows of the wrong rank
     Mutation("comm/tournament.py", "(round_index - rank) % last", "(round_index + rank) % last", PROPERTIES + "tourn"),
@@ -236,6 +238,21 @@ MUTATIONS = (
         "gradient.mul_(1.0)",
         "tests/test_parity.py::test_one_process",
     ),
+    # what must be equal on all ranks, and gradients that would be wrong
+    Mutation(
+        "comm/call_form.py", "if len(set(values.values())) > 1", "if len(set(values.values())) > 2", FAULTS + "forms"
+    ),
+    Mutation("comm/call_form.py", "packed >> 18", "packed >> 18 & 1", FAULTS + "forms"),
+    Mutation("comm/late_status.py", "            self._flag.zero_()\n", "", FAULTS + "what_kernels"),
+    Mutation("comm/gradients.py", "before != now", "before is now", "tests/test_errors.py::test_every"),
+    Mutation(
+        "comm/head_start.py",
+        "return rows.sent * old_bytes, rows.received * old_bytes",
+        "return 0, 0",
+        "tests/test_head_start.py::test_a_promise",
+    ),
+    Mutation("moe/layer.py", "return lambda: computed", "return self.expert_parameters", COMBINATIONS + "as_the"),
+    Mutation("models/sequence_parallel.py", '"_backward_hooks", "_backward', '"_backward', COMBINATIONS + "hooks_in"),
 )
 
 
