@@ -302,7 +302,8 @@ def _attention_description(model: nn.Module, config: FluidConfig | None) -> dict
         return {}
     settings: Any = _inside_adapters(model).config
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    described = {name: str(getattr(settings, name, None)) for name in names}
+    layers = list(getattr(settings, "per_layer_config", None) or [settings])  # with it, `settings` raises
+    described = {name: str([getattr(layer, name, None) for layer in layers]) for name in names}
     dtypes = sorted({str(parameter.dtype) for parameter in model.parameters()})
     return {**described, "dtypes": ", ".join(dtypes)}
 

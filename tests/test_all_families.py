@@ -23,6 +23,7 @@ from fluid_hf.checkpoint.gather import as_stored, gather_experts
 from fluid_hf.commands import models
 from fluid_hf.models.attention import find_attention
 from fluid_hf.moe.layer import ExpertParallelLayer
+from fluid_hf.patching import _attention_description
 
 pool2 = rank_pool(2)
 
@@ -202,12 +203,14 @@ def test_page_of_models_is_up_to_date() -> None:
 @pytest.mark.skipif(not RECENT, reason="the list is of transformers 5.23")
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_sequence_parallel_is_as_listed(listed: dict[str, fluid_hf.SupportedModel], folder: str) -> None:
+    model = moe_families.tiny_model(folder)
     try:
-        find_attention(moe_families.tiny_model(folder), 2)
+        find_attention(model, 2)
     except fluid_hf.UnsupportedModelError:
         assert not listed[folder].sequence_parallel
     else:
         assert listed[folder].sequence_parallel
+        assert len(_attention_description(model, FluidConfig(sp_size=2))) > 5  # ranks can compare its settings
 
 
 def check_all(rank: int, world: int, folders: dict[str, bool]) -> dict[str, Any]:
