@@ -87,7 +87,8 @@ class RoutingError(FluidError, ValueError):
 
 
 class CheckpointError(FluidError, RuntimeError):
-    """A checkpoint cannot be written or read as asked: missing or unwritable files, or another parallel layout.
+    """A checkpoint cannot be written or read as asked: files are missing or unwritable, the folder is not there for all
+    ranks, or the parallel layout is another one.
 
     Remedy: Look at the folder, file or layout that the message names; to resume with another `ep_size`, start from
     the plain weights, which every layout can read.
