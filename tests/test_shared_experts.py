@@ -291,6 +291,7 @@ STAYS = [
     (BEFORE, "    weights, index", "    torch.add(flat, 1, out=flat)\n    weights, index"),
     (BEFORE, "    weights, index", "    other = (flat,)[0]\n    other += 1\n    weights, index"),
     (BEFORE, "    weights, index", "    rows = []\n    rows.append(flat)\n    rows[0] += 1\n    weights, index"),
+    (BEFORE, "    weights, index", "    rows = [flat] + [shape]\n    rows[0] += 1\n    weights, index"),
     (BEFORE, "    weights, index", "    self.spoil(flat)\n    weights, index"),
     (BEFORE, "    weights, index", "    spoil(flat)\n    weights, index"),
     (BEFORE, "    weights, index", "    for row in flat:\n        row += 1\n    weights, index"),
