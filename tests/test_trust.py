@@ -137,7 +137,7 @@ def unsafe_calls(source: str) -> list[str]:
 
 # Methods of the model's own class, which Python runs anyway: conditions on its settings, a forward with one call of all
 # experts. Nothing of it comes from a file that is not imported already, or from a command line.
-MODEL_CODE = {"code_reading.py": ["eval"], "expert_blocks.py": ["exec", "compile"]}
+MODEL_CODE = {"code_reading.py": ["eval"], "shared_methods.py": ["exec", "compile"]}
 
 
 def test_nothing_that_is_read_is_run() -> None:
