@@ -105,8 +105,9 @@ def misroute(model: Any) -> None:
     gate.register_forward_hook(lambda module, args, output: (*output[:-1], output[-1] + 1))
 
 
-def attention(model: Any) -> nn.Module:
-    module: nn.Module = model.model.layers[1].self_attn.o_proj
+def between(model: Any) -> nn.Module:
+    """Between attention and experts of the second layer."""
+    module: nn.Module = model.model.layers[1].post_attention_layernorm
     return module
 
 
@@ -122,13 +123,13 @@ STEP_FAULTS: dict[str, Callable[[Any], None]] = {
     "NaN in router logits": spoil(float("nan")),
     "Inf in router logits": spoil(float("inf")),
     "top-k index out of range": misroute,
-    "raises in forward": lambda model: before(attention(model), complain),
-    "raises in backward": lambda model: in_backward(attention(model), complain),
-    "out of memory in forward": lambda model: before(attention(model), out_of_memory),
-    "killed in forward": lambda model: before(attention(model), die),
-    "killed in backward": lambda model: in_backward(attention(model), die),
-    "hangs in forward": lambda model: before(attention(model), linger),
-    "hangs in backward": lambda model: in_backward(attention(model), linger),
+    "raises in forward": lambda model: before(between(model), complain),
+    "raises in backward": lambda model: in_backward(between(model), complain),
+    "out of memory in forward": lambda model: before(between(model), out_of_memory),
+    "killed in forward": lambda model: before(between(model), die),
+    "killed in backward": lambda model: in_backward(between(model), die),
+    "hangs in forward": lambda model: before(between(model), linger),
+    "hangs in backward": lambda model: in_backward(between(model), linger),
     "killed between counts and rows": lambda model: die_after(model, "post dispatch"),
     "killed between returned gradients": lambda model: die_after(model, "dgrad own"),
 }
