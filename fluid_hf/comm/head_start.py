@@ -39,11 +39,12 @@ class HeadStart:
     """
 
     def __init__(self) -> None:
-        self._promised: dict[tuple[int, int], EarlyRows] = {}  # of the last call only
+        self._kind: tuple[int, int] | None = None  # of the last call: its waves and bytes of a row
+        self._rows = EarlyRows()
 
     def begin(self, waves: int, row_bytes: int) -> EarlyRows:
         """Rows that go early in this call; none in the first."""
-        return self._promised.get((waves, row_bytes), EarlyRows())
+        return self._rows if self._kind == (waves, row_bytes) else EarlyRows()
 
     def padding(self, waves: int, row_bytes: int) -> tuple[int, int]:
         """Bytes to send and receive in a call of another kind than the last one, which the promise was made for.
@@ -51,19 +52,19 @@ class HeadStart:
         The promise is kept all the same, with bytes that nobody reads: if only one of the ranks calls in another way,
         which both of them learn from the counts, no message is left over that the next one would be taken for.
         """
-        stale = {key: rows for key, rows in self._promised.items() if key != (waves, row_bytes)}
-        for (_, old_bytes), rows in stale.items():
-            return rows.sent * old_bytes, rows.received * old_bytes
-        return 0, 0
+        if self._kind is None or self._kind == (waves, row_bytes):
+            return 0, 0
+        return self._rows.sent * self._kind[1], self._rows.received * self._kind[1]
 
     def promise(self, waves: int, row_bytes: int, sent: int, received: int) -> None:
         """Promise rows for the next call from those of this one: the first wave, and a little for chance."""
         capacity = received + received // 16
-        self._promised = {(waves, row_bytes): EarlyRows(_share(sent, waves), _share(received, waves), capacity)}
+        self._kind = waves, row_bytes
+        self._rows = EarlyRows(_share(sent, waves), _share(received, waves), capacity)
 
     def forget(self) -> None:
         """Promise nothing: after an error that ended the call on both ranks."""
-        self._promised.clear()
+        self._kind, self._rows = None, EarlyRows()
 
 
 def _share(rows: int, waves: int) -> int:

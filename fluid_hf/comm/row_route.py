@@ -37,6 +37,10 @@ class RowRoute(Protocol):
     def wave_pairs(self, wave: int) -> int:
         """Number of (row, expert) pairs in a wave."""
 
+    @property
+    def num_messages(self) -> int:
+        """Number of messages of the dispatch, equal on all ranks."""
+
     def needed(self) -> list[int]:
         """For each wave, how many of the dispatch's messages must have arrived; for the last wave all of them."""
 
@@ -88,6 +92,10 @@ class WaveRoute:
 
     def wave_pairs(self, wave: int) -> int:
         return sum(self._received[message.peer][1 + message.part] for message in self._waves[wave])
+
+    @property
+    def num_messages(self) -> int:
+        return self.num_waves
 
     def needed(self) -> list[int]:
         return list(range(1, self.num_waves + 1))
@@ -145,6 +153,10 @@ class EarlyRoute(WaveRoute):
         self._early = early
         self._messages = max(2, waves)
 
+    @property
+    def num_messages(self) -> int:
+        return self._messages
+
     def needed(self) -> list[int]:
         ends = [self.wave_bounds(wave)[1] for wave in range(self.num_waves)]
         return needed_messages(self.num_received, self._early.received, self._messages, ends)
@@ -172,7 +184,7 @@ class SerialRoute:
     """
 
     serial = True
-    num_waves = 1
+    num_waves = num_messages = 1
 
     def __init__(
         self, exchange: PeerExchange, sent_rows: Sequence[int], received_counts: Sequence[Sequence[int]]

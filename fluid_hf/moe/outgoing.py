@@ -54,6 +54,7 @@ class Outgoing:
         self._hidden_TH, self._weights_TK, self._index_TK = hidden_TH, weights_TK, index_TK
         self._hits: HitMap
         self._own_rows: tuple[int, ...] = ()  # per destination, where the host knows them at once
+        self._plan: SourcePlan | None = None
         self._packed: torch.Tensor | None = None
         self._early: EarlyRows | None = None
         self._handles: list[ExchangeHandle] = []
@@ -132,7 +133,8 @@ class Outgoing:
         route = make_route(exchange, context.waves, serial, rows, received, early)
         own = rows[exchange.rank] if serial else 0
         context.stats.add_dispatch(self._index_TK.shape[0], route.num_sent - own)
-        return place_rows(self._hits, rows), route, 0 if serial else received[exchange.rank][1]
+        plan = self._plan if self._plan is not None else place_rows(self._hits, rows)
+        return plan, route, 0 if serial else received[exchange.rank][1]
 
     def buffer(self, route: RowRoute) -> torch.Tensor:
         """Where the rows arrive: at least [Q, bytes]."""
@@ -150,7 +152,7 @@ class Outgoing:
         """Post the messages that are not posted yet; all of them, in order."""
         assert self._packed is not None and self._received is not None
         sent = self._packed[: route.num_sent]
-        for message in range(len(self._handles), route.needed()[-1]):
+        for message in range(len(self._handles), route.num_messages):
             self._handles.append(route.post_dispatch(message, sent, self._received))
         return self._handles
 
@@ -166,6 +168,7 @@ class Outgoing:
 
     def _pack(self) -> torch.Tensor:
         form, plan = self._format, place_rows(self._hits, self._own_rows)
+        self._plan = plan
         assert plan.row_token_R is not None and plan.row_rank_R is not None
         rows, promised = sum(plan.rows), self._early.sent if self._early is not None else 0
         packed = form.new_rows(max(rows, promised), self._hidden_TH.device)
