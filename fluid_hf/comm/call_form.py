@@ -1,7 +1,7 @@
 """What must be equal on all ranks that exchange rows in one call, in two integers that travel with the counts.
 
 Rows of other widths or types would be read as something else, or end the process group. Nothing is sent beside what is
-sent anyway: the integers are two more columns of the counts, which every rank reads before it posts a row.
+sent anyway: the integers are two more columns of the counts, which every rank reads before it waits for a row.
 """
 
 from __future__ import annotations
