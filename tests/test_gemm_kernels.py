@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
 kernels = pytest.mark.skipif(not AVAILABLE, reason="needs Triton and a GPU, or its interpreter")
 if AVAILABLE:
-    from fluid_hf.moe import gemm_kernels
+    from fluid_hf.moe import gemm_kernels, wgrad_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -107,8 +107,8 @@ def test_weight_gradients(size: tuple[int, ...], dtype: torch.dtype) -> None:
     unit = 2 if int((where_S % 2).sum()) == 0 else 1
     for where in ((plan.pair_row_S, 0), (where_S // unit, unit)):
         args = rows, *where, case.grad, plan.offsets_E
-        assert case.near(gemm_kernels.gathered_wgrad(*args, False), expected)
-        assert case.near(gemm_kernels.gathered_wgrad(*args, True), expected.transpose(1, 2))
+        assert case.near(wgrad_kernels.gathered_wgrad(*args, False), expected)
+        assert case.near(wgrad_kernels.gathered_wgrad(*args, True), expected.transpose(1, 2))
 
 
 def pieces_of(sizes: tuple[int, ...], dtype: torch.dtype) -> list[experts.Piece]:
@@ -154,13 +154,14 @@ def gradients(sizes: tuple[int, ...], dtype: torch.dtype, separate: bool) -> lis
 @pytest.mark.gpu
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("sizes", [(9,), (11, 0, 6), (0, 7)])
-@pytest.mark.parametrize("way", ["fused", "gathered", "copied"])
+@pytest.mark.parametrize("way", ["fused", "forward", "gathered", "copied"])
 def test_pieces(sizes: tuple[int, ...], separate: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pieces through the kernels, in float32, against the plain path in float64."""
     expected = gradients(sizes, torch.float64, separate)
     for module in (experts, permutation):
         monkeypatch.setattr(module, "use_kernels", lambda tensor: tensor.dtype != torch.float64)
-    monkeypatch.setattr(gemm_kernels, "prefers_fused", lambda inner: way == "fused")
+    monkeypatch.setattr(gemm_kernels, "prefers_fused", lambda inner: way in ("fused", "forward"))
+    monkeypatch.setattr(gemm_kernels, "prefers_gathered_wgrad", lambda inner: way == "fused")
     monkeypatch.setattr(gemm_kernels, "prefers_gathered", lambda inner, top_k: way == "gathered")
     for ours, theirs in zip(gradients(sizes, torch.float32, separate), expected, strict=True):
         if theirs.numel():

@@ -173,12 +173,12 @@ class PieceGradients:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradient of the down projection's input; and of its output, where that was copied to the pairs."""
         plan = piece.plan
-        gathers, self._gathers_wgrad = reads_by_index(grad_RH, weights, act, piece.weights_RK.shape[1])
-        if not gathers:
+        if not reads_by_index(grad_RH, weights, act, piece.weights_RK.shape[1])[0]:
             pairs_SH = expand_rows(grad_RH, plan)
             return grouped_dgrad(pairs_SH, weights.down, plan.offsets_E), pairs_SH
         from fluid_hf.moe import gemm_kernels
 
+        self._gathers_wgrad = gemm_kernels.prefers_gathered_wgrad(weights.down.shape[2])
         return gemm_kernels.gathered_linear(grad_RH, plan.pair_row_S, plan.offsets_E, weights.down, True), None
 
     def weight_gradient(self, index: int | None) -> torch.Tensor:
@@ -218,13 +218,13 @@ class PieceGradients:
 
         `first` is the first piece's; the others are found by their addresses.
         """
-        from fluid_hf.moe import gemm_kernels
+        from fluid_hf.moe import wgrad_kernels
 
         joint, plan = self._joint, self._pieces[0].plan
         if joint is None or joint.addresses is None:
-            return gemm_kernels.gathered_wgrad(first, plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
+            return wgrad_kernels.gathered_wgrad(first, plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
         where_S = joint.addresses[which]
-        return gemm_kernels.gathered_wgrad(first, where_S, joint.unit, other, joint.offsets_E, which == 1)
+        return wgrad_kernels.gathered_wgrad(first, where_S, joint.unit, other, joint.offsets_E, which == 1)
 
     @property
     def held_bytes(self) -> int:

@@ -2,8 +2,8 @@
 
 Legend: R rows, K experts per token, S pairs sorted by expert, E experts held here, H hidden, I intermediate. Against a
 copy and `torch.nn.functional.grouped_mm` they save the copy's time and memory, a launch and most of the host's time;
-large experts hide the copy, and torch's kernel is the faster one there: `prefers_fused` and `prefers_gathered` say
-which to take, from what was measured on an H100. Gathering inside the GEMM follows ScatterMoE (Tan et al., 2024), the
+large experts hide the copy, and torch's kernel is the faster one there: the functions `prefers_...` say which to take,
+from what was measured on an H100 and an H200. Gathering inside the GEMM follows ScatterMoE (Tan et al., 2024), the
 activation in its epilogue MegaBlocks and SonicMoE.
 
 One program computes one tile; a tile of at most half the rows, of which every expert has one at its end, costs half.
@@ -18,15 +18,16 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fluid_hf.launch import Kernel, blocks_of, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, can_describe, power_of_two
 
 __all__ = [
     "gated_linear",
     "gathered_linear",
-    "gathered_wgrad",
     "prefers_fused",
     "prefers_gathered",
+    "prefers_gathered_wgrad",
     "prefers_quick_launch",
 ]
 
@@ -34,7 +35,12 @@ GROUP = 16  # row blocks whose columns are computed together, while their rows a
 
 
 def prefers_fused(inner: int) -> bool:
-    """Whether `gated_linear` and `gathered_wgrad` are faster than what they replace, by the intermediate size."""
+    """Whether `gated_linear` is faster than the steps it replaces, by the intermediate size (measured up to 2560)."""
+    return inner <= 4096
+
+
+def prefers_gathered_wgrad(inner: int) -> bool:
+    """Whether `gathered_wgrad` is faster than a copy and torch's grouped GEMM (measured: 1408 even, 2560 slower)."""
     return inner <= 2048
 
 
@@ -62,12 +68,12 @@ def _shared_bytes(device: int | None) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def _tile(tensor: torch.Tensor, columns: int, stages: int, warps: int = 8) -> tuple[int, int, int, int, int]:
+def _tile(tensor: torch.Tensor, columns: int, stages: int) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile, warps, stages: as many stages as fit into shared memory."""
     if tensor.dtype == torch.float32:  # for its exactness, not its speed
         return 32, 32, 32, 4, 2
     fitting = _shared_bytes(tensor.device.index) // ((128 + columns) * 64 * 2)
-    return 128, columns, 64, warps, max(1, min(stages, fitting))
+    return 128, columns, 64, 8, max(1, min(stages, fitting))
 
 
 def gated_linear(
@@ -95,18 +101,23 @@ def gated_linear(
     out = rows_RH.new_empty(pairs, inner)
     kept = tuple(rows_RH.new_empty(pairs, weight.shape[1]) for weight in first) if keep else ()
     if pairs:
-        height, columns, depth, warps, stages = _tile(rows_RH, 256, 4)
+        height, columns, depth, warps, stages = _tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
         width = columns // 2  # of gate, beside as many of up
         tiles = (pairs // height + experts) * blocks_of(inner, width)
         stored = kept or (out,)
+        # Blocks of gate and up are read by the copy engine where they lie in one tensor.
+        described = len(first) == 1 and can_describe(gate)
+        pointers = rows_RH, pair_row_S, pair_slot_S, offsets_E, gate, up, weights_RK, stored[0], stored[-1], out
+        block = [1, 2, width, depth]
         _gated(
             (tiles, 1, 1),
-            (rows_RH, pair_row_S, pair_slot_S, offsets_E, gate, up, weights_RK, stored[0], stored[-1], out),
+            pointers if described else (*pointers, gate),
             (pairs,),
             (rows_RH.stride(0), hidden, inner, gate.shape[1], weights_RK.stride(0), weights_RK.shape[1], experts)
-            + (power_of_two(experts), keep, height, width, depth, GROUP),
+            + (power_of_two(experts), keep, described, height, width, depth, GROUP),
             warps,
             stages,
+            (TensorDescriptor.from_tensor(gate.view(experts, 2, inner, hidden), block),) if described else (),
         )
     return kept, out
 
@@ -144,66 +155,40 @@ def gathered_linear(
     return out
 
 
-def gathered_wgrad(
-    rows_RH: torch.Tensor,
-    where_S: torch.Tensor,
-    unit: int,
-    other_SN: torch.Tensor,
-    offsets_E: torch.Tensor,
-    rows_first: bool,
-) -> torch.Tensor:
-    """Sum over each expert's pairs of the product of a gathered row and a row of `other_SN`.
-
-    Args:
-        rows_RH: any row stride, elements of a row side by side.
-        where_S: row of each pair, int32, with `unit` 0; else int64, where each pair's row lies: so many times `unit`
-            elements from the first row (rows may lie in several buffers).
-        other_SN: contiguous.
-        rows_first: the result is [E, H, N], otherwise [E, N, H].
-    """
-    hidden, (pairs, width), experts = rows_RH.shape[1], other_SN.shape, offsets_E.shape[0]
-    shape = (hidden, width) if rows_first else (width, hidden)
-    out = other_SN.new_empty(experts, *shape)
-    if not pairs:
-        return out.zero_()
-    height, columns, depth, warps, stages = _tile(other_SN, 128, 3 if rows_first else 2, warps=4)
-    _wgrad(
-        (experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns), 1, 1),
-        (rows_RH, where_S, other_SN, offsets_E, out),
-        (),
-        (rows_RH.stride(0), unit, hidden, width, rows_first, height, columns, depth),
-        warps,
-        stages,
-    )
-    return out
+@triton.jit
+def _tile_ends(
+    offsets, limit, EXPERTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr
+):
+    """Number of the first tile behind each expert's, with the number of experts up to it in the bits above."""
+    expert = tl.arange(0, PADDED)
+    inside = expert < EXPERTS
+    end = tl.minimum(tl.load(offsets + expert, mask=inside, other=0), limit)
+    start = tl.minimum(tl.load(offsets + expert - 1, mask=inside & (expert > 0), other=0), limit)
+    blocks = tl.where(inside, (end - start + HEIGHT - 1) // HEIGHT, 0)
+    return (tl.cumsum(blocks, 0) * COLUMNS).to(tl.int64) + ((expert + 1).to(tl.int64) << 32)
 
 
 @triton.jit
 def _find_tile(
-    offsets,
-    EXPERTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HEIGHT: tl.constexpr,
+    offsets, limit, EXPERTS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr,
     GROUP: tl.constexpr,
-):
-    """Expert of this program, first pair of its rows, end of the expert's pairs, and its block of columns."""
+):  # fmt: skip
+    """Expert of this program, first pair of its rows, end of the expert's pairs, and its block of columns.
+
+    Reductions over the experts cost more than loads: one finds the expert and its first tile.
+    """
     tile = tl.program_id(0)
-    expert = tl.arange(0, PADDED)
-    end = tl.load(offsets + expert, mask=expert < EXPERTS, other=0)
-    start = tl.load(offsets + expert - 1, mask=(expert > 0) & (expert < EXPERTS), other=0)
-    blocks = tl.where(expert < EXPERTS, (end - start + HEIGHT - 1) // HEIGHT, 0)
-    last = tl.cumsum(blocks, 0) * COLUMNS
-    mine = tl.sum((last <= tile).to(tl.int32), 0)
-    here = expert == mine
-    low = tl.sum(tl.where(here, start, 0), 0)
-    high = tl.sum(tl.where(here, end, 0), 0)
-    number = tl.sum(tl.where(here, blocks, 0), 0)
-    place = tile - (tl.sum(tl.where(here, last, 0), 0) - number * COLUMNS)
+    ends = _tile_ends(offsets, limit, EXPERTS, PADDED, COLUMNS, HEIGHT)
+    before = tl.max(tl.where((ends & 0xFFFFFFFF) <= tile, ends, 0), 0)
+    expert = tl.minimum(before >> 32, EXPERTS).to(tl.int32)
+    known = expert < EXPERTS
+    low = tl.minimum(tl.load(offsets + expert - 1, mask=known & (expert > 0), other=0), limit)
+    high = tl.minimum(tl.load(offsets + expert, mask=known, other=0), limit)
+    place = tile - (before & 0xFFFFFFFF).to(tl.int32)
     group = place // (GROUP * COLUMNS)
-    size = tl.maximum(tl.minimum(number - group * GROUP, GROUP), 1)
+    size = tl.maximum(tl.minimum((high - low + HEIGHT - 1) // HEIGHT - group * GROUP, GROUP), 1)
     place -= group * GROUP * COLUMNS
-    return mine, low + (group * GROUP + place % size) * HEIGHT, high, place // size
+    return expert, low + (group * GROUP + place % size) * HEIGHT, high, place // size
 
 
 @triton.jit
@@ -222,31 +207,45 @@ def _row_at(row, at, inside, DEEP: tl.constexpr):
 
 
 @triton.jit
+def _gate_and_up(
+    gate, up, both, expert, block, start, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
+    DESCRIBED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Columns of gate and beside them those of up: two products would read the rows from shared memory twice."""
+    if DESCRIBED:
+        return both.load([expert, 0, block * COLUMNS, start]).reshape(2 * COLUMNS, DEPTH).T
+    else:
+        beside = tl.arange(0, 2 * COLUMNS)
+        column = block * COLUMNS + beside % COLUMNS
+        deep = start + tl.arange(0, DEPTH)
+        at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * hidden + deep[:, None]
+        second = (width - inner) * hidden  # where up starts: behind gate in one tensor, or at 0 of its own
+        weight = tl.where(beside[None, :] < COLUMNS, gate + at, up + at + second)
+        mask = (deep < hidden)[:, None] & (column < inner)[None, :]
+        return _weight_at(weight, 0, mask, inner, COLUMNS, hidden % DEPTH == 0)
+
+
+@triton.jit
 def _gated_tile(
-    rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, expert, low, end, block,
+    rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, both, expert, low, end, block,
     row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
-    weights_stride: tl.constexpr, top_k: tl.constexpr, KEEP: tl.constexpr,
+    weights_stride: tl.constexpr, top_k: tl.constexpr, KEEP: tl.constexpr, DESCRIBED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
     row = rows + tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)[:, None] * row_stride
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < inner
     deep = tl.arange(0, DEPTH)
     EVEN: tl.constexpr = hidden % DEPTH == 0
-    at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * hidden + deep[:, None]
-    second = (width - inner) * hidden  # where up starts: behind gate in one tensor, or at 0 of its own
-    sum_gate = tl.zeros((HEIGHT, COLUMNS), tl.float32)
-    sum_up = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    total = tl.zeros((HEIGHT, 2 * COLUMNS), tl.float32)
     for start in range(0, hidden, DEPTH):
         left = deep + start < hidden
-        mask = left[:, None] & inside[None, :]
         value = _row_at(row, (deep + start)[None, :], left[None, :], EVEN)
-        gates = _weight_at(gate, at + start, mask, inner, COLUMNS, EVEN)
-        ups = _weight_at(up, at + start + second, mask, inner, COLUMNS, EVEN)
-        sum_gate = tl.dot(value, gates, sum_gate, input_precision="ieee")
-        sum_up = tl.dot(value, ups, sum_up, input_precision="ieee")
+        values = _gate_and_up(gate, up, both, expert, block, start, hidden, inner, width, DESCRIBED, COLUMNS, DEPTH)
+        total = tl.dot(value, values, total, input_precision="ieee")
+    sum_gate, sum_up = total.reshape(HEIGHT, 2, COLUMNS).permute(0, 2, 1).split()
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < inner
     slot = tl.load(pair_slot + pair, mask=known, other=0)
     to_weight = weights + (slot // top_k).to(tl.int64) * weights_stride + slot % top_k
     weight = tl.load(to_weight, mask=known, other=0.0).to(tl.float32)
@@ -265,23 +264,26 @@ def _gated_tile(
 
 @triton.jit(do_not_specialize=["limit"])
 def _gated_kernel(
-    rows, pair_row, pair_slot, offsets, gate, up, weights, kept_gate, kept_up, hidden_out, limit,
+    rows, pair_row, pair_slot, offsets, gate, up, weights, kept_gate, kept_up, hidden_out, both, limit,
     row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
     weights_stride: tl.constexpr, top_k: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
-    KEEP: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    KEEP: tl.constexpr, DESCRIBED: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    expert, low, end, block = _find_tile(offsets, EXPERTS, PADDED, (inner + COLUMNS - 1) // COLUMNS, HEIGHT, GROUP)
-    end = tl.minimum(end, limit)
+    ACROSS: tl.constexpr = (inner + COLUMNS - 1) // COLUMNS
+    expert, low, end, block = _find_tile(offsets, limit, EXPERTS, PADDED, ACROSS, HEIGHT, GROUP)
     if (expert < EXPERTS) & (low < end):
         if end - low > HEIGHT // 2:
             _gated_tile(
-                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, expert, low, end, block,
-                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, HEIGHT, COLUMNS, DEPTH,
+                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, both,
+                expert, low, end, block, row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED,
+                HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _gated_tile(
-                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, expert, low, end, block,
-                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, HEIGHT // 2, COLUMNS, DEPTH,
+                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, both,
+                expert, low, end, block, row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED,
+                HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 
@@ -319,8 +321,8 @@ def _linear_kernel(
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    expert, low, end, block = _find_tile(offsets, EXPERTS, PADDED, (width + COLUMNS - 1) // COLUMNS, HEIGHT, GROUP)
-    end = tl.minimum(end, limit)
+    ACROSS: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
+    expert, low, end, block = _find_tile(offsets, limit, EXPERTS, PADDED, ACROSS, HEIGHT, GROUP)
     if (expert < EXPERTS) & (low < end):
         if end - low > HEIGHT // 2:
             _linear_tile(
@@ -334,51 +336,5 @@ def _linear_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def _wgrad_part(base, row, column, known, width: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [DEPTH, BLOCK] of pairs, zero where there is no pair."""
-    if width % BLOCK == 0:
-        return tl.load(base + row + column[None, :], mask=known[:, None], other=0.0)
-    return tl.load(base + row + column[None, :], mask=known[:, None] & (column < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _wgrad_kernel(
-    rows, where, other, offsets, out,
-    row_stride: tl.constexpr, UNIT: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
-    ROWS_FIRST: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    TALL: tl.constexpr = hidden if ROWS_FIRST else width
-    WIDE: tl.constexpr = width if ROWS_FIRST else hidden
-    DOWN: tl.constexpr = (TALL + HEIGHT - 1) // HEIGHT
-    ACROSS: tl.constexpr = (WIDE + COLUMNS - 1) // COLUMNS
-    expert = tl.program_id(0) // (DOWN * ACROSS)
-    tile = tl.program_id(0) % (DOWN * ACROSS)
-    group = tile // (8 * ACROSS)
-    size = tl.minimum(DOWN - group * 8, 8)
-    tile -= group * 8 * ACROSS
-    line = (group * 8 + tile % size) * HEIGHT + tl.arange(0, HEIGHT)
-    column = tile // size * COLUMNS + tl.arange(0, COLUMNS)
-    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets + expert)
-    total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
-    for low in range(start, end, DEPTH):
-        pair = low + tl.arange(0, DEPTH)
-        known = pair < end
-        at = tl.load(where + pair, mask=known, other=0).to(tl.int64)
-        row = (at * (row_stride if UNIT == 0 else UNIT))[:, None]
-        place = pair.to(tl.int64)[:, None] * width
-        if ROWS_FIRST:
-            left = _wgrad_part(rows, row, line, known, hidden, HEIGHT)
-            right = _wgrad_part(other, place, column, known, width, COLUMNS)
-        else:
-            left = _wgrad_part(other, place, line, known, width, HEIGHT)
-            right = _wgrad_part(rows, row, column, known, hidden, COLUMNS)
-        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
-    at = out + expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])
-
-
 _gated = Kernel(_gated_kernel)
 _linear = Kernel(_linear_kernel)
-_wgrad = Kernel(_wgrad_kernel)

@@ -1,0 +1,190 @@
+"""Weight gradients of grouped GEMMs by one persistent Triton kernel that reads rows through an index.
+
+Legend: R rows, S pairs sorted by expert, E experts held here, H hidden, N columns of the other operand.
+
+An expert has few pairs, so a tile of its gradient takes few steps: what is before the first step and behind the last
+one would take as long as a third of the products. So each program goes through the steps of all its tiles in one loop
+whose loads are pipelined across tiles. Which step adds to which tile is fixed: results do not depend on timing. The
+operand that is not read by index comes by the copy engine (TMA), which leaves the multiprocessors' loads to the other.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fluid_hf.launch import Kernel, blocks_of, can_describe, power_of_two
+
+__all__ = ["gathered_wgrad"]
+
+RAGGED = tl.constexpr(2**30)
+GROUP = 8  # rows of tiles whose columns are computed together
+
+
+@functools.cache
+def _processors(device: int | None) -> int:
+    if device is None or not torch.cuda.is_available():
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def gathered_wgrad(
+    rows_RH: torch.Tensor,
+    where_S: torch.Tensor,
+    unit: int,
+    other_SN: torch.Tensor,
+    offsets_E: torch.Tensor,
+    rows_first: bool,
+) -> torch.Tensor:
+    """Sum over each expert's pairs of the product of a gathered row and a row of `other_SN`.
+
+    Args:
+        rows_RH: any row stride, elements of a row side by side.
+        where_S: row of each pair, int32, with `unit` 0; else int64, where each pair's row lies: so many times `unit`
+            elements from the first row (rows may lie in several buffers).
+        other_SN: contiguous.
+        rows_first: the result is [E, H, N], otherwise [E, N, H].
+    """
+    hidden, (pairs, width), experts = rows_RH.shape[1], other_SN.shape, offsets_E.shape[0]
+    shape = (hidden, width) if rows_first else (width, hidden)
+    out = other_SN.new_empty(experts, *shape)
+    if not pairs:
+        return out.zero_()
+    height, columns, depth, warps, stages, beside = _tile(other_SN.dtype, shape)
+    tiles = experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns)
+    programs = min(tiles, beside * _processors(other_SN.device.index))
+    pointers, described = (rows_RH, where_S, other_SN, offsets_E, out), can_describe(other_SN)
+    _wgrad(
+        (programs, 1, 1),
+        pointers if described else (*pointers, other_SN),  # in place of the descriptor
+        (),
+        (rows_RH.stride(0), unit, hidden, width, rows_first, experts, power_of_two(experts), programs, described)
+        + (height, columns, depth, GROUP),
+        warps,
+        stages,
+        (_ragged(other_SN, depth, columns if rows_first else height),) if described else (),
+    )
+    return out
+
+
+def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor of the rows before any `end`, in blocks; what is read behind it is zero.
+
+    Its first two places are `RAGGED` and `end`, its third counts rows from `RAGGED` before `end`: the strides bring
+    `RAGGED` twice to nothing, as addresses wrap at 2**64, and the bound of the third place is the bound of the rows.
+    The way of Triton's `ragged_tma`.
+    """
+    stride, most = tensor_SN.stride(0), 0x7FFF0000
+    shape = [most, most, RAGGED, tensor_SN.shape[1]]
+    return TensorDescriptor(tensor_SN, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, columns])
+
+
+def _tile(dtype: torch.dtype, shape: tuple[int, int]) -> tuple[int, int, int, int, int, int]:
+    """Rows, columns and depth of a tile, warps, stages, and programs beside each other on a multiprocessor."""
+    if dtype == torch.float32:  # for its exactness, not its speed
+        return 32, 32, 32, 4, 2, 4
+    # 256 columns read the rows' tile from shared memory least often, unless more is computed then than is there.
+    wasted = blocks_of(shape[1], 256) * 2 > blocks_of(shape[1], 128)
+    return (128, 128, 64, 4, 3, 2) if wasted else (128, 256, 64, 8, 3, 1)
+
+
+@triton.jit
+def _place(tile, DOWN: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr):
+    """Expert of a tile, its row and its column among the expert's tiles."""
+    expert = tile // (DOWN * ACROSS)
+    tile = tile % (DOWN * ACROSS)
+    group = tile // (GROUP * ACROSS)
+    size = tl.minimum(DOWN - group * GROUP, GROUP)
+    tile -= group * GROUP * ACROSS
+    return expert, group * GROUP + tile % size, tile // size
+
+
+@triton.jit
+def _num_steps(
+    offsets, EXPERTS: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Steps of every PROGRAMS-th of the EXPERTS * TILES tiles from this program's; no pairs make one step too."""
+    expert = tl.arange(0, PADDED)
+    inside = expert < EXPERTS
+    end = tl.load(offsets + expert, mask=inside, other=0)
+    start = tl.load(offsets + expert - 1, mask=inside & (expert > 0), other=0)
+    each = tl.maximum((end - start + DEPTH - 1) // DEPTH, 1)
+    shift = PROGRAMS - 1 - tl.program_id(0)
+    mine = (expert * TILES + TILES + shift) // PROGRAMS - (expert * TILES + shift) // PROGRAMS
+    return tl.sum(tl.where(inside, mine * each, 0), 0)
+
+
+@triton.jit
+def _part(base, row, block, known, width: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [DEPTH, BLOCK] of pairs, zero where there is no pair."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    if width % BLOCK == 0:
+        return tl.load(base + row + column[None, :], mask=known[:, None], other=0.0)
+    return tl.load(base + row + column[None, :], mask=known[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _other_part(
+    other, reads, pair, low, end, block, known, width: tl.constexpr, DESCRIBED: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if DESCRIBED:
+        return reads.load([RAGGED, end, RAGGED - end + low, block * BLOCK]).reshape(DEPTH, BLOCK)
+    else:
+        return _part(other, pair.to(tl.int64)[:, None] * width, block, known, width, BLOCK)
+
+
+@triton.jit
+def _wgrad_kernel(
+    rows, where, other, offsets, out, reads,
+    row_stride: tl.constexpr, UNIT: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
+    ROWS_FIRST: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    TALL: tl.constexpr = hidden if ROWS_FIRST else width
+    WIDE: tl.constexpr = width if ROWS_FIRST else hidden
+    DOWN: tl.constexpr = (TALL + HEIGHT - 1) // HEIGHT
+    ACROSS: tl.constexpr = (WIDE + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0)
+    expert, down, across = _place(tile, DOWN, ACROSS, GROUP)
+    low = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    step = tl.arange(0, DEPTH)
+    # Read one step ahead: loads whose addresses are loaded in the same step get half of the pipeline's stages.
+    at = tl.load(where + low + step, mask=low + step < end, other=0)
+    for _ in range(0, _num_steps(offsets, EXPERTS, PADDED, DOWN * ACROSS, PROGRAMS, DEPTH)):
+        pair = low + step
+        known = pair < end
+        row = (at.to(tl.int64) * (row_stride if UNIT == 0 else UNIT))[:, None]
+        if ROWS_FIRST:
+            left = _part(rows, row, down, known, hidden, HEIGHT)
+            right = _other_part(other, reads, pair, low, end, across, known, width, DESCRIBED, DEPTH, COLUMNS)
+        else:
+            left = _other_part(other, reads, pair, low, end, down, known, width, DESCRIBED, DEPTH, HEIGHT)
+            right = _part(rows, row, across, known, hidden, COLUMNS)
+        to_expert, to_down, to_across = expert, down, across
+        low += DEPTH
+        last = low >= end
+        if last:  # the next step is the next tile's first
+            tile += PROGRAMS
+            expert, down, across = _place(tl.minimum(tile, EXPERTS * DOWN * ACROSS - 1), DOWN, ACROSS, GROUP)
+            low = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+            end = tl.load(offsets + expert)
+        at = tl.load(where + low + step, mask=low + step < end, other=0)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+        if last:
+            line = to_down * HEIGHT + tl.arange(0, HEIGHT)
+            column = to_across * COLUMNS + tl.arange(0, COLUMNS)
+            to = out + to_expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
+            tl.store(to, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])
+            total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+
+
+_wgrad = Kernel(_wgrad_kernel)
