@@ -79,6 +79,14 @@ def test_packed_gradients(heads: int, kv_heads: int, size: int, own: int | None)
     torch.testing.assert_close(packed[1], packed[0])
 
 
+@pytest.mark.parametrize("width", [24, 2049])
+def test_rows_in_travel_order(width: int) -> None:
+    tensors = [torch.randn(rows, width, device=DEVICE) for rows in (6, 4, 4)]
+    index = torch.tensor([13, 0, 5, 6, 9, 10, 10, 3], device=DEVICE)
+    found = head_kernels.order_rows(tensors, index)
+    assert torch.equal(found, head_layouts.order_rows(tensors, index))
+
+
 @pytest.mark.parametrize("shape", ["tiny", "tiny-normed"])
 @pytest.mark.parametrize(("size", "chunks"), [(2, 1), (2, 2), (4, 2), (8, 1)])
 def test_whole_layer(monkeypatch: pytest.MonkeyPatch, shape: str, size: int, chunks: int) -> None:

@@ -65,8 +65,12 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
     plan = HeadPlan(layout, dim, chunks)
     loss = torch.zeros((), dtype=torch.double)
     packed = torch.full((tokens, (heads + 2 * kv_heads) * dim), torch.nan, dtype=torch.double)
-    for index, (chunk, right) in enumerate(zip(plan.chunks, plan.by_rank(weights), strict=True)):
-        found = torch.bmm(x.detach().expand(size, -1, -1), right.mT)
+    rows = plan.travelling(weights)
+    apart = plan.apart(rows)
+    for index, (chunk, right) in enumerate(zip(plan.chunks, plan.by_rank(rows), strict=True)):
+        found = torch.bmm(x.detach().expand(size, -1, -1), right)
+        for rank, one in enumerate(apart[index]):
+            torch.testing.assert_close(x.detach() @ one, found[rank])
         grad = torch.randn_like(found)
         for rank in range(size):
             start = rank * layout.local_q

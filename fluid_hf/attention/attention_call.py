@@ -92,9 +92,9 @@ class AttentionCall:
         self.peer = 1 - self.own if self.size == 2 else None  # whose part alone is exchanged
         self._handles: list[ExchangeHandle | None] = []
         self._received: list[torch.Tensor] = []
-        self._own_results: list[torch.Tensor | None] = []
-        self._returns: list[torch.Tensor | None] = []
-        self._own_returns: list[torch.Tensor | None] = []
+        self._own_results: list[torch.Tensor] = []
+        self._returns: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # by rank, and what arrived
+        self.returns_wanted = False
         self.returns_in_flight = False
         self._versions: list[int] | None = None
 
@@ -117,11 +117,12 @@ class AttentionCall:
         self.context.exchange.drain()
         projections = self._during_forward = self.projections()
         biases = {name: bias for name, bias in projections.biases.items() if bias is not None and name != "o"}
-        rights = [right.mT for right in self.plan.by_rank(projections.weights)]  # [S, H, C] each
-        sums: list[torch.Tensor | None] = [*self.plan.by_rank(biases)] if biases else [None] * len(rights)
-        self._own_results = [None] * len(rights)
+        plan, rows = self.plan, self.plan.travelling(projections.weights)
+        rights = plan.by_rank(rows) if self.peer is None else plan.apart(rows)
+        sums = plan.apart(plan.travelling(biases)) if biases else None
+        self._own_results = []
         self._at("forward heads")
-        self._post_products(x_MH, rights, sums, range(len(rights)), "post heads")
+        self._post_products(x_MH, rights, sums, range(self.num_chunks), "post heads")
 
     @ranged("forward attention")
     def arrive(self, index: int) -> torch.Tensor:
@@ -140,42 +141,42 @@ class AttentionCall:
             by_rank = by_rank.reshape(self.size, self.batch * self.length, -1)
         if self.peer is not None:
             parts = by_rank.unbind(0)
-            self._own_results[index], by_rank = parts[self.own], parts[self.peer]
+            self._own_results.append(parts[self.own])  # a view: the core's backward keeps its memory anyway
+            by_rank = parts[self.peer]
         received = torch.empty_like(by_rank)
         self._at("forward results", index)
         self._handles[index], self._received[index] = self._exchange(by_rank, received), received
         self.context.event(f"post results {index}")
 
     @ranged("forward attention")
-    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Multiply what has arrived with its slice of o_proj while the last chunk is on the wire.
+    def gather(self) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Multiply the results with o_proj; of two ranks, the own heads' while the others' are on the wire.
 
         Returns:
-            The output [M, H], and the results of all heads [M, N * D], chunk by chunk, for backward.
+            The output [M, H], and what backward needs: the results of all heads [M, N * D], or of two ranks those of
+            this one's and of the other one's heads [M, N / 2 * D]. All in the order of o_proj's columns.
         """
         projections, self._during_forward = self._during_forward or self.projections(), None
-        weight, bias = self._output_weight(projections.weights["o"]), projections.biases["o"]
-        tokens, last = self._received[0].shape[-2], self.num_chunks - 1
-        full = self._received[0].new_empty(tokens, weight.shape[1])
-        places = full.view(tokens, self.num_chunks * self.size, -1).unbind(1)  # chunk by chunk, rank by rank
-        for index, results in enumerate(self._own_results):
-            if results is not None:
-                places[index * self.size + self.own].copy_(results)
-        early, start = None, last * weight.shape[1] // self.num_chunks
-        for index in range(self.num_chunks):
-            if index and index == last:
-                early = _mm_float(full[:, :start], weight[:, :start])
-            received = self._wait(index)
-            self.context.event(f"wait results {index}")
-            if self.peer is not None:
-                places[index * self.size + self.peer].copy_(received)
-            else:
-                chunk = full.view(tokens, self.num_chunks, self.size, -1).select(1, index)
-                chunk.copy_(received.transpose(0, 1))
-        if early is None:
-            return torch.nn.functional.linear(full, weight, bias), full
-        output = early.add_(_mm_float(full[:, start:], weight[:, start:]))
-        return (output if bias is None else output.add_(bias)).to(self.dtype), full
+        weight, bias = projections.weights["o"], projections.biases["o"]
+        if self.peer is None:
+            arrived = [self._arrived_results(index).transpose(0, 1) for index in range(self.num_chunks)]
+            full = torch.cat(arrived, dim=2).flatten(1)
+            return torch.nn.functional.linear(full, weight, bias), (full,)
+        rights, own = weight.t().chunk(2), _beside(self._own_results)
+        self._own_results = []
+        early = _mm_float(own, rights[self.own])
+        if bias is not None:
+            early.add_(bias)
+        other = _beside([self._arrived_results(index) for index in range(self.num_chunks)])
+        late = _mm_float(other, rights[self.peer])
+        # Added in float32 and rounded once, in one pass.
+        output = early if early.dtype == self.dtype else early.new_empty(early.shape, dtype=self.dtype)
+        return torch.add(early, late, out=output), (own, other)
+
+    def _arrived_results(self, index: int) -> torch.Tensor:
+        received = self._wait(index)
+        self.context.event(f"wait results {index}")
+        return received
 
     # -- backward -------------------------------------------------------------------------------------------------
     @ranged("backward attention")
@@ -183,12 +184,10 @@ class AttentionCall:
         """Send each head's result gradient to the rank that computed the head, the last chunk first."""
         self.context.exchange.drain()
         weight = self.projections().weights["o"]
-        by_rank = weight.unflatten(1, (self.size, self.num_chunks, -1)).permute(2, 1, 0, 3)
-        rights = list(by_rank.unbind(0))  # [S, H, E] each
-        self._returns, self._own_returns = [None] * self.num_chunks, [None] * self.num_chunks
-        order = range(self.num_chunks - 1, -1, -1)
+        rights = self.plan.results_by_rank(weight) if self.peer is None else self.plan.results_apart(weight)
+        self._returns = [None] * self.num_chunks
         self._at("backward result gradients")
-        self._post_products(grad_MH, rights, [None] * len(rights), order, "post result grads")
+        self._post_products(grad_MH, rights, None, range(self.num_chunks - 1, -1, -1), "post result grads")
 
     @ranged("backward attention")
     def arrive_grad(self, index: int) -> torch.Tensor:
@@ -209,15 +208,11 @@ class AttentionCall:
     @ranged("backward attention")
     def post_return(self, index: int, grad_SMC: torch.Tensor) -> None:
         """Send the gradients of a chunk's query, key and value heads back to the ranks that projected them."""
-        received = torch.empty_like(grad_SMC)
         self._at("backward head gradients", index)
-        if self.peer is None:
-            self._handles[index] = self._exchange(grad_SMC, received)
-        else:
-            parts = grad_SMC.unbind(0)
-            self._handles[index] = self._exchange(parts[self.peer], received[self.peer])
-            self._own_returns[index] = parts[self.own]
-        self._received[index] = self._returns[index] = received
+        sent = grad_SMC if self.peer is None else grad_SMC[self.peer]  # what is its own stays where it is
+        received = torch.empty_like(sent)
+        self._handles[index] = self._exchange(sent, received)
+        self._received[index], self._returns[index] = received, (grad_SMC, received)
         self.returns_in_flight = True
         self.context.event(f"post return {index}")
 
@@ -233,29 +228,36 @@ class AttentionCall:
         """
         weights = self.projections().weights
         whole = torch.cat([weights[name] for name in ("q", "k", "v")]) if wanted else None
-        packed = self.plan.new_packed(next(r for r in self._returns if r is not None), self.complete)
+        packed = self.plan.new_packed(next(r[0] for r in self._returns if r is not None), self.complete)
         for index in reversed(range(self.num_chunks)):
             returned = self._returns[index]
-            if returned is not None:
-                self._wait(index)
-                self.context.event(f"wait return {index}")
-                self.plan.pack_gradient(index, returned, packed, self.own, self._own_returns[index])
-        self._returns, self._received, self._handles, self._own_returns = [], [], [], []
+            if returned is None:
+                continue
+            self._wait(index)
+            self.context.event(f"wait return {index}")
+            if self.peer is None:
+                self.plan.pack_gradient(index, returned[1], packed)
+            else:  # the own part is where it was made; what was sent from there is no longer needed
+                self.plan.pack_gradient(index, returned[0], packed, self.peer, returned[1])
+        self._returns, self._received, self._handles = [], [], []
         self.returns_in_flight = False
         return None if whole is None else packed @ whole, packed
 
-    def output_work(self, grad_MH: torch.Tensor, full: torch.Tensor, names: list[str]) -> WgradWork:
-        """The weight gradients of o_proj: of its weight, of its bias."""
+    def output_work(self, grad_MH: torch.Tensor, results: Sequence[torch.Tensor], names: list[str]) -> WgradWork:
+        """The weight gradients of o_proj: of its weight, of its bias; `results` are what `gather` gave."""
 
         def weight() -> torch.Tensor:
-            gradient = grad_MH.t() @ full
-            if self.num_chunks == 1:
-                return gradient
-            by_chunk = gradient.unflatten(1, (self.num_chunks, self.size, -1))
-            return by_chunk.transpose(1, 2).flatten(1)
+            left = grad_MH.t()
+            if self.peer is None:
+                return left @ results[0]
+            gradient = grad_MH.new_empty(grad_MH.shape[1], 2 * results[0].shape[1])
+            columns = gradient.chunk(2, dim=1)
+            torch.mm(left, results[0], out=columns[self.own])
+            torch.mm(left, results[1], out=columns[self.peer])
+            return gradient
 
         compute = {"o": weight, "o.bias": lambda: grad_MH.sum(0)}
-        held = (grad_MH.numel() + full.numel()) * full.element_size()
+        held = grad_MH.nbytes + sum(part.nbytes for part in results)
         return WgradWork({name: compute[name] for name in names}, held, lambda: self.returns_in_flight)
 
     def input_work(self, packed_MN: torch.Tensor, x_MH: torch.Tensor, names: list[str]) -> WgradWork:
@@ -276,24 +278,32 @@ class AttentionCall:
     def _post_products(
         self,
         x_MK: torch.Tensor,
-        rights_SKC: list[torch.Tensor],
-        sums_SC: list[torch.Tensor | None],
+        rights: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]],
+        sums: Sequence[Sequence[torch.Tensor]] | None,
         order: range,
         event: str,
     ) -> None:
-        """Compute and send what each chunk's destinations get, [M, C] each; of two ranks, the own part last."""
-        self._received = [x_MK.new_empty(self.size, len(x_MK), right.shape[2]) for right in rights_SKC]
-        self._handles = [None] * len(rights_SKC)
+        """Compute and send what each chunk's destinations get, [M, C] each; of two ranks, the own part last.
+
+        Args:
+            rights: right-hand sides of each chunk: [S, K, C], or of two ranks [K, C] each.
+            sums: what is added, [C] of each chunk's ranks.
+        """
+        self._handles = [None] * self.num_chunks
+        peer, x_SMK = self.peer, x_MK if self.peer is not None else x_MK.expand(self.size, *x_MK.shape)
+        counts = [right.shape[2] if isinstance(right, torch.Tensor) else right[0].shape[1] for right in rights]
+        self._received = [x_MK.new_empty(self.size, len(x_MK), count) for count in counts]
         own: list[Callable[[], torch.Tensor]] = []
         for index in order:
-            right, added, received = rights_SKC[index], sums_SC[index], self._received[index]
-            if self.peer is None:
-                x_SMK = x_MK.expand(self.size, *x_MK.shape)
-                product = torch.bmm(x_SMK, right) if added is None else torch.baddbmm(added[:, None], x_SMK, right)
+            right, received = rights[index], self._received[index]
+            added = None if sums is None else sums[index]
+            if isinstance(right, torch.Tensor):
+                product = _batched_product(x_SMK, right, added)
             else:
-                parts, sums, arriving = right.unbind(0), added if added is None else added.unbind(0), received.unbind(0)
-                product, received = _product(x_MK, parts, sums, self.peer), arriving[self.peer]
-                own.append(functools.partial(_product, x_MK, parts, sums, self.own, arriving[self.own]))
+                assert peer is not None
+                arriving = received.unbind(0)
+                product, received = _product(x_MK, right, added, peer), arriving[peer]
+                own.append(functools.partial(_product, x_MK, right, added, self.own, arriving[self.own]))
             self._handles[index] = self._exchange(product, received)
             self.context.event(f"{event} {index}")
         for compute in own:
@@ -317,11 +327,13 @@ class AttentionCall:
             self._handles[index] = None
         return self._received[index]
 
-    def _output_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """o_proj with its columns in the order in which chunks arrive: [H, N * D]."""
-        if self.num_chunks == 1:
-            return weight
-        return weight.unflatten(1, (self.size, self.num_chunks, -1)).transpose(1, 2).flatten(1)
+
+def _batched_product(
+    x_SMK: torch.Tensor, right_SKC: torch.Tensor, biases: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    if biases is None:
+        return torch.bmm(x_SMK, right_SKC)
+    return torch.baddbmm(torch.stack(list(biases))[:, None], x_SMK, right_SKC)
 
 
 def _product(
@@ -336,10 +348,15 @@ def _product(
     return torch.addmm(biases[rank], x, rights[rank], out=out)
 
 
-def _mm_float(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`a @ weight.T` as float32, accumulated in float32."""
-    if a.dtype == torch.float32:
-        return a @ weight.t()
+def _beside(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts [M, E] of chunks side by side: [M, sum of E]; one part as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _mm_float(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`a @ right` in float32 at least, accumulated in it."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, right)
     if a.device.type == "cuda":
-        return torch.mm(a, weight.t(), out_dtype=torch.float32)
-    return a.float() @ weight.float().t()
+        return torch.mm(a, right, out_dtype=torch.float32)
+    return a.float() @ right.float()

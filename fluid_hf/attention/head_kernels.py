@@ -7,6 +7,8 @@ wire, N columns of the gradients of all heads. A program treats ROWS tokens of o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,10 @@ from fluid_hf.attention.heads import HeadChunk, HeadLayout
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
-__all__ = ["heads_from_wire", "heads_to_wire", "pack_gradient"]
+__all__ = ["heads_from_wire", "heads_to_wire", "order_rows", "pack_gradient"]
 
 ROWS = 32
+ROW_BLOCK = 2048  # elements of a row that are copied at a time
 VECTOR = 8  # elements of one wide access
 
 
@@ -94,8 +97,8 @@ def pack_gradient(
     chunk: HeadChunk,
     grad_SMC: torch.Tensor,
     packed_MN: torch.Tensor,
-    own_rank: int,
-    own_MC: torch.Tensor | None,
+    rank: int,
+    part_MC: torch.Tensor | None,
 ) -> None:
     """See `fluid_hf.attention.head_layouts.pack_gradient`; replicas of a key/value head must be consecutive."""
     size, rows, columns = grad_SMC.shape
@@ -104,13 +107,27 @@ def pack_gradient(
     kv_heads = size * chunk.num_kv // replicas
     _pack(
         (blocks_of(rows, ROWS), size * chunk.num_q + 2 * kv_heads, 1),
-        (grad_SMC, grad_SMC if own_MC is None else own_MC, packed_MN),
-        (rows, own_rank if own_MC is not None else -1),
+        (grad_SMC, grad_SMC if part_MC is None else part_MC, packed_MN),
+        (rows, rank if part_MC is not None else -1),
         (
             *(size, chunk.num_q, chunk.num_kv, chunk.q[0], chunk.kv[0], layout.local_q, layout.local_kv),
             *(layout.num_heads, layout.num_kv_heads, replicas, dim, power_of_two(dim), ROWS),
         ),
     )
+
+
+def order_rows(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """See `fluid_hf.attention.head_layouts.order_rows`; contiguous matrices."""
+    first, second, third = tensors
+    count, width = index.shape[0], first.shape[1]
+    ordered = first.new_empty(count, width)
+    _order(
+        (count, 1, 1),
+        (first, second, third, index, ordered),
+        (first.shape[0], second.shape[0]),
+        (width, min(power_of_two(width), ROW_BLOCK)),
+    )
+    return ordered
 
 
 def _norms(norms: HeadNorms | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -275,13 +292,13 @@ def _to_wire_kernel(
     _store_halves(sent + end, low, high, half, mask)
 
 
-@triton.jit(do_not_specialize=["rows", "own_rank"])
+@triton.jit(do_not_specialize=["rows", "part_rank"])
 def _pack_kernel(
     grads,
-    own,
+    part,
     packed,
     rows,
-    own_rank,
+    part_rank,
     size: tl.constexpr,
     num_q: tl.constexpr,
     num_kv: tl.constexpr,
@@ -320,14 +337,36 @@ def _pack_kernel(
     for replica in tl.static_range(replicas):
         if (replica == 0) | (head >= size * num_q):
             source = grads + (rank + replica).to(tl.int64) * rows * columns
-            if rank + replica == own_rank:
-                source = own
+            if rank + replica == part_rank:
+                source = part
             total += tl.load(source + at_source, mask=mask, other=0.0).to(tl.float32)
     whole: tl.constexpr = (num_heads + 2 * num_kv_heads) * dim
     at_target = row[:, None] * whole + target * dim + at[None, :]
     tl.store(packed + at_target, total.to(packed.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _copy_row(source, target, width: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    for start in range(0, width, BLOCK):
+        mask = start + at < width
+        tl.store(target + start + at, tl.load(source + start + at, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=["of_first", "of_second"])
+def _order_kernel(first, second, third, index, ordered, of_first, of_second, width: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.load(index + tl.program_id(0))
+    target = ordered + tl.program_id(0).to(tl.int64) * width
+    # Each branch has a pointer of its own: of one that is chosen, Triton would not know that it is aligned.
+    if row < of_first:
+        _copy_row(first + row * width, target, width, BLOCK)
+    elif row < of_first + of_second:
+        _copy_row(second + (row - of_first) * width, target, width, BLOCK)
+    else:
+        _copy_row(third + (row - of_first - of_second) * width, target, width, BLOCK)
+
+
 _from_wire = Kernel(_from_wire_kernel)
 _to_wire = Kernel(_to_wire_kernel)
 _pack = Kernel(_pack_kernel)
+_order = Kernel(_order_kernel)

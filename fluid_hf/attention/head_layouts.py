@@ -10,6 +10,7 @@ wire: a chunk's query, key and value heads, N columns of the gradients of all he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from fluid_hf.attention.heads import HeadChunk, HeadLayout
 from fluid_hf.attention.rotary import RotaryTables, rotate, rotate_back
 from fluid_hf.kernels import use_kernels
 
-__all__ = ["HeadNorms", "heads_from_wire", "heads_to_wire", "pack_gradient"]
+__all__ = ["HeadNorms", "heads_from_wire", "heads_to_wire", "order_rows", "pack_gradient"]
 
 
 @dataclass(frozen=True)
@@ -96,26 +97,35 @@ def heads_to_wire(
     return q, _norm_back(q_k[..., num_q:, :], raw[..., num_q:num_k, :], norms.k, norms.eps)
 
 
+def order_rows(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """Rows of three matrices (or entries of vectors), one after the other, in the order of `index`."""
+    if use_kernels(tensors[0]) and tensors[0].dim() == 2 and all(tensor.is_contiguous() for tensor in tensors):
+        from fluid_hf.attention import head_kernels
+
+        return head_kernels.order_rows(tensors, index)
+    return torch.cat(list(tensors)).index_select(0, index)
+
+
 def pack_gradient(
     layout: HeadLayout,
     chunk: HeadChunk,
     grad_SMC: torch.Tensor,
     packed_MN: torch.Tensor,
-    own_rank: int = 0,
-    own_MC: torch.Tensor | None = None,
+    rank: int = 0,
+    part_MC: torch.Tensor | None = None,
 ) -> None:
     """Write a chunk's gradients by rank to their columns, those of replicas of a key/value head summed.
 
     Args:
-        own_rank, own_MC: what stands for one rank's part, which then need not be in `grad_SMC` (and may be put there).
+        rank, part_MC: what stands for one rank's part, which then need not be in `grad_SMC` (and may be put there).
     """
     if use_kernels(grad_SMC) and (layout.local_kv == 1 or not layout.replicated):
         from fluid_hf.attention import head_kernels
 
-        head_kernels.pack_gradient(layout, chunk, grad_SMC, packed_MN, own_rank, own_MC)
+        head_kernels.pack_gradient(layout, chunk, grad_SMC, packed_MN, rank, part_MC)
         return
-    if own_MC is not None:
-        grad_SMC[own_rank].copy_(own_MC)
+    if part_MC is not None:
+        grad_SMC[rank].copy_(part_MC)
     size, tokens, columns = grad_SMC.shape
     head_dim = columns // (chunk.num_q + 2 * chunk.num_kv)
     heads = grad_SMC.view(size, tokens, -1, head_dim).transpose(0, 1)  # [M, S, heads, D]

@@ -8,20 +8,25 @@ the reverse order of their creation:
 | q, k, v token     | nothing                                       | their weight gradients                          |
 | Scatter           | projects, posts chunk after chunk             | waits per chunk, computes the input gradient    |
 | o token           | nothing                                       | its weight gradient, while the returns travel   |
-| per chunk: Arrive | waits, norms, rotary embedding                | their gradients, posts the return               |
+| Arrive            | waits for chunk 0; norms, rotary embedding    | their gradients, posts the return of chunk 0    |
 | ... the core      | the model's own attention function            | its backward                                    |
-| ... PostResults   | posts the results to the tokens' owners       | waits for the result gradients                  |
-| Gather            | waits per chunk, multiplies with o_proj       | posts the result gradients, last chunk first    |
+| ... Turn          | posts the results of a chunk; as Arrive, for  | as Arrive, for the next chunk; waits for the    |
+|                   | the next one                                  | result gradients of its own                     |
+| ... the core      | the model's own attention function            | its backward                                    |
+| Gather            | posts the last results, waits per chunk,      | posts the result gradients, last chunk first;   |
+|                   | multiplies with o_proj                        | waits for those of the last chunk               |
 
 So while one chunk is in the core, the next one's heads, and the results of the one before, are on the wire. Norms and
 rotary embedding run after arrival: what leaves a projection is sent as it is, and a rank still treats as many
-(token, head) pairs. Tensors between the nodes that are not the core's are empty: they only carry the order.
+(token, head) pairs. One node stands between two cores, and what orders nodes only is one empty tensor, without a
+gradient: on short sequences the host's calls take longer than the device's work.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,11 +89,12 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, call: AttentionCall, token: _Token, *tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)  # the link's gradient is nothing but a sign that the rest is done
         ctx.call, ctx.token, ctx.num_tokens = call, token, len(tokens)
         ctx.save_for_backward(hidden)
         call.scatter(_rows(hidden, call))
-        return tuple(hidden.new_empty(0) for _ in range(call.num_chunks))
+        return hidden.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -100,64 +106,77 @@ class _Scatter(torch.autograd.Function):
             token.leave(call.input_work(packed, _rows(hidden, call), token.names))
         if grad is not None:
             grad = grad.view_as(hidden).to(hidden.dtype)
-        return grad, None, None, *([hidden.new_empty(0)] * ctx.num_tokens)
+        return grad, None, None, *([None] * ctx.num_tokens)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A chunk on its way from the wire to the core, and its gradients back."""
+
+    call: AttentionCall
+    index: int
+    tables: RotaryTables
+    norms: HeadNorms | None
+
+    def heads(self, ctx: Any) -> tuple[torch.Tensor, ...]:
+        """Wait; queries, and keys and values if the chunk has any, as the core takes them."""
+        received = self.call.arrive(self.index)
+        if self.norms is not None:
+            ctx.save_for_backward(received)
+        chunk = self.call.plan.chunks[self.index]
+        return heads_from_wire(received, self.call.batch, chunk, self.tables, self.norms)
+
+    def send_back(self, ctx: Any, grads: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+        """Post the gradients of the heads, if wanted; gradients of the norms' weights."""
+        call, norms = self.call, self.norms
+        chunk, buffer = call.plan.chunks[self.index], call.new_return(self.index)
+        raw = ctx.saved_tensors[0] if norms is not None else None
+        found = heads_to_wire(grads, call.batch, chunk, self.tables, norms, raw, buffer)
+        if call.returns_wanted:
+            call.post_return(self.index, buffer)
+        if norms is None:
+            return ()
+        if found is None:
+            return None, None
+        return found[0].to(norms.q.dtype), found[1].to(norms.k.dtype)
 
 
 class _Arrive(torch.autograd.Function):
-    """What arrived, as the core takes it: queries, and keys and values if the chunk has any."""
-
     @staticmethod
-    def forward(
-        ctx: Any,
-        link: torch.Tensor,
-        call: AttentionCall,
-        index: int,
-        tables: RotaryTables,
-        norms: HeadNorms | None,
-        *norm_weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.tables, ctx.norms, ctx.call, ctx.index = tables, norms, call, index
-        received = call.arrive(index)
-        if norms is not None:
-            ctx.save_for_backward(received)
-        return heads_from_wire(received, call.batch, call.plan.chunks[index], tables, norms)
+    def forward(ctx: Any, link: torch.Tensor, arrival: _Arrival, *norm_weights: torch.Tensor) -> Any:
+        ctx.arrival = arrival
+        return arrival.heads(ctx)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        call: AttentionCall = ctx.call
-        norms: HeadNorms | None = ctx.norms
-        norm_grads: tuple[torch.Tensor, ...] = ()
-        if any(ctx.needs_input_grad):
-            chunk, buffer = call.plan.chunks[ctx.index], call.new_return(ctx.index)
-            raw = ctx.saved_tensors[0] if norms is not None else None
-            found = heads_to_wire(grads, call.batch, chunk, ctx.tables, norms, raw, buffer)
-            if ctx.needs_input_grad[0]:
-                call.post_return(ctx.index, buffer)
-            if norms is not None and found is not None:
-                norm_grads = (found[0].to(norms.q.dtype), found[1].to(norms.k.dtype))
-        return grads[0].new_empty(0), None, None, None, None, *norm_grads
+        return None, None, *ctx.arrival.send_back(ctx, grads)
 
 
-class _PostResults(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, context: torch.Tensor, call: AttentionCall, index: int) -> torch.Tensor:
-        ctx.call, ctx.index, ctx.dtype = call, index, context.dtype
-        call.post_context(index, context.to(call.dtype))
-        return context.new_empty(0)
+class _Turn(torch.autograd.Function):
+    """Between the cores of two chunks: the results of one leave, the heads of the next one come in."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.call.arrive_grad(ctx.index).to(ctx.dtype), None, None
+    def forward(ctx: Any, context: torch.Tensor, arrival: _Arrival, *norm_weights: torch.Tensor) -> Any:
+        ctx.arrival, ctx.dtype = arrival, context.dtype
+        arrival.call.post_context(arrival.index - 1, context.to(arrival.call.dtype))
+        return arrival.heads(ctx)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        arrival: _Arrival = ctx.arrival
+        norm_grads = arrival.send_back(ctx, grads)
+        return arrival.call.arrive_grad(arrival.index - 1).to(ctx.dtype), None, *norm_grads
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: AttentionCall, token: _Token, num_links: int, *links_and_tokens: torch.Tensor
+        ctx: Any, context: torch.Tensor, call: AttentionCall, token: _Token, *tokens: torch.Tensor
     ) -> torch.Tensor:
-        output, full = call.gather()
-        ctx.call, ctx.token, ctx.num_links, ctx.num_inputs = call, token, num_links, len(links_and_tokens)
-        ctx.save_for_backward(full)
+        ctx.call, ctx.token, ctx.dtype, ctx.num_tokens = call, token, context.dtype, len(tokens)
+        call.post_context(call.num_chunks - 1, context.to(call.dtype))
+        output, results = call.gather()
+        ctx.save_for_backward(*results)
         return output.view(call.batch, call.length, -1)
 
     @staticmethod
@@ -165,13 +184,14 @@ class _Gather(torch.autograd.Function):
         call: AttentionCall = ctx.call
         refuse_second_derivatives(call.context.name)
         token: _Token = ctx.token
-        (full,) = ctx.saved_tensors
         grad = grads[0].flatten(0, 1).to(call.dtype).contiguous()
-        if any(ctx.needs_input_grad[3 : 3 + ctx.num_links]):
+        wanted = ctx.needs_input_grad[0]
+        if wanted:
             call.post_result_grads(grad)
         if token.names:
-            token.leave(call.output_work(grad, full, token.names))
-        return None, None, None, *([grad.new_empty(0)] * ctx.num_inputs)
+            token.leave(call.output_work(grad, ctx.saved_tensors, token.names))
+        arrived = call.arrive_grad(call.num_chunks - 1).to(ctx.dtype) if wanted else None
+        return arrived, None, None, *([None] * ctx.num_tokens)
 
 
 def overlapped_attention(
@@ -205,24 +225,23 @@ def overlapped_attention(
     plain = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
     call = AttentionCall(context, read, hidden_BLH.shape, chunks, dtype)
     rotary = rotary.to(dtype)
-    norm_weights = () if norms is None else (norms.q, norms.k)
+    weights = () if norms is None else (norms.q, norms.k)
+    arrivals = [_Arrival(call, index, rotary, norms) for index in range(call.num_chunks)]
     with plain:
         qkv = _Token(parameters, QKV, context)
-        links = _Scatter.apply(hidden_BLH, call, qkv, *qkv.inputs)  # type: ignore[no-untyped-call]
+        link = _Scatter.apply(hidden_BLH, call, qkv, *qkv.inputs)  # type: ignore[no-untyped-call]
+        call.returns_wanted = link.requires_grad
         output_token = _Token(parameters, OUTPUT, context)
-    keys: tuple[torch.Tensor, ...] = ()
-    results = []
-    for index, link in enumerate(links):
-        with plain:
-            arrived = _Arrive.apply(link, call, index, rotary, norms, *norm_weights)  # type: ignore[no-untyped-call]
-        keys = arrived[1:] or keys
+        arrived = _Arrive.apply(link, arrivals[0], *weights)  # type: ignore[no-untyped-call]
+    keys = arrived[1:]
+    for arrival in arrivals[1:]:
         output = core(arrived[0], *keys)
         with plain:
-            results.append(_PostResults.apply(output, call, index))  # type: ignore[no-untyped-call]
+            arrived = _Turn.apply(output, arrival, *weights)  # type: ignore[no-untyped-call]
+        keys = arrived[1:] or keys
+    output = core(arrived[0], *keys)
     with plain:
-        return _Gather.apply(  # type: ignore[no-any-return, no-untyped-call]
-            call, output_token, len(results), *results, *output_token.inputs
-        )
+        return _Gather.apply(output, call, output_token, *output_token.inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _rows(hidden: torch.Tensor, call: AttentionCall) -> torch.Tensor:

@@ -177,6 +177,7 @@ class _WgradTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, take: Callable[[], Sequence[torch.Tensor]], *weights: torch.Tensor) -> torch.Tensor:
         ctx.take = take
+        ctx.set_materialize_grads(False)  # its gradient says that it is time, no more: no zeros are made for it
         return weights[0].new_empty(0)  # not a view, on the weights' device: see `_WgradToken`
 
     @staticmethod
