@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fluid_hf.attention import head_layouts
-from fluid_hf.attention.head_layouts import HeadNorms
+from fluid_hf.attention.head_layouts import HeadNorms, NormSums
 from fluid_hf.attention.heads import plan_heads
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.bench.attention import AttentionBench
@@ -36,7 +36,14 @@ def plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("batch", "tables_of"), [(1, 1), (3, 1), (3, 3)])
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "dim"), [(8, 4, 2, 8), (8, 2, 4, 12), (6, 6, 2, 32)])
 def test_heads_from_and_to_the_wire(
-    heads: int, kv_heads: int, size: int, dim: int, batch: int, tables_of: int, normed: bool
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    dim: int,
+    batch: int,
+    tables_of: int,
+    normed: bool,
 ) -> None:
     torch.manual_seed(0)
     length = 19
@@ -44,7 +51,12 @@ def test_heads_from_and_to_the_wire(
     tokens = size * length
     tables = RotaryTables.shaped(*(torch.rand(tables_of, tokens, dim, device=DEVICE) for _ in range(2)), size)
     norms = HeadNorms(*(torch.rand(dim, device=DEVICE) for _ in range(2)), 1e-6) if normed else None
-    for chunk in layout.chunks(2):
+    of_norms = []
+    for kernels in (False, True):
+        monkeypatch.setattr(head_layouts, "use_kernels", lambda tensor, kernels=kernels: kernels)
+        of_norms.append(NormSums(layout, torch.empty(size, batch * length, 1, device=DEVICE), dim))
+    monkeypatch.setattr(head_layouts, "use_kernels", lambda tensor: False)
+    for chunk in layout.chunks(3):
         columns = (chunk.num_q + 2 * chunk.num_kv) * dim
         wire = torch.randn(size, batch * length, columns, device=DEVICE)
         expected = head_layouts.heads_from_wire(wire.clone(), batch, chunk, tables, norms)
@@ -56,12 +68,11 @@ def test_heads_from_and_to_the_wire(
         grads = [torch.randn(batch, tokens, one.shape[1], dim, device=DEVICE).transpose(1, 2) for one in expected]
         grads[0] = grads[0].contiguous()
         sent = [torch.empty_like(wire) for _ in range(2)]
-        pairs = [
-            module.heads_to_wire(tuple(grads), batch, chunk, tables, norms, wire, buffer)
-            for module, buffer in zip((head_layouts, head_kernels), sent, strict=True)
-        ]
+        for module, buffer, sums in zip((head_layouts, head_kernels), sent, of_norms, strict=True):
+            module.heads_to_wire(tuple(grads), batch, chunk, tables, norms, wire, buffer, sums)
         torch.testing.assert_close(sent[1], sent[0])
-        for theirs, ours in zip(*(pair or () for pair in pairs), strict=True):
+    if norms is not None:
+        for theirs, ours in zip(*(sums.total(norms) for sums in of_norms), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
@@ -88,7 +99,7 @@ def test_rows_in_travel_order(width: int) -> None:
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-normed"])
-@pytest.mark.parametrize(("size", "chunks"), [(2, 1), (2, 2), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("size", "chunks"), [(2, 1), (2, 2), (2, 3), (4, 2), (8, 1)])
 def test_whole_layer(monkeypatch: pytest.MonkeyPatch, shape: str, size: int, chunks: int) -> None:
     """One layer's output and gradients with the kernels and with the plain code."""
     init_mirror(size)

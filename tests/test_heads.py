@@ -42,14 +42,21 @@ def test_indivisible_heads_name_the_remedy() -> None:
 
 def test_chunks() -> None:
     assert plan_heads(16, 8, 2).chunks(2) == (HeadChunk((0, 4), (0, 2), (0, 2)), HeadChunk((4, 8), (2, 4), (2, 4)))
-    assert plan_heads(16, 8, 2).chunks(3) == plan_heads(16, 8, 2).chunks(2)  # 3 does not divide 4
+    first, middle, last = plan_heads(16, 8, 2).chunks(3)  # small ends
+    assert (first.q, middle.q, last.q) == ((0, 2), (2, 6), (6, 8)) and middle.kv == middle.used == (1, 3)
+    assert [chunk.num_q for chunk in plan_heads(16, 2, 2).chunks(3)] == [2, 4, 2]
+    assert [chunk.num_kv for chunk in plan_heads(16, 2, 2).chunks(3)] == [1, 0, 0]
+    assert plan_heads(16, 8, 2).chunks(5) == plan_heads(16, 8, 2).chunks(4)  # 5 does not divide 4
+    assert len(plan_heads(8, 4, 2).chunks(3)) == 2
     first, second = plan_heads(8, 2, 2).chunks(2)  # one key/value head: it comes first
     assert (first.num_q, first.num_kv, second.num_q, second.num_kv, second.used) == (2, 1, 2, 0, (0, 1))
     assert len(plan_heads(6, 3, 2).chunks(3)) == 1
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 8, 2), (8, 4, 2), (8, 2, 4), (8, 1, 4), (6, 3, 2)])
-@pytest.mark.parametrize("chunks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(8, 8, 2), (8, 4, 2), (8, 2, 2), (8, 2, 4), (8, 1, 4), (6, 3, 2)]
+)
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4])
 def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> None:
     """Products by rank, and the gradients of weights and input, against autograd on the plain projections."""
     dim, hidden, tokens = 4, 10, 7

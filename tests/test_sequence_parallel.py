@@ -155,6 +155,13 @@ def test_heads_that_do_not_group_evenly(pool2: RankPool) -> None:
         check(pool2.run(run_model, "mixtral", 2, model_args=model_args, **way))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_three_chunks_of_unequal_size(pool2: RankPool, kv_heads: int) -> None:
+    model_args = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "hidden_size": 64}
+    for family in ("mixtral", "qwen3_moe"):
+        check(pool2.run(run_model, family, 2, model_args=model_args, packed=kv_heads == 2, waves=3))
+
+
 def dense_model() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -8,6 +8,11 @@ chunk has C columns per rank (its query, key and value heads) and E columns of r
 
 The methods run in the order of `fluid_hf.attention.overlapped`, which holds the schedule. What two ranks exchange is
 the other one's part only; more of them exchange all parts in one all-to-all, the own one among them.
+
+Order on a GPU. Everything is queued on one stream but the messages: a message starts behind what is queued when it is
+posted, and what reads its received buffer is queued behind `_wait`. A handle keeps both buffers of a message until that
+wait is queued, so their memory goes to work behind it only. What is not in a message (the ordered weights, the own
+parts) is written and read on the one stream, and may be freed as soon as its last reader is queued.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fluid_hf.attention.fused_projection import HeadPlan, Projections
+from fluid_hf.attention.head_layouts import NormSums
 from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.comm.gradients import check_versions
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
@@ -94,6 +100,7 @@ class AttentionCall:
         self._received: list[torch.Tensor] = []
         self._own_results: list[torch.Tensor] = []
         self._returns: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # by rank, and what arrived
+        self.norm_sums: NormSums | None = None
         self.returns_wanted = False
         self.returns_in_flight = False
         self._versions: list[int] | None = None
@@ -209,7 +216,7 @@ class AttentionCall:
     def post_return(self, index: int, grad_SMC: torch.Tensor) -> None:
         """Send the gradients of a chunk's query, key and value heads back to the ranks that projected them."""
         self._at("backward head gradients", index)
-        sent = grad_SMC if self.peer is None else grad_SMC[self.peer]  # what is its own stays where it is
+        sent = grad_SMC if self.peer is None else grad_SMC[self.peer]  # the own part stays: `_returns` keeps it
         received = torch.empty_like(sent)
         self._handles[index] = self._exchange(sent, received)
         self._received[index], self._returns[index] = received, (grad_SMC, received)

@@ -13,12 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.attention.head_layouts import HeadNorms
+from fluid_hf.attention.head_layouts import HeadNorms, NormSums
 from fluid_hf.attention.heads import HeadChunk, HeadLayout
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
-__all__ = ["heads_from_wire", "heads_to_wire", "order_rows", "pack_gradient"]
+__all__ = ["heads_from_wire", "heads_to_wire", "num_blocks", "order_rows", "pack_gradient"]
 
 ROWS = 32
 ROW_BLOCK = 2048  # elements of a row that are copied at a time
@@ -59,10 +59,11 @@ def heads_to_wire(
     norms: HeadNorms | None,
     raw_SMC: torch.Tensor | None,
     sent_SMC: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    sums: NormSums | None,
+) -> None:
     """See `fluid_hf.attention.head_layouts.heads_to_wire`."""
     size, rows, columns = sent_SMC.shape
-    heads, rotated = chunk.num_q + 2 * chunk.num_kv, chunk.num_q + chunk.num_kv
+    heads = chunk.num_q + 2 * chunk.num_kv
     dim, tokens = columns // heads, size * rows // batch
     given = [grad if grad.stride(3) == 1 else grad.contiguous() for grad in grads]
     q, k, v = given if chunk.num_kv else given * 3
@@ -70,26 +71,24 @@ def heads_to_wire(
     # Triton loads wide what it knows to be aligned; the steps are run-time values, so it is told their divisor.
     unit = VECTOR if dim % (2 * VECTOR) == 0 and all(step % VECTOR == 0 for step in steps) else 1
     q_weight, k_weight, eps = _norms(norms, sent_SMC)
-    blocks = blocks_of(size * rows, ROWS)
-    partial = q_weight
-    if norms is not None:
-        partial = torch.empty(blocks, rotated, dim, dtype=torch.float32, device=sent_SMC.device)
+    starts = (0, 0) if sums is None else sums.starts(chunk)
     _to_wire(
-        (blocks, heads, 1),
+        (num_blocks(sent_SMC), heads, 1),
         (
             *(q, k, v, sent_SMC, sent_SMC if raw_SMC is None else raw_SMC),
-            *(tables.cos, tables.sin_low, q_weight, k_weight, partial),
+            *(tables.cos, tables.sin_low, q_weight, k_weight, sent_SMC if sums is None else sums.rows),
         ),
         (
             *(size * rows, batch, rows // batch, _table_step(tables, tokens)),
-            *(step // unit for step in steps),
+            *(*(step // unit for step in steps), *starts),
         ),
         (chunk.num_q, chunk.num_kv, dim, power_of_two(dim // 2), norms is not None, eps, unit, ROWS),
     )
-    if norms is None:
-        return None
-    sums = partial.sum(0)
-    return sums[: chunk.num_q].sum(0), sums[chunk.num_q :].sum(0)
+
+
+def num_blocks(wire_SMC: torch.Tensor) -> int:
+    """Programs that share the rows of one head on the wire."""
+    return blocks_of(wire_SMC.shape[0] * wire_SMC.shape[1], ROWS)
 
 
 def pack_gradient(
@@ -230,6 +229,7 @@ def _from_wire_kernel(
     do_not_specialize=[
         *("count", "batch", "length", "table_step"),
         *("q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token"),
+        *("q_start", "k_start"),
     ]
 )
 def _to_wire_kernel(
@@ -256,6 +256,8 @@ def _to_wire_kernel(
     v_batch,
     v_head,
     v_token,
+    q_start,
+    k_start,
     num_q: tl.constexpr,
     num_kv: tl.constexpr,
     dim: tl.constexpr,
@@ -284,8 +286,10 @@ def _to_wire_kernel(
         sin_low, sin_high = _halves(sin + angle, half, mask)
         low, high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
         if NORMED:
-            block = tl.program_id(0).to(tl.int64) * (num_q + num_kv) + head
-            sums = partial + block * dim + at
+            line = q_start + tl.program_id(0) * num_q + head
+            if head >= num_q:
+                line = k_start + tl.program_id(0) * num_kv + head - num_q
+            sums = partial + line.to(tl.int64) * dim + at
             x_low, x_high = _halves(raw + end, half, mask)
             weight_low, weight_high = _weight(q_weight, k_weight, head >= num_q, at, half)
             low, high = _norm_back(low, high, x_low, x_high, weight_low, weight_high, sums, at < half, dim, eps)

@@ -19,7 +19,7 @@ from fluid_hf.attention.heads import HeadChunk, HeadLayout
 from fluid_hf.attention.rotary import RotaryTables, rotate, rotate_back
 from fluid_hf.kernels import use_kernels
 
-__all__ = ["HeadNorms", "heads_from_wire", "heads_to_wire", "order_rows", "pack_gradient"]
+__all__ = ["HeadNorms", "NormSums", "heads_from_wire", "heads_to_wire", "order_rows", "pack_gradient"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,37 @@ class HeadNorms:
     q: torch.Tensor
     k: torch.Tensor
     eps: float
+
+
+class NormSums:
+    """Sums that make up the gradients of the norms' weights, of all chunks of a call; added up once.
+
+    Args:
+        layout: heads over ranks.
+        like_SMC: gradients of a chunk's heads on the wire.
+        dim: D.
+
+    Attributes:
+        rows: float32, one row for each block of rows on the wire and each head: [P * n, D], queries first.
+    """
+
+    def __init__(self, layout: HeadLayout, like_SMC: torch.Tensor, dim: int) -> None:
+        self.blocks = 1
+        if use_kernels(like_SMC):
+            from fluid_hf.attention import head_kernels
+
+            self.blocks = head_kernels.num_blocks(like_SMC)
+        self._sizes = [self.blocks * layout.local_q, self.blocks * layout.local_kv]
+        self.rows = like_SMC.new_empty(sum(self._sizes), dim, dtype=torch.float32)
+
+    def starts(self, chunk: HeadChunk) -> tuple[int, int]:
+        """First rows of a chunk's queries and of its keys; P for each of its heads follow."""
+        return self.blocks * chunk.q[0], self._sizes[0] + self.blocks * chunk.kv[0]
+
+    def total(self, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of the weights."""
+        q, k = self.rows.split(self._sizes)
+        return q.sum(0).to(norms.q.dtype), k.sum(0).to(norms.k.dtype)
 
 
 def heads_from_wire(
@@ -68,20 +99,20 @@ def heads_to_wire(
     norms: HeadNorms | None,
     raw_SMC: torch.Tensor | None,
     sent_SMC: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+    sums: NormSums | None,
+) -> None:
     """Gradients of what `heads_from_wire` gave, written to `sent_SMC`.
 
     Args:
         grads: [B, n, T, D] each.
         raw_SMC: what had arrived; needed with norms.
-
-    Returns:
-        Gradients of the norms' weights in float32.
+        sums: take what the gradients of the norms' weights have of this chunk; needed with norms.
     """
     if use_kernels(sent_SMC):
         from fluid_hf.attention import head_kernels
 
-        return head_kernels.heads_to_wire(grads, batch, chunk, tables, norms, raw_SMC, sent_SMC)
+        head_kernels.heads_to_wire(grads, batch, chunk, tables, norms, raw_SMC, sent_SMC, sums)
+        return
     heads = _by_sequence(sent_SMC, batch, chunk)
     ranks, num_q, num_k = heads.shape[1:3], chunk.num_q, chunk.num_q + chunk.num_kv
     q_k = heads[..., :num_k, :]
@@ -90,11 +121,13 @@ def heads_to_wire(
     if chunk.num_kv:
         heads[..., num_k:, :].copy_(grads[2].transpose(1, 2).unflatten(1, ranks))
     if norms is None:
-        return None
-    assert raw_SMC is not None
+        return
+    assert raw_SMC is not None and sums is not None
     raw = _by_sequence(raw_SMC, batch, chunk)
-    q = _norm_back(q_k[..., :num_q, :], raw[..., :num_q, :], norms.q, norms.eps)
-    return q, _norm_back(q_k[..., num_q:, :], raw[..., num_q:num_k, :], norms.k, norms.eps)
+    parts = ((slice(0, num_q), norms.q), (slice(num_q, num_k), norms.k))
+    for (part, weight), start in zip(parts, sums.starts(chunk), strict=True):
+        of_heads = _norm_back(q_k[..., part, :], raw[..., part, :], weight, norms.eps)
+        sums.rows[start : start + len(of_heads)] = of_heads
 
 
 def order_rows(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
@@ -160,11 +193,11 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _norm_back(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Replace the gradient of normed heads by that of the heads; the weight's gradient."""
+    """Replace the gradient of normed heads by that of the heads; each head's part of the weight's gradient."""
     x = x.float()
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     unit, g = x * scale, grad.float()
-    weight_grad = (g * unit).flatten(0, -2).sum(0)
+    of_heads = (g * unit).flatten(0, -3).sum(0)
     g = g * weight.float()
     grad.copy_(scale * (g - unit * (g * unit).mean(-1, keepdim=True)))
-    return weight_grad
+    return of_heads

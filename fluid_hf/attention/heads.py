@@ -6,6 +6,7 @@ key/value heads as ranks these are split too, with fewer they are replicated (gr
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from fluid_hf.errors import ConfigError
@@ -82,22 +83,27 @@ class HeadLayout:
         return [head for heads in self.kv_heads for head in heads]
 
     def chunks(self, wanted: int) -> tuple[HeadChunk, ...]:
-        """Cut every rank's heads into at most `wanted` equal chunks.
+        """Cut every rank's heads into at most `wanted` chunks: equal ones, or three of which the middle is the largest.
 
-        With several key/value heads per rank each chunk has its own; with one, it travels with the first chunk.
-        Several per rank that are replicas stay together.
+        What the first chunk takes to arrive and the last one's results to return is hidden by no other chunk's core, so
+        of three chunks the ends are a quarter or less. With several key/value heads per rank each chunk has its own;
+        with one, it travels with the first chunk. Several per rank that are replicas stay together.
         """
         heads = self.local_q if self.local_kv == 1 else 1 if self.replicated else self.local_kv
-        count = max(n for n in range(1, max(1, wanted) + 1) if heads % n == 0)
-        size = self.local_q // count
-        chunks = []
-        for index in range(count):
+        ends = [0]
+        if wanted == 3 and heads >= 3:
+            edge = max(1, heads // 4)
+            ends += [edge, heads - edge, heads]
+        else:
+            count = max(n for n in range(1, max(1, wanted) + 1) if heads % n == 0)
+            ends += [(index + 1) * heads // count for index in range(count)]
+        each, chunks = self.local_q // heads, []
+        for first, last in itertools.pairwise(ends):
             if self.local_kv > 1:
-                kv = (index * self.local_kv // count, (index + 1) * self.local_kv // count)
-                used = kv
+                kv = used = (0, self.local_kv) if heads == 1 else (first, last)
             else:
-                kv, used = ((0, 1) if index == 0 else (1, 1)), (0, 1)
-            chunks.append(HeadChunk((index * size, (index + 1) * size), kv, used))
+                kv, used = ((0, 1) if first == 0 else (1, 1)), (0, 1)
+            chunks.append(HeadChunk((first * each, last * each), kv, used))
         return tuple(chunks)
 
 

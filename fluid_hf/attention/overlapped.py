@@ -33,7 +33,7 @@ import torch
 
 from fluid_hf.attention.attention_call import AttentionCall, AttentionContext
 from fluid_hf.attention.fused_projection import Projections
-from fluid_hf.attention.head_layouts import HeadNorms, heads_from_wire, heads_to_wire
+from fluid_hf.attention.head_layouts import HeadNorms, NormSums, heads_from_wire, heads_to_wire
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.ulysses import CoreAttention
 from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
@@ -126,22 +126,22 @@ class _Arrival:
         chunk = self.call.plan.chunks[self.index]
         return heads_from_wire(received, self.call.batch, chunk, self.tables, self.norms)
 
-    def send_back(self, ctx: Any, grads: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
-        """Post the gradients of the heads, if wanted; gradients of the norms' weights."""
+    def send_back(self, ctx: Any, grads: tuple[torch.Tensor, ...]) -> None:
+        """Post the gradients of the heads, if wanted; what they give for the norms' weights stays in the call."""
         call, norms = self.call, self.norms
         chunk, buffer = call.plan.chunks[self.index], call.new_return(self.index)
-        raw = ctx.saved_tensors[0] if norms is not None else None
-        found = heads_to_wire(grads, call.batch, chunk, self.tables, norms, raw, buffer)
+        raw = None
+        if norms is not None:
+            (raw,) = ctx.saved_tensors
+            call.norm_sums = call.norm_sums or NormSums(call.context.layout, buffer, call.context.head_dim)
+        heads_to_wire(grads, call.batch, chunk, self.tables, norms, raw, buffer, call.norm_sums)
         if call.returns_wanted:
             call.post_return(self.index, buffer)
-        if norms is None:
-            return ()
-        if found is None:
-            return None, None
-        return found[0].to(norms.q.dtype), found[1].to(norms.k.dtype)
 
 
 class _Arrive(torch.autograd.Function):
+    """The norms' weights are this node's alone: its backward is the last one of all chunks."""
+
     @staticmethod
     def forward(ctx: Any, link: torch.Tensor, arrival: _Arrival, *norm_weights: torch.Tensor) -> Any:
         ctx.arrival = arrival
@@ -149,23 +149,28 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *ctx.arrival.send_back(ctx, grads)
+        arrival: _Arrival = ctx.arrival
+        arrival.send_back(ctx, grads)
+        sums, arrival.call.norm_sums = arrival.call.norm_sums, None
+        if arrival.norms is None or sums is None:
+            return None, None
+        return None, None, *sums.total(arrival.norms)
 
 
 class _Turn(torch.autograd.Function):
     """Between the cores of two chunks: the results of one leave, the heads of the next one come in."""
 
     @staticmethod
-    def forward(ctx: Any, context: torch.Tensor, arrival: _Arrival, *norm_weights: torch.Tensor) -> Any:
+    def forward(ctx: Any, context: torch.Tensor, arrival: _Arrival) -> Any:
         ctx.arrival, ctx.dtype = arrival, context.dtype
         arrival.call.post_context(arrival.index - 1, context.to(arrival.call.dtype))
         return arrival.heads(ctx)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         arrival: _Arrival = ctx.arrival
-        norm_grads = arrival.send_back(ctx, grads)
-        return arrival.call.arrive_grad(arrival.index - 1).to(ctx.dtype), None, *norm_grads
+        arrival.send_back(ctx, grads)
+        return arrival.call.arrive_grad(arrival.index - 1).to(ctx.dtype), None
 
 
 class _Gather(torch.autograd.Function):
@@ -237,7 +242,7 @@ def overlapped_attention(
     for arrival in arrivals[1:]:
         output = core(arrived[0], *keys)
         with plain:
-            arrived = _Turn.apply(output, arrival, *weights)  # type: ignore[no-untyped-call]
+            arrived = _Turn.apply(output, arrival)  # type: ignore[no-untyped-call]
         keys = arrived[1:] or keys
     output = core(arrived[0], *keys)
     with plain:
