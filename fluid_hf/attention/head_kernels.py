@@ -225,6 +225,15 @@ def _from_wire_kernel(
     _store_halves(target + place[:, None] * columns + head * dim + at[None, :], low, high, half, mask)
 
 
+@triton.jit
+def _line(q_start, k_start, head, num_q: tl.constexpr, num_kv: tl.constexpr):
+    """Row of the norms' sums that this program writes."""
+    line = q_start + tl.program_id(0) * num_q + head
+    if head >= num_q:
+        line = k_start + tl.program_id(0) * num_kv + head - num_q
+    return line.to(tl.int64)
+
+
 @triton.jit(
     do_not_specialize=[
         *("count", "batch", "length", "table_step"),
@@ -286,10 +295,7 @@ def _to_wire_kernel(
         sin_low, sin_high = _halves(sin + angle, half, mask)
         low, high = low * cos_low + high * sin_high, high * cos_high - low * sin_low
         if NORMED:
-            line = q_start + tl.program_id(0) * num_q + head
-            if head >= num_q:
-                line = k_start + tl.program_id(0) * num_kv + head - num_q
-            sums = partial + line.to(tl.int64) * dim + at
+            sums = partial + _line(q_start, k_start, head, num_q, num_kv) * dim + at
             x_low, x_high = _halves(raw + end, half, mask)
             weight_low, weight_high = _weight(q_weight, k_weight, head >= num_q, at, half)
             low, high = _norm_back(low, high, x_low, x_high, weight_low, weight_high, sums, at < half, dim, eps)
