@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="sizes of the group, 1 for the layer alone: 2 8; with --memory 1 2 4 8",
     )
     add("--tokens", nargs="+", type=positive, default=[8192, 32768], help="tokens of the whole sequence")
-    add("--chunks", nargs="+", type=positive, default=[1, 2], help="chunks of heads to time beside the one planned")
+    add("--chunks", nargs="+", type=positive, default=[1, 2, 3], help="chunks of heads to time beside the one planned")
     add("--layers", type=positive, default=4, help="calls in a row; times are per call")
     add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
