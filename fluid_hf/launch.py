@@ -38,15 +38,20 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def can_describe(tensor: torch.Tensor) -> bool:
-    """Whether the copy engine (TMA) can read blocks of a contiguous tensor: from Hopper on, rows at 16 bytes."""
-    aligned = (tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()) % 16 == 0
-    return aligned and _has_copy_engine(tensor.get_device())
-
-
 @functools.cache
-def _has_copy_engine(device: int) -> bool:
-    return device < 0 or torch.cuda.get_device_capability(device)[0] >= 9  # below 0: Triton's interpreter
+def _has_described_blocks(device: int | None) -> bool:
+    return device is None or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Whether the copy engine can load blocks of a contiguous tensor, by a `TensorDescriptor`.
+
+    Rows then start at multiples of 16 bytes, on the devices where the kernels that use it were measured. Float32 is
+    left to the kernels that are exact in small tiles.
+    """
+    if tensor.dtype == torch.float32 or not _has_described_blocks(tensor.device.index):
+        return False
+    return (tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()) & 15 == 0
 
 
 class Kernel:
@@ -82,16 +87,19 @@ class Kernel:
             integers: below 2**31.
             constants: compile-time values; each new combination compiles.
             num_stages: pipeline stages of the loops over products.
-            descriptors: of tensors that the copy engine reads or writes in blocks; about 6 us of the host each.
+            descriptors: of tensors that the copy engine reads in blocks; about 6 us of the host each.
         """
         addresses: list[Any] = [tensor.data_ptr() for tensor in pointers]
         # Triton compiles wide accesses for pointers that are multiples of 16: one test tells if all are.
         bits = functools.reduce(operator.or_, addresses)
         aligned = () if bits & 15 == 0 else tuple(address & 15 == 0 for address in addresses)
         device = pointers[0].device.index
-        blocks = tuple((of.base.dtype, *of.block_shape) for of in descriptors)
-        key = (device, num_warps, num_stages, constants, aligned, blocks, *[tensor.dtype for tensor in pointers])
-        places = (*pointers, *descriptors)
+        key = (device, num_warps, num_stages, constants, aligned, *[tensor.dtype for tensor in pointers])
+        places: tuple[Any, ...] = pointers
+        if descriptors:
+            key += tuple((of.base.dtype, *of.block_shape) for of in descriptors)
+            addresses += descriptors
+            places += descriptors
         launch = self._compiled.get(key)
         if launch is None:
             options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -99,7 +107,7 @@ class Kernel:
             if compiled is not None:  # Triton's interpreter compiles nothing
                 self._compiled[key] = self._launcher(compiled, device, constants)
             return
-        launch(grid, places, addresses + list(descriptors), integers)
+        launch(grid, places, addresses, integers)
 
     def _launcher(self, compiled: Any, device: int, constants: tuple[Any, ...]) -> Launch:
         """Launches a compiled kernel by the shortest way that this version of Triton has."""

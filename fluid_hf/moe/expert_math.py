@@ -103,7 +103,7 @@ class GatedMath:
         return project_piece(piece, weights, self.act, keep)
 
     def starts_early(self, rows_RH: torch.Tensor, weights: ExpertWeights, top_k: int) -> bool:
-        return reads_by_index(rows_RH, weights, self.act, top_k)[0]
+        return reads_by_index(rows_RH, weights, self.act, top_k).forward
 
     def finish(self, piece: Piece, projected: Projected, weights: ExpertWeights, out_RH: torch.Tensor) -> None:
         finish_piece(piece, projected, weights, self.act, out_RH)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -74,31 +74,46 @@ class Projected:
         return Projected(tuple(tensor[:num_pairs] for tensor in self.kept), hidden)
 
 
-def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> tuple[bool, bool]:
-    """Whether the first projection gathers its rows inside the GEMM, and whether it also computes the activation."""
+class ByIndex(NamedTuple):
+    """Which products gather their rows inside the GEMM, instead of having them copied to the pairs.
+
+    Attributes:
+        forward: the first projection and, in backward, the gradient of the down projection's input.
+        fused: the first projection also computes the activation.
+        wgrad: the weight gradients.
+    """
+
+    forward: bool
+    fused: bool
+    wgrad: bool
+
+
+def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> ByIndex:
+    """What is done by index, from what was measured to be faster."""
     contiguous = weights.down.is_contiguous() and all(weight.is_contiguous() for weight in weights.first)
     if not (contiguous and is_silu(act) and use_kernels(rows_RH)):
-        return False, False
+        return ByIndex(False, False, False)
     from fluid_hf.moe import gemm_kernels
 
     inner = weights.down.shape[2]
     if rows_RH.dtype == torch.float32 and not gemm_kernels.serves_float32(weights.down):
-        return False, False
+        return ByIndex(False, False, False)
     fused = gemm_kernels.prefers_fused(inner)
-    return fused or gemm_kernels.prefers_gathered(inner, top_k), fused
+    forward = fused or gemm_kernels.prefers_gathered(inner, top_k)
+    return ByIndex(forward, fused, gemm_kernels.prefers_gathered_wgrad(inner))
 
 
 def project_piece(piece: Piece, weights: ExpertWeights, act: Activation, keep: bool = True) -> Projected:
     """Gate and up pre-activations; with `keep` they are there for backward."""
     plan, first = piece.plan, weights.first
-    gathers, fused = reads_by_index(piece.rows_RH, weights, act, piece.weights_RK.shape[1])
-    if not gathers:
+    by_index = reads_by_index(piece.rows_RH, weights, act, piece.weights_RK.shape[1])
+    if not by_index.forward:
         pairs_SH = expand_rows(piece.rows_RH, plan)
         return Projected(tuple(grouped_linear(pairs_SH, weight, plan.offsets_E) for weight in first))
     from fluid_hf.moe import gemm_kernels
 
     places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
-    if fused:
+    if by_index.fused:
         return Projected(*gemm_kernels.gated_linear(piece.rows_RH, *places, first, piece.weights_RK, keep))
     kept = [gemm_kernels.gathered_linear(piece.rows_RH, plan.pair_row_S, plan.offsets_E, w, False) for w in first]
     return Projected(tuple(kept))
@@ -173,12 +188,13 @@ class PieceGradients:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradient of the down projection's input; and of its output, where that was copied to the pairs."""
         plan = piece.plan
-        if not reads_by_index(grad_RH, weights, act, piece.weights_RK.shape[1])[0]:
+        by_index = reads_by_index(grad_RH, weights, act, piece.weights_RK.shape[1])
+        self._gathers_wgrad = by_index.wgrad
+        if not by_index.forward:
             pairs_SH = expand_rows(grad_RH, plan)
             return grouped_dgrad(pairs_SH, weights.down, plan.offsets_E), pairs_SH
         from fluid_hf.moe import gemm_kernels
 
-        self._gathers_wgrad = gemm_kernels.prefers_gathered_wgrad(weights.down.shape[2])
         return gemm_kernels.gathered_linear(grad_RH, plan.pair_row_S, plan.offsets_E, weights.down, True), None
 
     def weight_gradient(self, index: int | None) -> torch.Tensor:

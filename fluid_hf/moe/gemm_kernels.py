@@ -2,9 +2,9 @@
 
 Legend: R rows, K experts per token, S pairs sorted by expert, E experts held here, H hidden, I intermediate. Against a
 copy and `torch.nn.functional.grouped_mm` they save the copy's time and memory, a launch and most of the host's time;
-large experts hide the copy, and torch's kernel is the faster one there: the functions `prefers_...` say which to take,
-from what was measured on an H100 and an H200. Gathering inside the GEMM follows ScatterMoE (Tan et al., 2024), the
-activation in its epilogue MegaBlocks and SonicMoE.
+large experts hide the copy, and torch's kernel is the faster one there: the functions that begin with `prefers_` say
+which to take, from what was measured on an H100 and an H200. Gathering inside the GEMM follows ScatterMoE (Tan et al.,
+2024), the activation in its epilogue MegaBlocks and SonicMoE.
 
 One program computes one tile; a tile of at most half the rows, of which every expert has one at its end, costs half.
 Nothing but the result is allocated, and a result may have more places than there are pairs: `offsets_E` is read on the
@@ -29,13 +29,15 @@ __all__ = [
     "prefers_gathered",
     "prefers_gathered_wgrad",
     "prefers_quick_launch",
+    "product_tile",
+    "serves_float32",
 ]
 
 GROUP = 16  # row blocks whose columns are computed together, while their rows are in the L2 cache
 
 
 def prefers_fused(inner: int) -> bool:
-    """Whether `gated_linear` is faster than the steps it replaces, by the intermediate size (measured up to 2560)."""
+    """Whether `gated_linear` is faster than a copy, torch's grouped GEMM and the activation (measured up to 2560)."""
     return inner <= 4096
 
 
@@ -68,12 +70,12 @@ def _shared_bytes(device: int | None) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def _tile(tensor: torch.Tensor, columns: int, stages: int) -> tuple[int, int, int, int, int]:
+def product_tile(tensor: torch.Tensor, columns: int, stages: int, warps: int = 8) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile, warps, stages: as many stages as fit into shared memory."""
     if tensor.dtype == torch.float32:  # for its exactness, not its speed
         return 32, 32, 32, 4, 2
     fitting = _shared_bytes(tensor.device.index) // ((128 + columns) * 64 * 2)
-    return 128, columns, 64, 8, max(1, min(stages, fitting))
+    return 128, columns, 64, warps, max(1, min(stages, fitting))
 
 
 def gated_linear(
@@ -101,25 +103,31 @@ def gated_linear(
     out = rows_RH.new_empty(pairs, inner)
     kept = tuple(rows_RH.new_empty(pairs, weight.shape[1]) for weight in first) if keep else ()
     if pairs:
-        height, columns, depth, warps, stages = _tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
-        width = columns // 2  # of gate, beside as many of up
-        tiles = (pairs // height + experts) * blocks_of(inner, width)
-        stored = kept or (out,)
-        # Blocks of gate and up are read by the copy engine where they lie in one tensor.
+        # Blocks of gate and up together are read by the copy engine, where they lie in one tensor.
         described = len(first) == 1 and can_describe(gate)
-        pointers = rows_RH, pair_row_S, pair_slot_S, offsets_E, gate, up, weights_RK, stored[0], stored[-1], out
-        block = [1, 2, width, depth]
+        height, columns, depth, warps, stages = product_tile(rows_RH, 256, 3 if described and hidden > 2048 else 4)
+        width = columns // 2  # of gate, beside as many of up
+        stored = kept or (out,)
+        pointers = rows_RH, pair_row_S, pair_slot_S, offsets_E, weights_RK, stored[0], stored[-1], out, up
         _gated(
-            (tiles, 1, 1),
+            ((pairs // height + experts) * blocks_of(inner, width), 1, 1),
             pointers if described else (*pointers, gate),
             (pairs,),
             (rows_RH.stride(0), hidden, inner, gate.shape[1], weights_RK.stride(0), weights_RK.shape[1], experts)
             + (power_of_two(experts), keep, described, height, width, depth, GROUP),
             warps,
             stages,
-            (TensorDescriptor.from_tensor(gate.view(experts, 2, inner, hidden), block),) if described else (),
+            (_gate_and_up(gate, width, depth),) if described else (),
         )
     return kept, out
+
+
+def _gate_and_up(weight: torch.Tensor, columns: int, depth: int) -> TensorDescriptor:
+    """Describes [E, 2I, H] in blocks of columns of gate with the same ones of up; what is beyond I or H reads as 0."""
+    experts, width, hidden = weight.shape
+    inner = width // 2
+    strides = [width * hidden, inner * hidden, hidden, 1]
+    return TensorDescriptor(weight, [experts, 2, inner, hidden], strides, [1, 2, columns, depth])
 
 
 def gathered_linear(
@@ -142,7 +150,7 @@ def gathered_linear(
     width = weight.shape[2 if transposed else 1]
     out = rows_RH.new_empty(pairs, width)
     if pairs:
-        height, columns, depth, warps, stages = _tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
+        height, columns, depth, warps, stages = product_tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
         _linear(
             ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
             (rows_RH, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, weight, out),
@@ -207,27 +215,46 @@ def _row_at(row, at, inside, DEEP: tl.constexpr):
 
 
 @triton.jit
-def _gate_and_up(
-    gate, up, both, expert, block, start, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
-    DESCRIBED: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+def _joined_sums(
+    row, both, expert, block, hidden: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Columns of gate and beside them those of up: two products would read the rows from shared memory twice."""
-    if DESCRIBED:
-        return both.load([expert, 0, block * COLUMNS, start]).reshape(2 * COLUMNS, DEPTH).T
-    else:
-        beside = tl.arange(0, 2 * COLUMNS)
-        column = block * COLUMNS + beside % COLUMNS
+    """Gate and up by one product: two would read the rows from shared memory twice."""
+    total = tl.zeros((HEIGHT, 2 * COLUMNS), tl.float32)
+    for start in range(0, hidden, DEPTH):
         deep = start + tl.arange(0, DEPTH)
-        at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * hidden + deep[:, None]
-        second = (width - inner) * hidden  # where up starts: behind gate in one tensor, or at 0 of its own
-        weight = tl.where(beside[None, :] < COLUMNS, gate + at, up + at + second)
-        mask = (deep < hidden)[:, None] & (column < inner)[None, :]
-        return _weight_at(weight, 0, mask, inner, COLUMNS, hidden % DEPTH == 0)
+        value = _row_at(row, deep[None, :], (deep < hidden)[None, :], hidden % DEPTH == 0)
+        values = both.load([expert, 0, block * COLUMNS, start]).reshape(2 * COLUMNS, DEPTH).T
+        total = tl.dot(value, values, total, input_precision="ieee")
+    return total.reshape(HEIGHT, 2, COLUMNS).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _separate_sums(
+    row, gate, up, expert, block, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Gate and up by a product each: one whose weights are loaded by threads from two places is slower."""
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    deep = tl.arange(0, DEPTH)
+    EVEN: tl.constexpr = hidden % DEPTH == 0
+    at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * hidden + deep[:, None]
+    second = (width - inner) * hidden  # where up starts: behind gate in one tensor, or at 0 of its own
+    sum_gate = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    sum_up = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    for start in range(0, hidden, DEPTH):
+        left = deep + start < hidden
+        mask = left[:, None] & (column < inner)[None, :]
+        value = _row_at(row, (deep + start)[None, :], left[None, :], EVEN)
+        gates = _weight_at(gate, at + start, mask, inner, COLUMNS, EVEN)
+        ups = _weight_at(up, at + start + second, mask, inner, COLUMNS, EVEN)
+        sum_gate = tl.dot(value, gates, sum_gate, input_precision="ieee")
+        sum_up = tl.dot(value, ups, sum_up, input_precision="ieee")
+    return sum_gate, sum_up
 
 
 @triton.jit
 def _gated_tile(
-    rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, both, expert, low, end, block,
+    rows, pair_row, pair_slot, weights, kept_gate, kept_up, hidden_out, up, gate, expert, low, end, block,
     row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
     weights_stride: tl.constexpr, top_k: tl.constexpr, KEEP: tl.constexpr, DESCRIBED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -235,15 +262,12 @@ def _gated_tile(
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
     row = rows + tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)[:, None] * row_stride
-    deep = tl.arange(0, DEPTH)
-    EVEN: tl.constexpr = hidden % DEPTH == 0
-    total = tl.zeros((HEIGHT, 2 * COLUMNS), tl.float32)
-    for start in range(0, hidden, DEPTH):
-        left = deep + start < hidden
-        value = _row_at(row, (deep + start)[None, :], left[None, :], EVEN)
-        values = _gate_and_up(gate, up, both, expert, block, start, hidden, inner, width, DESCRIBED, COLUMNS, DEPTH)
-        total = tl.dot(value, values, total, input_precision="ieee")
-    sum_gate, sum_up = total.reshape(HEIGHT, 2, COLUMNS).permute(0, 2, 1).split()
+    if DESCRIBED:
+        sum_gate, sum_up = _joined_sums(row, gate, expert, block, hidden, HEIGHT, COLUMNS, DEPTH)
+    else:
+        sum_gate, sum_up = _separate_sums(
+            row, gate, up, expert, block, hidden, inner, width, HEIGHT, COLUMNS, DEPTH
+        )  # fmt: skip
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < inner
     slot = tl.load(pair_slot + pair, mask=known, other=0)
@@ -264,7 +288,7 @@ def _gated_tile(
 
 @triton.jit(do_not_specialize=["limit"])
 def _gated_kernel(
-    rows, pair_row, pair_slot, offsets, gate, up, weights, kept_gate, kept_up, hidden_out, both, limit,
+    rows, pair_row, pair_slot, offsets, weights, kept_gate, kept_up, hidden_out, up, gate, limit,
     row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
     weights_stride: tl.constexpr, top_k: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     KEEP: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -275,15 +299,13 @@ def _gated_kernel(
     if (expert < EXPERTS) & (low < end):
         if end - low > HEIGHT // 2:
             _gated_tile(
-                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, both,
-                expert, low, end, block, row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED,
-                HEIGHT, COLUMNS, DEPTH,
+                rows, pair_row, pair_slot, weights, kept_gate, kept_up, hidden_out, up, gate, expert, low, end, block,
+                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED, HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _gated_tile(
-                rows, pair_row, pair_slot, gate, up, weights, kept_gate, kept_up, hidden_out, both,
-                expert, low, end, block, row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED,
-                HEIGHT // 2, COLUMNS, DEPTH,
+                rows, pair_row, pair_slot, weights, kept_gate, kept_up, hidden_out, up, gate, expert, low, end, block,
+                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED, HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 

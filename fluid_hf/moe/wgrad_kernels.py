@@ -1,11 +1,11 @@
-"""Weight gradients of grouped GEMMs by one persistent Triton kernel that reads rows through an index.
+"""Weight gradients of grouped GEMMs by Triton kernels that read one operand's rows through an index.
 
 Legend: R rows, S pairs sorted by expert, E experts held here, H hidden, N columns of the other operand.
 
 An expert has few pairs, so a tile of its gradient takes few steps: what is before the first step and behind the last
-one would take as long as a third of the products. So each program goes through the steps of all its tiles in one loop
-whose loads are pipelined across tiles. Which step adds to which tile is fixed: results do not depend on timing. The
-operand that is not read by index comes by the copy engine (TMA), which leaves the multiprocessors' loads to the other.
+one would take as long as a third of the products. So where the copy engine can load the other operand, a program goes
+through the steps of several tiles in one loop whose loads are pipelined across tiles. Elsewhere a program computes one
+tile. Which step adds to which tile is fixed: results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluid_hf.launch import Kernel, blocks_of, can_describe, power_of_two
+from fluid_hf.moe.gemm_kernels import product_tile
 
 __all__ = ["gathered_wgrad"]
 
 RAGGED = tl.constexpr(2**30)
 GROUP = 8  # rows of tiles whose columns are computed together
+# Programs that follow each other on a multiprocessor, if each has as many tiles: with one only, a program that finds
+# its multiprocessor taken by communication would start when the others are done.
+ROUNDS = 4
 
 
 @functools.cache
@@ -54,21 +58,46 @@ def gathered_wgrad(
     out = other_SN.new_empty(experts, *shape)
     if not pairs:
         return out.zero_()
-    height, columns, depth, warps, stages, beside = _tile(other_SN.dtype, shape)
-    tiles = experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns)
-    programs = min(tiles, beside * _processors(other_SN.device.index))
-    pointers, described = (rows_RH, where_S, other_SN, offsets_E, out), can_describe(other_SN)
+    sizes = rows_RH.stride(0), unit, hidden, width, rows_first
+    if can_describe(other_SN):
+        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes)
+        return out
+    height, columns, depth, warps, stages = product_tile(other_SN, 128, 3 if rows_first else 2, warps=4)
     _wgrad(
-        (programs, 1, 1),
-        pointers if described else (*pointers, other_SN),  # in place of the descriptor
+        (experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns), 1, 1),
+        (rows_RH, where_S, other_SN, offsets_E, out),
         (),
-        (rows_RH.stride(0), unit, hidden, width, rows_first, experts, power_of_two(experts), programs, described)
-        + (height, columns, depth, GROUP),
+        (*sizes, height, columns, depth, GROUP),
         warps,
         stages,
-        (_ragged(other_SN, depth, columns if rows_first else height),) if described else (),
     )
     return out
+
+
+def _through_tiles(
+    rows_RH: torch.Tensor,
+    where_S: torch.Tensor,
+    other_SN: torch.Tensor,
+    offsets_E: torch.Tensor,
+    out: torch.Tensor,
+    sizes: tuple[int, int, int, int, bool],
+) -> None:
+    (experts, *shape), rows_first = out.shape, sizes[-1]
+    # 256 columns read the rows' tile from shared memory least often, unless more is computed then than is there.
+    wasted = blocks_of(shape[1], 256) * 2 > blocks_of(shape[1], 128)
+    height, columns, depth, warps, stages, beside = (128, 128, 64, 4, 3, 2) if wasted else (128, 256, 64, 8, 3, 1)
+    tiles = experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns)
+    at_once = beside * _processors(out.device.index)
+    programs = min(tiles, at_once * max(1, min(ROUNDS, tiles // (ROUNDS * at_once))))
+    _wgrad_through(
+        (programs, 1, 1),
+        (rows_RH, where_S, offsets_E, out),
+        (),
+        (*sizes, experts, power_of_two(experts), programs, height, columns, depth, GROUP),
+        warps,
+        stages,
+        (_ragged(other_SN, depth, columns if rows_first else height),),
+    )
 
 
 def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -79,17 +108,9 @@ def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     The way of Triton's `ragged_tma`.
     """
     stride, most = tensor_SN.stride(0), 0x7FFF0000
-    shape = [most, most, RAGGED, tensor_SN.shape[1]]
+    # The launcher takes nothing but plain integers.
+    shape = [most, most, RAGGED.value, tensor_SN.shape[1]]
     return TensorDescriptor(tensor_SN, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, columns])
-
-
-def _tile(dtype: torch.dtype, shape: tuple[int, int]) -> tuple[int, int, int, int, int, int]:
-    """Rows, columns and depth of a tile, warps, stages, and programs beside each other on a multiprocessor."""
-    if dtype == torch.float32:  # for its exactness, not its speed
-        return 32, 32, 32, 4, 2, 4
-    # 256 columns read the rows' tile from shared memory least often, unless more is computed then than is there.
-    wasted = blocks_of(shape[1], 256) * 2 > blocks_of(shape[1], 128)
-    return (128, 128, 64, 4, 3, 2) if wasted else (128, 256, 64, 8, 3, 1)
 
 
 @triton.jit
@@ -101,6 +122,56 @@ def _place(tile, DOWN: tl.constexpr, ACROSS: tl.constexpr, GROUP: tl.constexpr):
     size = tl.minimum(DOWN - group * GROUP, GROUP)
     tile -= group * GROUP * ACROSS
     return expert, group * GROUP + tile % size, tile // size
+
+
+@triton.jit
+def _part(base, row, block, known, width: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows [DEPTH, BLOCK] of pairs, zero where there is no pair."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    if width % BLOCK == 0:
+        return tl.load(base + row + column[None, :], mask=known[:, None], other=0.0)
+    return tl.load(base + row + column[None, :], mask=known[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(
+    total, out, expert, down, across, TALL: tl.constexpr, WIDE: tl.constexpr, HEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    line = down * HEIGHT + tl.arange(0, HEIGHT)
+    column = across * COLUMNS + tl.arange(0, COLUMNS)
+    to = out + expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])
+
+
+@triton.jit
+def _wgrad_kernel(
+    rows, where, other, offsets, out,
+    row_stride: tl.constexpr, UNIT: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
+    ROWS_FIRST: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    TALL: tl.constexpr = hidden if ROWS_FIRST else width
+    WIDE: tl.constexpr = width if ROWS_FIRST else hidden
+    expert, down, across = _place(
+        tl.program_id(0), (TALL + HEIGHT - 1) // HEIGHT, (WIDE + COLUMNS - 1) // COLUMNS, GROUP
+    )  # fmt: skip
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    end = tl.load(offsets + expert)
+    total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+    for low in range(start, end, DEPTH):
+        pair = low + tl.arange(0, DEPTH)
+        known = pair < end
+        at = tl.load(where + pair, mask=known, other=0).to(tl.int64)
+        row = (at * (row_stride if UNIT == 0 else UNIT))[:, None]
+        place = pair.to(tl.int64)[:, None] * width
+        if ROWS_FIRST:
+            left = _part(rows, row, down, known, hidden, HEIGHT)
+            right = _part(other, place, across, known, width, COLUMNS)
+        else:
+            left = _part(other, place, down, known, width, HEIGHT)
+            right = _part(rows, row, across, known, hidden, COLUMNS)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+    _store(total, out, expert, down, across, TALL, WIDE, HEIGHT, COLUMNS)
 
 
 @triton.jit
@@ -120,31 +191,10 @@ def _num_steps(
 
 
 @triton.jit
-def _part(base, row, block, known, width: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows [DEPTH, BLOCK] of pairs, zero where there is no pair."""
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    if width % BLOCK == 0:
-        return tl.load(base + row + column[None, :], mask=known[:, None], other=0.0)
-    return tl.load(base + row + column[None, :], mask=known[:, None] & (column < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _other_part(
-    other, reads, pair, low, end, block, known, width: tl.constexpr, DESCRIBED: tl.constexpr, DEPTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    if DESCRIBED:
-        return reads.load([RAGGED, end, RAGGED - end + low, block * BLOCK]).reshape(DEPTH, BLOCK)
-    else:
-        return _part(other, pair.to(tl.int64)[:, None] * width, block, known, width, BLOCK)
-
-
-@triton.jit
-def _wgrad_kernel(
-    rows, where, other, offsets, out, reads,
+def _wgrad_through_kernel(
+    rows, where, offsets, out, other,
     row_stride: tl.constexpr, UNIT: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
     ROWS_FIRST: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr,
-    DESCRIBED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     TALL: tl.constexpr = hidden if ROWS_FIRST else width
@@ -160,14 +210,13 @@ def _wgrad_kernel(
     # Read one step ahead: loads whose addresses are loaded in the same step get half of the pipeline's stages.
     at = tl.load(where + low + step, mask=low + step < end, other=0)
     for _ in range(0, _num_steps(offsets, EXPERTS, PADDED, DOWN * ACROSS, PROGRAMS, DEPTH)):
-        pair = low + step
-        known = pair < end
+        known = low + step < end
         row = (at.to(tl.int64) * (row_stride if UNIT == 0 else UNIT))[:, None]
         if ROWS_FIRST:
             left = _part(rows, row, down, known, hidden, HEIGHT)
-            right = _other_part(other, reads, pair, low, end, across, known, width, DESCRIBED, DEPTH, COLUMNS)
+            right = other.load([RAGGED, end, RAGGED - end + low, across * COLUMNS]).reshape(DEPTH, COLUMNS)
         else:
-            left = _other_part(other, reads, pair, low, end, down, known, width, DESCRIBED, DEPTH, HEIGHT)
+            left = other.load([RAGGED, end, RAGGED - end + low, down * HEIGHT]).reshape(DEPTH, HEIGHT)
             right = _part(rows, row, across, known, hidden, COLUMNS)
         to_expert, to_down, to_across = expert, down, across
         low += DEPTH
@@ -177,14 +226,13 @@ def _wgrad_kernel(
             expert, down, across = _place(tl.minimum(tile, EXPERTS * DOWN * ACROSS - 1), DOWN, ACROSS, GROUP)
             low = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
             end = tl.load(offsets + expert)
+        # Not inside of the branch, where it would keep Triton from pipelining.
         at = tl.load(where + low + step, mask=low + step < end, other=0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
         if last:
-            line = to_down * HEIGHT + tl.arange(0, HEIGHT)
-            column = to_across * COLUMNS + tl.arange(0, COLUMNS)
-            to = out + to_expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
-            tl.store(to, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])
+            _store(total, out, to_expert, to_down, to_across, TALL, WIDE, HEIGHT, COLUMNS)
             total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
 
 
 _wgrad = Kernel(_wgrad_kernel)
+_wgrad_through = Kernel(_wgrad_through_kernel)
