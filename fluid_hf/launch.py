@@ -7,6 +7,7 @@ host). Here the compiled kernel is kept by what it was compiled for, and launche
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +16,14 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Kernel", "blocks_of", "can_describe", "power_of_two"]
+__all__ = ["Kernel", "blocks_of", "can_describe", "new_int32", "power_of_two"]
 
 # Versions whose compiled kernels take (grid, stream, function, metadata, hooks, arguments); others are launched through
 # the public `compiled[grid](...)`, at twice the time.
 DIRECT_VERSIONS = ("3.3", "3.4", "3.5", "3.6")
 # Versions whose C launcher takes (grid, stream, function, flags, scratch memory, metadata, hooks, arguments).
 NATIVE_VERSIONS = ("3.6",)
+_ADDRESS_OF, _TYPE_OF = torch.Tensor.data_ptr, operator.attrgetter("dtype")
 
 
 Grid = tuple[int, int, int]
@@ -52,6 +54,13 @@ def can_describe(tensor: torch.Tensor) -> bool:
     if tensor.dtype == torch.float32 or not _has_described_blocks(tensor.device.index):
         return False
     return (tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()) & 15 == 0
+
+
+def new_int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
+    """Vectors in one allocation, which costs the host less than one each; aligned to 16 bytes, as kernels want them."""
+    starts = [0, *itertools.accumulate([(size + 3) & -4 for size in sizes])]
+    room = torch.empty(starts[-1], dtype=torch.int32, device=device)
+    return [room.as_strided((size,), (1,), start) for size, start in zip(sizes, starts, strict=False)]
 
 
 class Kernel:
@@ -89,17 +98,17 @@ class Kernel:
             num_stages: pipeline stages of the loops over products.
             descriptors: of tensors that the copy engine reads in blocks; about 6 us of the host each.
         """
-        addresses: list[Any] = [tensor.data_ptr() for tensor in pointers]
+        addresses: list[Any] = [*map(_ADDRESS_OF, pointers)]
         # Triton compiles wide accesses for pointers that are multiples of 16: one test tells if all are.
         bits = functools.reduce(operator.or_, addresses)
-        aligned = () if bits & 15 == 0 else tuple(address & 15 == 0 for address in addresses)
-        device = pointers[0].device.index
-        key = (device, num_warps, num_stages, constants, aligned, *[tensor.dtype for tensor in pointers])
+        aligned = () if bits & 15 == 0 else tuple([address & 15 == 0 for address in addresses])
+        device = pointers[0].get_device()
+        key: tuple[Any, ...] = (device, num_warps, num_stages, constants, aligned, *map(_TYPE_OF, pointers))
         places: tuple[Any, ...] = pointers
         if descriptors:
-            key += tuple((of.base.dtype, *of.block_shape) for of in descriptors)
+            key = (*key, *[(of.base.dtype, *of.block_shape) for of in descriptors])
+            places = (*pointers, *descriptors)
             addresses += descriptors
-            places += descriptors
         launch = self._compiled.get(key)
         if launch is None:
             options = {"num_warps": num_warps, "num_stages": num_stages}

@@ -47,7 +47,7 @@ class Case:
         index = torch.rand(tokens, experts + 2, generator=generator).argsort(1)[:, :top_k]
         ids = torch.where(index < experts, index, -1)
         plan = make_pair_plan(ids, experts, int((ids >= 0).sum()))
-        self.plan = PairPlan(*(field.to(DEVICE, torch.int32) for field in vars(plan).values()))
+        self.plan = PairPlan(*(field.to(DEVICE, torch.int32) for field in plan))
         self.expert = torch.repeat_interleave(
             torch.arange(experts), torch.diff(plan.offsets_E, prepend=torch.zeros(1, dtype=torch.int32))
         ).to(DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 
@@ -140,7 +139,7 @@ def test_rows_and_activation(dtype: torch.dtype, hidden: int, inner: int) -> Non
     index = routing(rows, top_k, experts)
     ids = torch.where(index < 4, index, -1)
     on_cpu = make_pair_plan(ids.cpu(), 4, int((ids >= 0).sum()))  # references are computed on the CPU
-    plan = PairPlan(*(field.to(DEVICE) for field in dataclasses.astuple(on_cpu)))
+    plan = PairPlan(*(field.to(DEVICE) for field in on_cpu))
     pairs = plan.num_pairs
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
 
@@ -210,7 +209,9 @@ def test_sums_per_token(dtype: torch.dtype) -> None:
         assert torch.allclose(ours.float(), theirs.float(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
     own_grads = torch.rand(tokens, top_k, device=DEVICE)
     row_grads = torch.rand(sum(plan.rows), top_k + 2, device=DEVICE)[:, :top_k]
-    found = wire_kernels.gather_weight_grads(own_grads, row_grads, plan.token_row_TP.int().to(DEVICE), index, 3, 1)
+    found = wire_kernels.gather_weight_grads(
+        own_grads, row_grads, plan.token_row_TP.int().to(DEVICE), index, 3, 1, torch.float32
+    )
     for token in range(tokens):
         for k in range(top_k):
             owner = int(index[token, k]) // 3

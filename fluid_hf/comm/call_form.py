@@ -6,6 +6,7 @@ sent anyway: the integers are two more columns of the counts, which every rank r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from fluid_hf.errors import RankMismatchError
 
-__all__ = ["NUM_WORDS", "CallForm", "check_forms", "describe_ranks", "dtype_code"]
+__all__ = ["NUM_WORDS", "CallForm", "call_form", "check_forms", "describe_ranks", "dtype_code"]
 
 NUM_WORDS = 2
 DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,7 +47,7 @@ class CallForm:
     waves: int
     gradient: int
 
-    @property
+    @functools.cached_property
     def words(self) -> tuple[int, int]:
         """All of it in `NUM_WORDS` integers that are not negative and below 2**31."""
         packed = dtype_code(self.dtype) | self.gradient << 8 | min(self.waves, 255) << 10 | self.top_k << 18
@@ -60,6 +61,12 @@ class CallForm:
         found["waves"] = packed >> 10 & 255
         gradient = packed >> 8 & 3
         return found if gradient == NO_GRADIENT else {**found, "requires_grad of the input": gradient == INPUT_GRADIENT}
+
+
+@functools.lru_cache(maxsize=64)
+def call_form(dtype: torch.dtype, top_k: int, hidden: int, waves: int, gradient: int) -> CallForm:
+    """The form, made once for all calls that are alike."""
+    return CallForm(dtype, top_k, hidden, waves, gradient)
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -78,7 +85,8 @@ def check_forms(words: Sequence[Sequence[int]], ranks: Sequence[int], layer: str
     Raises:
         RankMismatchError: names the field, every rank's value and the remedy.
     """
-    if all(tuple(other) == tuple(words[0]) for other in words):
+    first = words[0]
+    if all([other[0] == first[0] and other[1] == first[1] for other in words]):
         return
     forms = [CallForm.fields(word) for word in words]
     for field, remedy in REMEDIES.items():

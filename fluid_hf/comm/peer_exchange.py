@@ -31,6 +31,8 @@ PeerTensor = tuple[int, torch.Tensor]
 class ExchangeHandle:
     """Communication in flight. Holds every buffer until the waiting stream has seen it complete."""
 
+    __slots__ = ("_buffers", "_flight", "_number", "_owner", "_peers", "_place", "_sampler", "_works")
+
     def __init__(
         self, owner: PeerExchange, works: list[dist.Work], buffers: list[torch.Tensor], peers: Sequence[int]
     ) -> None:
@@ -41,7 +43,7 @@ class ExchangeHandle:
         self._buffers = buffers
         self._number = owner.num_posted
         self._sampler = owner.sampler
-        self._flight = self._sampler.post(works) if self._sampler is not None else None
+        self._flight = None if self._sampler is None else self._sampler.post(works)
 
     def wait(self) -> None:
         """Wait for arrival and departure: gloo blocks the host, NCCL only makes the current stream wait."""
@@ -112,15 +114,15 @@ class PeerExchange:
 
     def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> ExchangeHandle:
         """Start one wave: send and receive `(group rank, contiguous tensor)` pairs; empty ones are skipped."""
-        sends = [(peer, tensor) for peer, tensor in sends if tensor.numel()]
-        recvs = [(peer, tensor) for peer, tensor in recvs if tensor.numel()]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in sends)
+        sends = [pair for pair in sends if pair[1].numel()]
+        recvs = [pair for pair in recvs if pair[1].numel()]
+        num_bytes = sum([tensor.nbytes for _, tensor in sends])
         with self._posting(num_bytes):
             try:
                 works = self._start(sends, recvs)
             except RuntimeError as error:
                 raise self._posting_error(error) from error
-        messages = (*sends, *recvs)
+        messages = sends + recvs
         return self._track(works, [tensor for _, tensor in messages], [peer for peer, _ in messages])
 
     def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:

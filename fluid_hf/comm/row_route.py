@@ -8,28 +8,37 @@ the waves unless rows go early (`fluid_hf.comm.head_start`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from fluid_hf.comm.head_start import EarlyRows, message_bounds, needed_messages
-from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
-from fluid_hf.comm.tournament import Message, Wave, part_bounds, plan_waves
+from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange, PeerTensor
+from fluid_hf.comm.tournament import Wave, part_bounds, plan_waves
 
-__all__ = ["EarlyRoute", "RowRoute", "SerialRoute", "WaveRoute", "make_route", "post_between_two", "route_parts"]
+__all__ = [
+    "EarlyRoute",
+    "RowRoute",
+    "SerialRoute",
+    "WaveRoute",
+    "make_route",
+    "post_between_two",
+    "route_parts",
+    "route_waves",
+]
+
+Slice = tuple[int, int, int]  # a peer, the first and the last-plus-one of the rows from or for it
 
 
 class RowRoute(Protocol):
     """What the layer needs to know about a route."""
 
     serial: bool
+    num_waves: int  # equal on all ranks
     num_sent: int
     num_received: int
-
-    @property
-    def num_waves(self) -> int:
-        """Number of waves, equal on all ranks."""
 
     def wave_bounds(self, wave: int) -> tuple[int, int]:
         """First and last-plus-one received row of a wave."""
@@ -75,17 +84,29 @@ class WaveRoute:
     ) -> None:
         self._exchange = exchange
         self._waves = waves
-        self._sent_rows = sent_rows
         self._received = received_counts
+        sent_starts = [0, *itertools.accumulate(sent_rows)]
+        # What each message of a wave sends and receives, worked out once for the four ways that the rows go.
+        self._outgoing: list[list[Slice]] = []
+        self._incoming: list[list[Slice]] = []
         self._starts = [0]
         for wave in waves:
-            self._starts.append(self._starts[-1] + sum(self._incoming(message) for message in wave))
-        self.num_sent = sum(sent_rows)
+            outgoing: list[Slice] = []
+            incoming: list[Slice] = []
+            end = self._starts[-1]
+            for message in wave:
+                peer, start = message.peer, end
+                low, high = part_bounds(sent_rows[peer], message.part, message.parts)
+                outgoing.append((peer, sent_starts[peer] + low, sent_starts[peer] + high))
+                low, high = part_bounds(received_counts[peer][0], message.part, message.parts)
+                end += high - low
+                incoming.append((peer, start, end))
+            self._outgoing.append(outgoing)
+            self._incoming.append(incoming)
+            self._starts.append(end)
+        self.num_waves = len(waves)
+        self.num_sent = sent_starts[-1]
         self.num_received = self._starts[-1]
-
-    @property
-    def num_waves(self) -> int:
-        return len(self._waves)
 
     def wave_bounds(self, wave: int) -> tuple[int, int]:
         return self._starts[wave], self._starts[wave + 1]
@@ -105,31 +126,21 @@ class WaveRoute:
 
     def post_out(self, wave: int, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
         self._exchange.at_round(wave)
-        sends = [(message.peer, self._outgoing_slice(message, sent)) for message in self._waves[wave]]
-        low, high = self.wave_bounds(wave)
-        return self._exchange.post(sends, self._incoming_slices(wave, received[low:high]))
+        recvs = _slices(self._incoming[wave], received)
+        return self._exchange.post(_slices(self._outgoing[wave], sent), recvs)
 
     def post_back(self, wave: int, processed: torch.Tensor, returned: torch.Tensor) -> ExchangeHandle:
         self._exchange.at_round(wave)
-        recvs = [(message.peer, self._outgoing_slice(message, returned)) for message in self._waves[wave]]
-        return self._exchange.post(self._incoming_slices(wave, processed), recvs)
+        incoming, start = self._incoming[wave], self._starts[wave]
+        if len(incoming) == 1:  # all of them
+            sends = [(incoming[0][0], processed)]
+        else:
+            sends = [(peer, processed[low - start : high - start]) for peer, low, high in incoming]
+        return self._exchange.post(sends, _slices(self._outgoing[wave], returned))
 
-    def _incoming(self, message: Message) -> int:
-        low, high = part_bounds(self._received[message.peer][0], message.part, message.parts)
-        return high - low
 
-    def _outgoing_slice(self, message: Message, rows: torch.Tensor) -> torch.Tensor:
-        start = sum(self._sent_rows[: message.peer])
-        low, high = part_bounds(self._sent_rows[message.peer], message.part, message.parts)
-        return rows[start + low : start + high]
-
-    def _incoming_slices(self, wave: int, rows: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-        slices, start = [], 0
-        for message in self._waves[wave]:
-            end = start + self._incoming(message)
-            slices.append((message.peer, rows[start:end]))
-            start = end
-        return slices
+def _slices(slices: Sequence[Slice], rows: torch.Tensor) -> list[PeerTensor]:
+    return [(peer, rows[low:high]) for peer, low, high in slices]
 
 
 class EarlyRoute(WaveRoute):
@@ -218,6 +229,11 @@ class SerialRoute:
 def route_parts(size: int, waves: int, serial: bool) -> int:
     """Parts that each peer's rows are cut into; needed before the rows are counted."""
     return 1 if serial else plan_waves(0, size, waves)[1]
+
+
+def route_waves(exchange: PeerExchange, waves: int, serial: bool) -> int:
+    """Waves that the route will have."""
+    return 1 if serial else len(plan_waves(exchange.rank, exchange.size, waves)[0])
 
 
 def make_route(

@@ -33,27 +33,22 @@ from fluid_hf.ranges import span
 __all__ = ["expert_parallel"]
 
 Tensors = tuple[torch.Tensor | None, ...]
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, call: LayerCall
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        plan = call.dispatch(hidden.to(call.dtype), weights, index)
-        row_token, token_row = (plan.row_token_R, plan.token_row_TP) if plan is not None else (None, None)
-        ctx.call, ctx.weights_dtype = call, weights.dtype
+    ) -> torch.Tensor:
+        ctx.call = call
+        _, token_row = call.dispatch(hidden.detach(), weights.detach(), index)
         ctx.save_for_backward(index, token_row)
-        for tensor in (row_token, token_row):
-            if tensor is not None:
-                ctx.mark_non_differentiable(tensor)
-        return hidden.new_empty(0), row_token, token_row
+        return hidden.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
-        index, token_row = ctx.saved_tensors
-        grad_hidden, grad_weights = ctx.call.finish_input_grad(index, token_row)
-        return grad_hidden, grad_weights.to(ctx.weights_dtype), None, None
+        return *ctx.call.finish_input_grad(*ctx.saved_tensors), None, None
 
 
 class _Experts(torch.autograd.Function):
@@ -61,15 +56,12 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any,
         dispatched: torch.Tensor,
-        hidden: torch.Tensor,
-        weights: torch.Tensor,
-        index: torch.Tensor,
         call: LayerCall,
         works: list[WgradWork],
         names: list[str],
         *tokens: torch.Tensor,
     ) -> torch.Tensor:
-        pieces, projections = call.run_experts(hidden.to(call.dtype), weights, index)
+        pieces, projections = call.run_experts()
         ctx.call, ctx.works, ctx.names, ctx.num_tokens = call, works, names, len(tokens)
         ctx.num_projections = len(projections[0]) if projections else 0
         ctx.save_for_backward(*pack_pieces(pieces, projections))
@@ -87,27 +79,21 @@ class _Experts(torch.autograd.Function):
             scheduler.add(work)
         call.post_last_return()
         empty = grads[0].new_empty(0)
-        return empty, None, None, None, None, None, None, *([empty] * ctx.num_tokens)
+        return empty, None, None, None, *([empty] * ctx.num_tokens)
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        computed: torch.Tensor,
-        row_token: torch.Tensor | None,
-        token_row: torch.Tensor | None,
-        call: LayerCall,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, computed: torch.Tensor, call: LayerCall) -> torch.Tensor:
         ctx.call = call
-        ctx.save_for_backward(row_token, token_row)
-        return call.combine(token_row)
+        ctx.save_for_backward(*call.places)
+        return call.combine()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:
         refuse_second_derivatives(ctx.call.context.name)
         ctx.call.post_output_grad(grads[0], *ctx.saved_tensors)
-        return grads[0].new_empty(0), None, None, None
+        return grads[0].new_empty(0), None
 
 
 def expert_parallel(
@@ -141,31 +127,21 @@ def expert_parallel(
     refuse_transforms(context.name)
     parameters = read_parameters()
     dtype = _compute_dtype(hidden_TH, parameters["down"])
-    call = LayerCall(context, read_parameters, hidden_TH, top_k_weights_TK, dtype)
+    call = LayerCall(context, read_parameters, parameters, hidden_TH, top_k_weights_TK, dtype)
     if context.windows is not None:
         context.windows.withdraw()
     if not torch.is_grad_enabled():
         return _infer(call, hidden_TH, top_k_index_TK, top_k_weights_TK, between)
     with _without_autocast(hidden_TH.device.type):
-        dispatched, row_token, token_row = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
+        dispatched = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
         _offer_window(call, parameters, 1)
         works: list[WgradWork] = []
         names, tokens = _wgrad_tokens(parameters, works, context)
-        computed = _Experts.apply(  # type: ignore[no-untyped-call]
-            dispatched,
-            hidden_TH.detach(),
-            top_k_weights_TK.detach(),
-            top_k_index_TK,
-            call,
-            works,
-            names,
-            *tokens,
-        )
+        computed = _Experts.apply(dispatched, call, works, names, *tokens)  # type: ignore[no-untyped-call]
         _offer_window(call, parameters, 0)
-    with span(f"{context.name}::shared expert"):
-        shared = between() if between is not None else None
+    shared = _compute_between(between, context.name)
     with _without_autocast(hidden_TH.device.type):
-        output: torch.Tensor = _Combine.apply(computed, row_token, token_row, call)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Combine.apply(computed, call)  # type: ignore[no-untyped-call]
     return output if shared is None else (output, shared)
 
 
@@ -178,19 +154,24 @@ def _infer(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The forward pass alone, without the cost of autograd nodes."""
     with _without_autocast(hidden_TH.device.type):
-        hidden = hidden_TH.to(call.dtype)
-        plan = call.dispatch(hidden, weights_TK, index_TK)
-        call.run_experts(hidden, weights_TK, index_TK)
-    with span(f"{call.context.name}::shared expert"):
-        shared = between() if between is not None else None
+        call.dispatch(hidden_TH, weights_TK, index_TK)
+        call.run_experts()
+    shared = _compute_between(between, call.context.name)
     with _without_autocast(hidden_TH.device.type):
-        output = call.combine(plan.token_row_TP if plan is not None else None)
+        output = call.combine()
     return output if shared is None else (output, shared)
+
+
+def _compute_between(between: Callable[[], torch.Tensor] | None, layer: str) -> torch.Tensor | None:
+    if between is None:
+        return None
+    with span(f"{layer}::shared expert"):
+        return between()
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """No context where there is nothing to switch off: entering one costs the host as much as a launch."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def _wgrad_tokens(

@@ -7,7 +7,6 @@ that is computed at once: the rank's own tokens, or the rows of one wave.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,8 +22,7 @@ if TYPE_CHECKING:  # needs Triton
 __all__ = ["ExpertWeights", "Piece", "PieceGradients", "Projected", "finish_piece", "project_piece", "reads_by_index"]
 
 
-@dataclass(frozen=True)
-class ExpertWeights:
+class ExpertWeights(NamedTuple):
     """Weights of the experts held here, without autograd.
 
     Attributes:
@@ -42,8 +40,7 @@ class ExpertWeights:
         return ExpertWeights(tuple(weight.to(dtype) for weight in self.first), self.down.to(dtype))
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows [R, H] (any row stride), routing weights [R, K] and where their pairs go."""
 
     rows_RH: torch.Tensor
@@ -56,8 +53,7 @@ class Piece:
         return self.weights_RK.reshape(-1).index_select(0, self.plan.pair_slot_S)
 
 
-@dataclass(frozen=True)
-class Projected:
+class Projected(NamedTuple):
     """First projection of a piece's pairs.
 
     Attributes:
@@ -245,8 +241,10 @@ class PieceGradients:
     @property
     def held_bytes(self) -> int:
         """Bytes kept for the weight gradients."""
-        tensors = [*self._grads, *self._hidden, *(t for first in self._first for t in first)]
-        return sum(t.numel() * t.element_size() for t in (*tensors, *(piece.rows_RH for piece in self._pieces)))
+        tensors = [*self._grads, *self._hidden, *[piece.rows_RH for piece in self._pieces]]
+        for first in self._first:
+            tensors += first
+        return sum([tensor.nbytes for tensor in tensors])
 
     def _activation(
         self,
@@ -315,9 +313,9 @@ class JointOrder:
         sizes = [piece.plan.num_pairs for piece in pieces]
         self.num_pairs = sum(sizes)
         place_S, self.offsets_E = joint_kernels.joint_places(
-            torch.stack([piece.plan.offsets_E for piece in pieces]), self.num_pairs
+            _together([piece.plan.offsets_E for piece in pieces]), self.num_pairs
         )
-        self.place_S = place_S.split(sizes)
+        self.place_S: tuple[torch.Tensor, ...] = torch.split_with_sizes(place_S, sizes)
         self.addresses: torch.Tensor | None = None
         self.unit = 1
         if first_output is not None:
@@ -347,6 +345,17 @@ class JointOrder:
         for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
             row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)
         return out
+
+
+def _together(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Vectors of one length [N, E]: as they are if they lie side by side, which costs no launch, else a copy."""
+    first, count, size = vectors[0], len(vectors), vectors[0].shape[0]
+    start, step = first.data_ptr(), first.nbytes
+    beside = all([vector.data_ptr() == start + at * step for at, vector in enumerate(vectors)])
+    # What lies inside the first one's memory is part of it: no other tensor's memory overlaps it.
+    if beside and first.untyped_storage().nbytes() >= (first.storage_offset() + count * size) * first.itemsize:
+        return first.as_strided((count, size), (size, 1))
+    return torch.stack(list(vectors))
 
 
 def _linear(input_SM: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 
 import torch
@@ -177,7 +178,7 @@ class ExpertParallelLayer(nn.Module):
 
     def _readable_parameters(self) -> Callable[[], dict[str, torch.Tensor]]:
         """How backward reads the weights again. Computed ones (adapters, `functional_call`) are kept from forward."""
-        held = self._held_tensors()
+        held = _held_tensors(self)
         adapted = parametrize.is_parametrized(self)
         if not adapted and all(isinstance(tensor, nn.Parameter) for tensor in held):
             return lambda: self._read_again(held)
@@ -189,11 +190,9 @@ class ExpertParallelLayer(nn.Module):
         computed = self.expert_parameters()
         return lambda: computed
 
-    def _held_tensors(self) -> list[torch.Tensor | None]:
-        return [tensor for module in self.modules() for tensor in module._parameters.values()]
-
     def _read_again(self, held: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        if any(now is not before for now, before in zip(self._held_tensors(), held, strict=True)):
+        now = _held_tensors(self)
+        if len(now) != len(held) or not all(map(operator.is_, now, held)):
             raise GradientError(
                 f"parameters of layer {self.context.name} must be those that forward was called with, and they were "
                 "replaced; give torch.func.functional_call tensors that are no nn.Parameter."
@@ -207,6 +206,15 @@ class ExpertParallelLayer(nn.Module):
             f"num_experts={self.num_experts}, held={first}..{first + self.num_local_experts - 1}, "
             f"ep_size={self.ep_size}, overlap={self.context.overlap}, wgrad={self.context.scheduler.policy!r}"
         )
+
+
+def _held_tensors(module: nn.Module) -> list[torch.Tensor | None]:
+    """Parameters of a module and those in it; walked here, since `modules()` costs the host as much as a launch."""
+    held: list[torch.Tensor | None] = [*module._parameters.values()]
+    for child in module._modules.values():
+        if child is not None:
+            held += _held_tensors(child)
+    return held
 
 
 class ExpertParallelExperts(ExpertParallelLayer):

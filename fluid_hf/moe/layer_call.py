@@ -18,22 +18,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fluid_hf.comm.call_form import CallForm
+from fluid_hf.comm.call_form import call_form
 from fluid_hf.comm.faults import GOOD, input_status, routing_error
 from fluid_hf.comm.gradients import check_versions
 from fluid_hf.comm.peer_exchange import ExchangeHandle
-from fluid_hf.comm.row_route import RowRoute
+from fluid_hf.comm.row_route import RowRoute, route_waves
 from fluid_hf.moe.expert_math import ExpertGradients, ExpertMath, GatedMath
 from fluid_hf.moe.experts import Piece
 from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.moe.outgoing import Outgoing
 from fluid_hf.moe.own_tokens import OwnTokens
 from fluid_hf.moe.permutation import gather_weight_grads, make_pair_plan, reduce_rows, spread_rows
-from fluid_hf.moe.routing_plan import SourcePlan
-from fluid_hf.moe.rows import RowFormat
+from fluid_hf.moe.rows import row_format
 from fluid_hf.ranges import ranged, span
 
 __all__ = ["LayerCall"]
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, routing weights, expert ids
+Places = tuple[torch.Tensor | None, torch.Tensor | None]  # `row_token_R` and `token_row_TP` of a `SourcePlan`
 
 
 class LayerCall:
@@ -43,6 +45,7 @@ class LayerCall:
         context: the layer's context.
         read_parameters: returns the weights of the experts held here, as they are at the time of the call (ZeRO-3
             gathers them again for backward).
+        parameters: what it returns in forward.
         hidden_TH, weights_TK: inputs, for their shapes and types only.
         dtype: type the experts compute in and rows travel in.
     """
@@ -51,6 +54,7 @@ class LayerCall:
         self,
         context: LayerContext,
         read_parameters: Callable[[], dict[str, torch.Tensor]],
+        parameters: dict[str, torch.Tensor],
         hidden_TH: torch.Tensor,
         weights_TK: torch.Tensor,
         dtype: torch.dtype,
@@ -58,14 +62,18 @@ class LayerCall:
         self.context = context
         self.math: ExpertMath = context.math or GatedMath(context.act)
         self._read_parameters = read_parameters
-        self.format = RowFormat(hidden_TH.shape[1], weights_TK.shape[1], dtype)
+        self._parameters: dict[str, torch.Tensor] | None = parameters
+        self.format = row_format(hidden_TH.shape[1], weights_TK.shape[1], dtype)
         self.dtype = dtype
-        self.out_dtype = hidden_TH.dtype
+        self.out_dtype, self._weights_dtype = hidden_TH.dtype, weights_TK.dtype
         self.device = hidden_TH.device
         self.needs_input_grad = hidden_TH.requires_grad or weights_TK.requires_grad
         gradient = 1 + self.needs_input_grad if torch.is_grad_enabled() else 0
-        self._form = CallForm(dtype, self.format.top_k, self.format.hidden, context.waves, gradient)
+        self._form = call_form(dtype, self.format.top_k, self.format.hidden, context.waves, gradient)
         self.route: RowRoute | None = None
+        self.places: Places = (None, None)
+        self._inputs: Inputs | None = None
+        self._offsets: tuple[torch.Tensor, ...] = ()
         self.num_own_pairs = 0
         self._handles: list[ExchangeHandle] = []
         self._rows: torch.Tensor | None = None
@@ -79,8 +87,11 @@ class LayerCall:
 
     # -- forward --------------------------------------------------------------------------------------------------
     @ranged("forward dispatch")
-    def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> SourcePlan | None:
-        """Plan the rows, tell every peer how many come, and post all waves of the dispatch."""
+    def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> Places:
+        """Plan the rows, tell every peer how many come, and post all waves of the dispatch; the rows' `places`."""
+        if hidden_TH.dtype != self.dtype:
+            hidden_TH = hidden_TH.to(self.dtype)
+        self._inputs = hidden_TH, weights_TK, index_TK
         context, exchange = self.context, self.context.exchange
         status = input_status(weights_TK, index_TK, context.num_experts) if index_TK.device.type == "cpu" else GOOD
         if exchange.size == 1:
@@ -88,13 +99,16 @@ class LayerCall:
                 raise routing_error({dist.get_rank() if dist.is_initialized() else 0: status}, context.name)
             context.late_status.check(context.name)
             self.num_own_pairs = index_TK.numel()
-            return None
+            return self.places
         exchange.drain()
         exchange.at(context.name, "forward counts")
         if status != GOOD:  # told to the peers in place of the counts, which they wait for
-            index_TK = torch.zeros_like(index_TK)
+            index_TK = torch.zeros_like(index_TK)  # the call ends when the counts are read
         outgoing = Outgoing(context, self.format, hidden_TH, weights_TK, index_TK)
-        reading = outgoing.count(status, self._form)
+        # One tensor for the pieces of the call, own tokens first: backward reads them together.
+        shape = 1 + route_waves(exchange, context.waves, not context.overlap), context.num_local_experts
+        self._offsets = torch.empty(shape, dtype=torch.int32, device=self.device).unbind(0)
+        reading = outgoing.count(status, self._form, self._offsets[0])
         # Packed while the counts travel, and what was promised sent.
         queued = outgoing.pack()
         exchange.side_stream.mark(self.device)
@@ -112,7 +126,8 @@ class LayerCall:
         with exchange.side_stream.posting():
             self._handles = outgoing.post(self.route)
         context.event("post dispatch")
-        return plan
+        self.places = plan.row_token_R, plan.token_row_TP
+        return self.places
 
     @ranged("own tokens")
     def _start_own(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> None:
@@ -125,19 +140,19 @@ class LayerCall:
         self._own_tokens.start(hidden_TH, weights_TK, self._forward_weights(), make_plan, pairs)
 
     @ranged("forward experts")
-    def run_experts(
-        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor
-    ) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
+    def run_experts(self) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
         """Compute own tokens and every wave as it arrives; post each wave's combine at once.
 
         Own tokens fill both ends: their projections run before the first wave is waited for, the rest after the last
         combine was posted. The projections that backward needs are returned too.
         """
         context, route, keep = self.context, self.route, self._keep
+        assert self._inputs is not None
+        inputs, self._inputs = self._inputs, None
         weights, self._held_weights = self._forward_weights(), None
         pieces, projections = list[Piece](), list[tuple[torch.Tensor, ...]]()
         if not self._own_tokens.ready:
-            self._start_own(hidden_TH, weights_TK, index_TK)
+            self._start_own(*inputs)
         own = self._own_tokens.take()
         if own is not None:
             pieces.append(own[0])
@@ -145,16 +160,17 @@ class LayerCall:
         context.exchange.at(context.name, "forward combine")
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
+        columns = self._columns()
         arriving = iter(self._handles)
         arrived = 0
         for wave, needed in enumerate(route.needed() if route is not None else []):
-            assert route is not None and self._rows is not None and returned is not None
+            assert route is not None and columns is not None and returned is not None
             for handle in itertools.islice(arriving, needed - arrived):
                 handle.wait()
             arrived = needed
             context.event(f"wait dispatch {wave}")
             low, high = route.wave_bounds(wave)
-            piece = self._wave_piece(self._rows[low:high], route.wave_pairs(wave))
+            piece = self._wave_piece(columns, low, high, route.wave_pairs(wave), self._offsets[1 + wave])
             first = self.math.project(piece, weights, keep)
             out_QH = self._new_hidden(high - low)
             self.math.finish(piece, first, weights, out_QH)
@@ -164,15 +180,16 @@ class LayerCall:
             projections += [first.kept] if keep else []
         self._own = None
         if own is not None:
-            self._own = self._new_hidden(hidden_TH.shape[0])
+            self._own = self._new_hidden(inputs[0].shape[0])
             self.math.finish(*own, weights, self._own)
         context.stats.add_load([piece.plan.offsets_E for piece in pieces])
-        self._handles, self._rows = combine, returned
+        self._handles, self._rows, self._offsets = combine, returned, ()
         return pieces, projections
 
     @ranged("forward combine")
-    def combine(self, token_row_TP: torch.Tensor | None) -> torch.Tensor:
+    def combine(self) -> torch.Tensor:
         """Wait for the returning rows and sum them per token: [T, H] in the type of the input."""
+        token_row_TP, self.places = self.places[1], (None, None)
         for wave, handle in enumerate(self._handles):
             handle.wait()
             self.context.event(f"wait combine {wave}")
@@ -180,7 +197,7 @@ class LayerCall:
         self._handles, self._rows, self._own = [], None, None
         if rows is None or token_row_TP is None:
             assert own is not None
-            return own.to(self.out_dtype)
+            return own if own.dtype == self.out_dtype else own.to(self.out_dtype)
         return reduce_rows(own, rows, token_row_TP, self.out_dtype)
 
     # -- backward -------------------------------------------------------------------------------------------------
@@ -189,7 +206,7 @@ class LayerCall:
         self, grad_TH: torch.Tensor, row_token_R: torch.Tensor | None, token_row_TP: torch.Tensor | None
     ) -> None:
         """Send each row's output gradient to the rank that computed it."""
-        self._own = grad_TH.to(self.dtype).contiguous()
+        self._own = (grad_TH if grad_TH.dtype == self.dtype else grad_TH.to(self.dtype)).contiguous()
         if self.route is None or token_row_TP is None:
             return
         self.context.exchange.drain()
@@ -226,13 +243,15 @@ class LayerCall:
         rows, self._rows = self._rows, None
         if route is not None:
             self._rows = self.format.new_gradient_rows(route.num_sent, self.device)
+            # One for all waves: its columns are cut out once.
+            buffers = self.format.new_gradient_rows(route.num_received, self.device)
+            hidden, gradients = self.format.hidden_of(buffers), self.format.weight_gradients_of(buffers)
         for wave, handle in enumerate(arriving):
             assert route is not None and rows is not None
             handle.wait()
             context.event(f"wait output grad {wave}")
             low, high = route.wave_bounds(wave)
-            buffer = self.format.new_gradient_rows(high - low, self.device)
-            out = (self.format.hidden_of(buffer), self.format.weight_gradients_of(buffer))
+            buffer, out = buffers[low:high], (hidden[low:high], gradients[low:high])
             index = wave if route.serial else wave + 1
             first = self._projections(pieces[index], projections, index, weights)
             grads.backward(first, rows[low:high], weights, out)
@@ -263,12 +282,11 @@ class LayerCall:
         self.returns_in_flight = False
         if rows is None or token_row_TP is None:
             assert own is not None and own_weights is not None
-            return own.to(self.out_dtype), own_weights
+            return own.to(self.out_dtype), own_weights.to(self._weights_dtype)
         grad_TH = reduce_rows(own, self.format.hidden_of(rows), token_row_TP, self.out_dtype)
         returned, local = self.format.weight_gradients_of(rows), self.context.num_local_experts
-        return grad_TH, gather_weight_grads(
-            own_weights, returned, token_row_TP, index_TK, local, self.context.exchange.rank
-        )
+        rank, dtype = self.context.exchange.rank, self._weights_dtype
+        return grad_TH, gather_weight_grads(own_weights, returned, token_row_TP, index_TK, local, rank, dtype)
 
     # -- shared ---------------------------------------------------------------------------------------------------
     def _post_return(self, wave: int, buffer: torch.Tensor) -> ExchangeHandle:
@@ -286,16 +304,24 @@ class LayerCall:
         return self._held_weights
 
     def _weights(self) -> Any:
-        parameters = self._read_parameters()
+        parameters, self._parameters = self._parameters, None
+        if parameters is None:
+            parameters = self._read_parameters()
         self._versions = check_versions(self._versions, parameters.values(), self.context.name)
         return self.math.read(parameters, self.dtype)
 
     def _new_hidden(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)
 
-    def _wave_piece(self, rows: torch.Tensor, num_pairs: int) -> Piece:
-        plan = make_pair_plan(self.format.ids_of(rows), self.context.num_local_experts, num_pairs)
-        return Piece(self.format.hidden_of(rows), self.format.weights_of(rows), plan)
+    def _columns(self) -> Inputs | None:
+        """Hidden states, routing weights and expert ids of all rows that arrive."""
+        form, rows = self.format, self._rows
+        return None if rows is None else (form.hidden_of(rows), form.weights_of(rows), form.ids_of(rows))
+
+    def _wave_piece(self, columns: Inputs, low: int, high: int, num_pairs: int, offsets: torch.Tensor) -> Piece:
+        hidden_QH, weights_QK, ids_QK = columns
+        plan = make_pair_plan(ids_QK[low:high], self.context.num_local_experts, num_pairs, offsets=offsets)
+        return Piece(hidden_QH[low:high], weights_QK[low:high], plan)
 
     def _projections(
         self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: Any

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from fluid_hf.comm.head_start import HeadStart
 from fluid_hf.comm.late_status import LateStatus
 from fluid_hf.comm.peer_exchange import PeerExchange
@@ -63,4 +65,5 @@ class LayerContext:
         """Record an event, if anybody listens."""
         if self.record is not None:
             self.record(name)
-        mark(name)
+        if torch.autograd._profiler_enabled():
+            mark(name)

@@ -63,8 +63,11 @@ class Outgoing:
             self._early = context.head_start.begin(context.waves, form.stride)
 
     @ranged("plan")
-    def count(self, status: int, form: CallForm) -> Reading:
-        """Count the rows and send every peer its counts, with what must be equal; what will read the peers'."""
+    def count(self, status: int, form: CallForm, offsets: torch.Tensor) -> Reading:
+        """Count the rows and send every peer its counts, with what must be equal; what will read the peers'.
+
+        `offsets` is where the kernels write `offsets_E` of the own pairs.
+        """
         context, exchange = self.context, self.context.exchange
         serial = not context.overlap
         hits = count_rows(
@@ -75,6 +78,7 @@ class Outgoing:
             parts=route_parts(exchange.size, context.waves, serial),
             weights_TK=self._weights_TK,
             words=form.words,
+            offsets=offsets,
         )
         self._hits = hits
         if not hits.from_kernels:
@@ -151,7 +155,7 @@ class Outgoing:
     def post(self, route: RowRoute) -> list[ExchangeHandle]:
         """Post the messages that are not posted yet; all of them, in order."""
         assert self._packed is not None and self._received is not None
-        sent = self._packed[: route.num_sent]
+        sent = self._packed[: route.num_sent] if route.serial else self._packed
         for message in range(len(self._handles), route.num_messages):
             self._handles.append(route.post_dispatch(message, sent, self._received))
         return self._handles

@@ -12,7 +12,7 @@ from run to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -31,8 +31,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class PairPlan:
+class PairPlan(NamedTuple):
     """Where each pair comes from.
 
     Attributes:
@@ -71,6 +70,7 @@ def make_pair_plan(
     first_expert: int = 0,
     *,
     flag: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> PairPlan:
     """Sort the (row, expert) pairs by expert.
 
@@ -80,11 +80,12 @@ def make_pair_plan(
         num_pairs: number of ids inside, known on the host, so that nothing waits for the device; or more, with what
             lies beyond undefined (see `PairPlan.first_pairs`).
         flag: where the kernels write that an id is outside (`fluid_hf.comm.late_status`); `None` if that is no fault.
+        offsets: int32 [E], where the kernels write `offsets_E`; a new tensor by default.
     """
     if use_kernels(ids_RK):
         from fluid_hf.moe import sort_kernels
 
-        return PairPlan(*sort_kernels.pair_plan(ids_RK, first_expert, num_experts, num_pairs, flag))
+        return PairPlan(*sort_kernels.pair_plan(ids_RK, first_expert, num_experts, num_pairs, flag, offsets))
     rows, top_k = ids_RK.shape
     key = ids_RK.reshape(-1).to(torch.int64) - first_expert
     key = torch.where((key < 0) | (key >= num_experts), num_experts, key)
@@ -172,17 +173,19 @@ def gather_weight_grads(
     index_TK: torch.Tensor,
     num_local_experts: int,
     own_rank: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Gradients of the routing weights [T, K], from the own tokens and from the row that each expert's rank returned.
 
     Args:
         own_TK: those of the own tokens, zero for other ranks' experts; `None` if they travelled like all others.
+        dtype: of the result.
     """
     if use_kernels(returned_RK):
         from fluid_hf.moe import wire_kernels
 
-        inputs = (own_TK, returned_RK, token_row_TP, index_TK.contiguous(), num_local_experts, own_rank)
+        inputs = (own_TK, returned_RK, token_row_TP, index_TK.contiguous(), num_local_experts, own_rank, dtype)
         return wire_kernels.gather_weight_grads(*inputs)
     row_TK = token_row_TP.gather(1, index_TK // num_local_experts)
     grad_TK = torch.nn.functional.pad(returned_RK, (0, 0, 0, 1)).gather(0, row_TK)
-    return grad_TK if own_TK is None else grad_TK + own_TK
+    return (grad_TK if own_TK is None else grad_TK + own_TK).to(dtype)

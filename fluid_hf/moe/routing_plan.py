@@ -7,7 +7,7 @@ the expected number is `sum_r T * (1 - C(E - n_r, K) / C(E, K))` over the destin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +20,7 @@ __all__ = ["HitMap", "SourcePlan", "count_rows", "local_expert_ids", "place_rows
 ROOM = 8  # parts up to which counts with words are equally long, also those of ranks that cut otherwise
 
 
-@dataclass(frozen=True)
-class HitMap:
+class HitMap(NamedTuple):
     """What can be known about the rows before their number is on the host.
 
     Attributes:
@@ -41,8 +40,7 @@ class HitMap:
     from_kernels: bool = False
 
 
-@dataclass(frozen=True)
-class SourcePlan:
+class SourcePlan(NamedTuple):
     """Rows to send.
 
     Attributes:
@@ -73,6 +71,7 @@ def count_rows(
     parts: int,
     weights_TK: torch.Tensor | None = None,
     words: tuple[int, ...] = (),
+    offsets: torch.Tensor | None = None,
 ) -> HitMap:
     """Find which (token, destination) rows exist and count rows and pairs, without waiting for the device.
 
@@ -83,6 +82,7 @@ def count_rows(
         weights_TK: routing weights. The kernels put a status in place of the numbers of rows if one is not finite or
             an expert id is out of range.
         words: integers that every destination gets after its counts (`fluid_hf.comm.call_form`).
+        offsets: where the kernels write `offsets_E` of the own pairs; a new tensor by default.
     """
     columns = 1 + max(parts, ROOM) + len(words) if words else 1 + parts
     if use_kernels(top_k_index_TK):
@@ -90,7 +90,7 @@ def count_rows(
 
         index = top_k_index_TK.contiguous()
         weights = weights_TK.contiguous() if weights_TK is not None else index
-        ways = (num_local_experts, ep_size, skip_rank, parts, columns, words)
+        ways = (num_local_experts, ep_size, skip_rank, parts, columns, words, offsets)
         counts, token_row, own = sort_kernels.source_plan(index, weights, *ways)
         return HitMap(token_row, counts, PairPlan(*own) if own is not None else None, True)
     tokens = top_k_index_TK.shape[0]

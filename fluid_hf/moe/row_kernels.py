@@ -9,7 +9,7 @@ elements, so that rows move in 16-byte accesses.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -75,8 +75,7 @@ def glu_forward(
     return out
 
 
-@dataclass(frozen=True)
-class JointPlaces:
+class JointPlaces(NamedTuple):
     """Where one piece's pairs go in the joint order of several pieces.
 
     Attributes:

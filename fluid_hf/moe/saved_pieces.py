@@ -15,9 +15,8 @@ __all__ = ["pack_pieces", "unpack_pieces"]
 def pack_pieces(pieces: Sequence[Piece], projections: Sequence[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
     """Flatten what backward needs into tensors for `save_for_backward`."""
     flat: list[torch.Tensor] = []
-    for index, piece in enumerate(pieces):
-        plan = piece.plan
-        flat += [piece.rows_RH, piece.weights_RK, plan.pair_row_S, plan.pair_slot_S, plan.row_pair_RK, plan.offsets_E]
+    for index, (rows_RH, weights_RK, plan) in enumerate(pieces):
+        flat += (rows_RH, weights_RK, *plan)
         flat += projections[index] if projections else ()
     return flat
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.launch import Kernel, blocks_of, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, new_int32, power_of_two
 
 __all__ = ["most_rows", "pair_plan", "source_plan"]
 
@@ -24,29 +24,37 @@ PLACE_TILE = 8192
 
 
 def pair_plan(
-    ids_RK: torch.Tensor, first_expert: int, num_experts: int, num_pairs: int, flag: torch.Tensor | None = None
+    ids_RK: torch.Tensor,
+    first_expert: int,
+    num_experts: int,
+    num_pairs: int,
+    flag: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`pair_row_S`, `pair_slot_S`, `row_pair_RK` and `offsets_E` (all int32) of `make_pair_plan`.
 
     Args:
         ids_RK: expert ids of any integer type and row stride; held here if in [first_expert, first_expert + E).
         flag: int32 in host memory that gets `fluid_hf.comm.faults.OUT_OF_RANGE` if one is not held here.
+        offsets: where `offsets_E` is written; a new tensor by default.
     """
     rows, top_k = ids_RK.shape
-    blocks = blocks_of(rows * top_k, SORT_BLOCK)
+    slots = rows * top_k
+    blocks = blocks_of(slots, SORT_BLOCK)
     keys, chunk = _key_tile(num_experts)
-    *plan, partial = _new_int32(ids_RK.device, num_pairs, num_pairs, rows * top_k, blocks * keys)
-    plan.append(_new_int32(ids_RK.device, num_experts)[0])  # kept for the statistics, long after the others
+    pair_row, pair_slot, row_pair, partial = new_int32(ids_RK.device, num_pairs, num_pairs, slots, blocks * keys)
+    if offsets is None:  # of its own: kept for the statistics, long after the others
+        offsets = torch.empty(num_experts, dtype=torch.int32, device=ids_RK.device)
     if blocks == 0:
-        plan[3].zero_()
+        offsets.zero_()
     else:
-        integers = (rows * top_k, first_expert, blocks, num_pairs)
+        integers = (slots, first_expert, blocks, num_pairs)
         constants = (ids_RK.stride(0), top_k, num_experts, SORT_BLOCK, keys)
         told = partial if flag is None else flag
         _count_pairs((blocks, 1, 1), (ids_RK, partial, told), integers[:2], (*constants, flag is not None))
-        pointers = (ids_RK, partial, *plan)
+        pointers = (ids_RK, partial, pair_row, pair_slot, row_pair, offsets)
         _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
-    return plan[0], plan[1], plan[2].view(rows, top_k), plan[3]
+    return pair_row, pair_slot, row_pair.view(rows, top_k), offsets
 
 
 def source_plan(
@@ -58,6 +66,7 @@ def source_plan(
     parts: int,
     columns: int,
     words: tuple[int, ...] = (),
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None]:
     """Counts and places of the rows to send, without waiting for the device.
 
@@ -66,6 +75,7 @@ def source_plan(
         skip_rank: destination whose pairs stay here and are sorted too, or `None`.
         columns: of the counts, 1 + parts or more.
         words: none or two integers for the last columns.
+        offsets: where `offsets_E` of the pair plan is written; a new tensor by default.
 
     Returns:
         counts [2, P, columns] as `HitMap` has them, with -1 for every number of rows if a weight is not finite, -2 if
@@ -81,12 +91,14 @@ def source_plan(
     padded = power_of_two(ranks)
     keys, chunk = _key_tile(num_local_experts)
     sizes = (capacity, capacity, capacity, tokens * ranks, blocks * padded, blocks * keys, blocks)
-    *own, token_row, row_counts, pair_counts, flags = _new_int32(device, *sizes)
-    own.append(_new_int32(device, num_local_experts)[0])  # kept for the statistics, long after the others
+    *own, token_row, row_counts, pair_counts, flags = new_int32(device, *sizes)
+    if offsets is None:  # of its own: kept for the statistics, long after the others
+        offsets = torch.empty(num_local_experts, dtype=torch.int32, device=device)
+    own.append(offsets)
     # Of its own: it is handed to the process group.
     counts = torch.empty(2, ranks, columns, dtype=torch.int32, device=device)
     if tokens == 0:
-        own[3].zero_()
+        offsets.zero_()
         counts.zero_()
         for column, word in enumerate(words, columns - len(words)):
             counts[0, :, column].fill_(word)
@@ -105,11 +117,6 @@ def source_plan(
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:
     """Upper bound of the rows that a rank can send, its own included."""
     return tokens * min(top_k, ranks)
-
-
-def _new_int32(device: torch.device, *sizes: int) -> tuple[torch.Tensor, ...]:
-    """Vectors in one allocation, which costs the host less than one each."""
-    return torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
 
 
 @functools.cache

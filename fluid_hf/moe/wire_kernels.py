@@ -73,15 +73,16 @@ def gather_weight_grads(
     index_TK: torch.Tensor,
     num_local_experts: int,
     own_rank: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Routing-weight gradients [T, K] float32: from the own part, or from the row that the expert's rank returned."""
+    """Routing-weight gradients [T, K]: from the own part, or from the row that the expert's rank returned."""
     tokens, top_k = index_TK.shape
-    out = torch.empty(tokens, top_k, dtype=torch.float32, device=index_TK.device)
+    out = torch.empty(tokens, top_k, dtype=dtype, device=index_TK.device)
     if tokens:
         own_rank = own_rank if own_TK is not None else -1
         _gather_weight_grads(
             (blocks_of(tokens * top_k, 256), 1, 1),
-            (own_TK if own_TK is not None else out, rows_RK, token_row_TP, index_TK, out),
+            (own_TK if own_TK is not None else rows_RK, rows_RK, token_row_TP, index_TK, out),
             (tokens * top_k,),
             (rows_RK.stride(0), token_row_TP.shape[1], num_local_experts, own_rank, top_k, 256),
         )
@@ -168,7 +169,7 @@ def _gather_weight_grads_kernel(
     row = tl.load(token_row + token.to(tl.int64) * ranks + owner, mask=inside & ~is_own, other=0).to(tl.int64)
     sent = tl.load(rows + row * row_stride + slot % top_k, mask=inside & ~is_own, other=0.0)
     kept = tl.load(own + slot, mask=inside & is_own, other=0.0)
-    tl.store(out + slot, tl.where(is_own, kept, sent), mask=inside)
+    tl.store(out + slot, tl.where(is_own, kept, sent).to(out.dtype.element_ty), mask=inside)
 
 
 _pack = Kernel(_pack_kernel)
