@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import os
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -132,8 +131,7 @@ def early(piece: experts.Piece, weights: experts.ExpertWeights, keep: bool) -> t
     plan, math = piece.plan, GatedMath(torch.nn.functional.silu)
     beyond = torch.full((MANY,), 10**6, dtype=torch.int32, device=DEVICE)
     own, tokens = OwnTokens(math, keep), (piece.rows_RH, piece.weights_RK)
-    own.plan = replace(
-        plan,
+    own.plan = plan._replace(
         pair_row_S=torch.cat([plan.pair_row_S.int(), beyond]),
         pair_slot_S=torch.cat([plan.pair_slot_S.int(), beyond]),
     )

@@ -54,3 +54,19 @@ def test_kernels_without_communication() -> None:
 def test_kernels_with_communication(mirror: None, waves: int, forward_limit: int, both_limit: int) -> None:
     forward, both = counts(2, waves)
     assert forward <= forward_limit and both <= both_limit, (forward, both)
+
+
+def test_mirror_collective_is_waited_for_whole(mirror: None) -> None:
+    """The own part is there too when another stream than the posting one has waited, however little crossed."""
+    own, there = 1 << 25, 1 << 8
+    source = torch.rand(own + there, device="cuda")
+    for _ in range(5):
+        target, side = torch.zeros_like(source), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            options = dist.AllToAllOptions()
+            work = dist.group.WORLD.alltoall_base(target, source, [own, there], [own, there], options)
+        work.wait()
+        found = target.clone()
+        assert torch.equal(found, source)
+        torch.cuda.synchronize()

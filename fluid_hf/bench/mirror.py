@@ -67,6 +67,12 @@ class _Link:
         for stream in self._streams:
             _check(self._runtime.cudaStreamWaitEvent(stream, event, 0))
 
+    def joined(self) -> int:
+        """An event behind all that crossed and all that the current stream holds."""
+        back = self._streams[1]
+        _check(self._runtime.cudaStreamWaitEvent(back, self.now(), 0))
+        return self._record(back)
+
     def wait(self, event: int) -> None:
         """Let the current stream wait."""
         _check(self._runtime.cudaStreamWaitEvent(torch._C._cuda_getCurrentRawStream(self._device), event, 0))
@@ -177,6 +183,8 @@ class MirrorGroup(dist.ProcessGroup):
                 self._cross(input[first:last], output[first:last], arrival)
         if start < end:
             output[start:end].copy_(input[start:end])
+            if ready is not None:  # the stream that waits may be another one than this copy's
+                arrival[:] = [self._the_link().joined()]
         return self._work([output], arrival)
 
     all_to_all_single = alltoall_base

@@ -57,7 +57,9 @@ class CallForm:
     def fields(words: Sequence[int]) -> dict[str, Any]:
         """What the words of a rank say, by the names that users know; without what need not be equal."""
         packed, hidden = words
-        found = {"dtype": DTYPES[packed & 255], "top_k": packed >> 18, "hidden_size": hidden}
+        code = packed & 255
+        dtype = DTYPES[code] if code < len(DTYPES) else f"number {code}, which no rank sends"
+        found = {"dtype": dtype, "top_k": packed >> 18, "hidden_size": hidden}
         found["waves"] = packed >> 10 & 255
         gradient = packed >> 8 & 3
         return found if gradient == NO_GRADIENT else {**found, "requires_grad of the input": gradient == INPUT_GRADIENT}
