@@ -75,7 +75,8 @@ def test_projections(size: tuple[int, ...], dtype: torch.dtype) -> None:
     hidden = torch.nn.functional.silu(case.first[:, :inner]) * case.first[:, inner:] * weight_S[:, None]
     separate = case.gate_up[:, :inner].contiguous(), case.gate_up[:, inner:].contiguous()
     beyond = torch.full((MANY,), 10**6, dtype=torch.int32, device=DEVICE)
-    for first in ((case.gate_up,), separate):
+    behind, before = torch.stack(separate), torch.stack(separate[::-1])  # up behind gate in memory, and before it
+    for first in ((case.gate_up,), (behind[0], behind[1]), (before[1], before[0])):
         for places in (plan.num_pairs, plan.num_pairs + MANY, plan.num_pairs // 2):
             where = [torch.cat([field, beyond])[:places] for field in (plan.pair_row_S, plan.pair_slot_S)]
             known = min(places, plan.num_pairs)
@@ -89,6 +90,11 @@ def test_projections(size: tuple[int, ...], dtype: torch.dtype) -> None:
     assert case.near(ours, case.first)
     pairs = case.pairs.to(dtype)
     assert case.near(gemm_kernels.gathered_linear(pairs, None, plan.offsets_E, case.gate_up, False), case.first)
+    gate, up = (weight.transpose(1, 2).contiguous() for weight in separate)
+    both = gemm_kernels.gathered_linear(pairs, None, plan.offsets_E, separate[0], False, (pairs, separate[1]))
+    assert case.near(both, case.first[:, :inner] + case.first[:, inner:])
+    both = gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, gate, True, (case.rows, up))
+    assert case.near(both, case.first[:, :inner] + case.first[:, inner:])
     ours = gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.down, True)
     assert case.near(ours, torch.einsum("sh,shi->si", case.pairs, case.down[case.expert].float()))
 
@@ -192,7 +198,7 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_descriptors_hold_plain_integers() -> None:
     """Triton's launcher takes no others; its interpreter takes what it gets."""
     pairs, gate_up = (torch.empty(*shape, dtype=torch.float16, device=DEVICE) for shape in ((6, 16), (2, 16, 8)))
-    for of in (wgrad_kernels._ragged(pairs, 64, 128), gemm_kernels._gate_and_up(gate_up, 128, 64)):
+    for of in (wgrad_kernels._ragged(pairs, 64, 128), gemm_kernels._gate_and_up(gate_up, gate_up, 8, 128, 64)[0]):
         assert {type(number) for number in (*of.shape, *of.strides, *of.block_shape)} == {int}
 
 

@@ -176,8 +176,7 @@ class PieceGradients:
         if len(self._pieces) == 1:  # as they are for the weight gradient too
             self._grad_pairs = pairs_SH
         del pairs_SH
-        pairs = [_linear(g, weight, piece.plan.offsets_E, True) for g, weight in zip(first, weights.first, strict=True)]
-        reduce_pairs(pairs, piece.plan, out[0])
+        reduce_pairs(_input_gradients(first, weights.first, piece.plan.offsets_E), piece.plan, out[0])
 
     def _through_down(
         self, piece: Piece, grad_RH: torch.Tensor, weights: ExpertWeights, act: Activation
@@ -356,6 +355,19 @@ def _together(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
     if beside and first.untyped_storage().nbytes() >= (first.storage_offset() + count * size) * first.itemsize:
         return first.as_strided((count, size), (size, 1))
     return torch.stack(list(vectors))
+
+
+def _input_gradients(
+    grads: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...], offsets_E: torch.Tensor
+) -> list[torch.Tensor]:
+    """Gradients of the pairs' rows through the first projection, to be added: of gate and up together, or of each."""
+    if len(grads) == 2 and use_kernels(grads[0]) and all(weight.is_contiguous() for weight in weights):
+        from fluid_hf.moe import gemm_kernels
+
+        small = grads[0].dtype != torch.float32 or gemm_kernels.serves_float32(weights[0])
+        if small and gemm_kernels.prefers_one_sum(grads[0].shape[1]):
+            return [gemm_kernels.gathered_linear(grads[0], None, offsets_E, weights[0], True, (grads[1], weights[1]))]
+    return [_linear(grad, weight, offsets_E, True) for grad, weight in zip(grads, weights, strict=True)]
 
 
 def _linear(input_SM: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:

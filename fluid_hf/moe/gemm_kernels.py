@@ -28,6 +28,7 @@ __all__ = [
     "prefers_fused",
     "prefers_gathered",
     "prefers_gathered_wgrad",
+    "prefers_one_sum",
     "prefers_quick_launch",
     "product_tile",
     "serves_float32",
@@ -49,6 +50,11 @@ def prefers_gathered_wgrad(inner: int) -> bool:
 def prefers_gathered(inner: int, top_k: int) -> bool:
     """Whether `gathered_linear` is faster than a copy and torch's grouped GEMM."""
     return inner <= 4096 and top_k >= 4
+
+
+def prefers_one_sum(inner: int) -> bool:
+    """Whether the input gradients of separate gate and up are one sum: that saves writing and reading one of them."""
+    return inner <= 4096
 
 
 def serves_float32(weight: torch.Tensor) -> bool:
@@ -103,31 +109,41 @@ def gated_linear(
     out = rows_RH.new_empty(pairs, inner)
     kept = tuple(rows_RH.new_empty(pairs, weight.shape[1]) for weight in first) if keep else ()
     if pairs:
-        # Blocks of gate and up together are read by the copy engine, where they lie in one tensor.
-        described = len(first) == 1 and can_describe(gate)
-        height, columns, depth, warps, stages = product_tile(rows_RH, 256, 3 if described and hidden > 2048 else 4)
+        height, columns, depth, warps, stages = product_tile(rows_RH, 256, 4)
         width = columns // 2  # of gate, beside as many of up
+        both, swapped = _gate_and_up(gate, up, inner, width, depth)
+        if both is not None and hidden > 2048:
+            stages = min(stages, 3)
         stored = kept or (out,)
         pointers = rows_RH, pair_row_S, pair_slot_S, offsets_E, weights_RK, stored[0], stored[-1], out, up
         _gated(
             ((pairs // height + experts) * blocks_of(inner, width), 1, 1),
-            pointers if described else (*pointers, gate),
+            pointers if both is not None else (*pointers, gate),
             (pairs,),
             (rows_RH.stride(0), hidden, inner, gate.shape[1], weights_RK.stride(0), weights_RK.shape[1], experts)
-            + (power_of_two(experts), keep, described, height, width, depth, GROUP),
+            + (power_of_two(experts), keep, both is not None, swapped, height, width, depth, GROUP),
             warps,
             stages,
-            (_gate_and_up(gate, width, depth),) if described else (),
+            (both,) if both is not None else (),
         )
     return kept, out
 
 
-def _gate_and_up(weight: torch.Tensor, columns: int, depth: int) -> TensorDescriptor:
-    """Describes [E, 2I, H] in blocks of columns of gate with the same ones of up; what is beyond I or H reads as 0."""
-    experts, width, hidden = weight.shape
-    inner = width // 2
-    strides = [width * hidden, inner * hidden, hidden, 1]
-    return TensorDescriptor(weight, [experts, 2, inner, hidden], strides, [1, 2, columns, depth])
+def _gate_and_up(
+    gate: torch.Tensor, up: torch.Tensor, inner: int, columns: int, depth: int
+) -> tuple[TensorDescriptor | None, bool]:
+    """Describes blocks of columns of gate with the same ones of up, and whether up comes first; what is beyond reads 0.
+
+    In one tensor or in two: the distance between them is a stride, which must not be negative and has 40 bits.
+    """
+    if not (can_describe(gate) and can_describe(up)):
+        return None, False
+    experts, width, hidden = gate.shape
+    distance = inner * hidden if gate is up else (up.data_ptr() - gate.data_ptr()) // gate.element_size()
+    if abs(distance) * gate.element_size() >= 2**40:
+        return None, False
+    base, strides = (up if distance < 0 else gate), [width * hidden, abs(distance), hidden, 1]
+    return TensorDescriptor(base, [experts, 2, inner, hidden], strides, [1, 2, columns, depth]), distance < 0
 
 
 def gathered_linear(
@@ -136,6 +152,7 @@ def gathered_linear(
     offsets_E: torch.Tensor,
     weight: torch.Tensor,
     transposed: bool,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`weight[expert] @ row` of every pair: [S, N].
 
@@ -143,6 +160,7 @@ def gathered_linear(
         rows_RH: any row stride, elements of a row side by side.
         pair_row_S: row of each pair, or `None` if there is a row for each.
         weight: contiguous [E, N, H], or with `transposed` [E, H, N].
+        second: rows and a weight of the same layouts, whose product is added (before rounding).
     """
     experts, (pairs, hidden) = weight.shape[0], rows_RH.shape
     if pair_row_S is not None:
@@ -151,12 +169,13 @@ def gathered_linear(
     out = rows_RH.new_empty(pairs, width)
     if pairs:
         height, columns, depth, warps, stages = product_tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
+        more = second if second is not None else (rows_RH, weight)
         _linear(
             ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
-            (rows_RH, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, weight, out),
+            (rows_RH, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, weight, *more, out),
             (pairs,),
-            (rows_RH.stride(0), hidden, width, transposed, pair_row_S is not None, experts, power_of_two(experts))
-            + (height, columns, depth, GROUP),
+            (rows_RH.stride(0), hidden, width, transposed, pair_row_S is not None, second is not None, experts)
+            + (power_of_two(experts), height, columns, depth, GROUP),
             warps,
             stages,
         )
@@ -257,12 +276,14 @@ def _gated_tile(
     rows, pair_row, pair_slot, weights, kept_gate, kept_up, hidden_out, up, gate, expert, low, end, block,
     row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
     weights_stride: tl.constexpr, top_k: tl.constexpr, KEEP: tl.constexpr, DESCRIBED: tl.constexpr,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    SWAPPED: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
     row = rows + tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)[:, None] * row_stride
-    if DESCRIBED:
+    if SWAPPED:
+        sum_up, sum_gate = _joined_sums(row, gate, expert, block, hidden, HEIGHT, COLUMNS, DEPTH)
+    elif DESCRIBED:
         sum_gate, sum_up = _joined_sums(row, gate, expert, block, hidden, HEIGHT, COLUMNS, DEPTH)
     else:
         sum_gate, sum_up = _separate_sums(
@@ -291,7 +312,7 @@ def _gated_kernel(
     rows, pair_row, pair_slot, offsets, weights, kept_gate, kept_up, hidden_out, up, gate, limit,
     row_stride: tl.constexpr, hidden: tl.constexpr, inner: tl.constexpr, width: tl.constexpr,
     weights_stride: tl.constexpr, top_k: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
-    KEEP: tl.constexpr, DESCRIBED: tl.constexpr,
+    KEEP: tl.constexpr, DESCRIBED: tl.constexpr, SWAPPED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     ACROSS: tl.constexpr = (inner + COLUMNS - 1) // COLUMNS
@@ -300,37 +321,46 @@ def _gated_kernel(
         if end - low > HEIGHT // 2:
             _gated_tile(
                 rows, pair_row, pair_slot, weights, kept_gate, kept_up, hidden_out, up, gate, expert, low, end, block,
-                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED, HEIGHT, COLUMNS, DEPTH,
+                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED, SWAPPED,
+                HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _gated_tile(
                 rows, pair_row, pair_slot, weights, kept_gate, kept_up, hidden_out, up, gate, expert, low, end, block,
-                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED, HEIGHT // 2, COLUMNS, DEPTH,
+                row_stride, hidden, inner, width, weights_stride, top_k, KEEP, DESCRIBED, SWAPPED,
+                HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 
 @triton.jit
 def _linear_tile(
-    rows, pair_row, weight, out, expert, low, end, block,
+    rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
     row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TWO: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
     row = tl.load(pair_row + pair, mask=known, other=0) if GATHER else tl.where(known, pair, 0)
-    row = rows + row.to(tl.int64)[:, None] * row_stride
+    row = row.to(tl.int64)[:, None] * row_stride
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     deep = tl.arange(0, DEPTH)
     EVEN: tl.constexpr = hidden % DEPTH == 0
+    STEPS: tl.constexpr = (hidden + DEPTH - 1) // DEPTH
     STEP: tl.constexpr = width if TRANSPOSED else 1
     ACROSS: tl.constexpr = 1 if TRANSPOSED else hidden
     at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * ACROSS + deep[:, None] * STEP
     total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
-    for start in range(0, hidden, DEPTH):
+    for step in range(0, STEPS * (1 + TWO)):
+        start, from_rows, from_weight = step * DEPTH, rows, weight
+        if TWO:  # one loop over both: two would be compiled, and filled and drained, one after the other
+            behind = step >= STEPS
+            start = tl.where(behind, start - STEPS * DEPTH, start)
+            from_rows = tl.where(behind, rows2, rows)
+            from_weight = tl.where(behind, weight2, weight)
         left = deep + start < hidden
-        value = _row_at(row, (deep + start)[None, :], left[None, :], EVEN)
-        weights = _weight_at(weight, at + start * STEP, left[:, None] & inside[None, :], width, COLUMNS, EVEN)
+        value = _row_at(from_rows + row, (deep + start)[None, :], left[None, :], EVEN)
+        weights = _weight_at(from_weight + start * STEP, at, left[:, None] & inside[None, :], width, COLUMNS, EVEN)
         total = tl.dot(value, weights, total, input_precision="ieee")
     mask = known[:, None] & inside[None, :]
     tl.store(out + pair.to(tl.int64)[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=mask)
@@ -338,9 +368,9 @@ def _linear_tile(
 
 @triton.jit(do_not_specialize=["limit"])
 def _linear_kernel(
-    rows, pair_row, offsets, weight, out, limit,
+    rows, pair_row, offsets, weight, rows2, weight2, out, limit,
     row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    EXPERTS: tl.constexpr, PADDED: tl.constexpr,
+    TWO: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     ACROSS: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
@@ -348,13 +378,13 @@ def _linear_kernel(
     if (expert < EXPERTS) & (low < end):
         if end - low > HEIGHT // 2:
             _linear_tile(
-                rows, pair_row, weight, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, GATHER, HEIGHT, COLUMNS, DEPTH,
+                rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
+                row_stride, hidden, width, TRANSPOSED, GATHER, TWO, HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _linear_tile(
-                rows, pair_row, weight, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, GATHER, HEIGHT // 2, COLUMNS, DEPTH,
+                rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
+                row_stride, hidden, width, TRANSPOSED, GATHER, TWO, HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 
