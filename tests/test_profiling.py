@@ -21,11 +21,12 @@ from fluid_hf import ConfigError, FluidConfig, MissingPackageError, TraceError, 
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.commands import profile
 from fluid_hf.overlap.intervals import clip, intersect, length, subtract, union
+from fluid_hf.profiling import picture
 from fluid_hf.profiling.breakdown import breakdown, breakdown_text
 from fluid_hf.profiling.layer_run import TRACED, LayerRun
 from fluid_hf.profiling.picture import draw_expert_load, draw_timeline
 from fluid_hf.profiling.session import StepTrace, write_report
-from fluid_hf.profiling.timeline import exposed, layer_names, layer_passes, summarize
+from fluid_hf.profiling.timeline import PassTimeline, Work, exposed, layer_names, layer_passes, summarize
 from fluid_hf.profiling.trace import read_trace
 from fluid_hf.ranges import span
 
@@ -181,6 +182,18 @@ class MirrorRun(LayerRun):
         finally:
             torch.distributed.destroy_process_group()
         return {overlap: self.trace_path(overlap) for overlap in self.overlaps}
+
+
+def test_legend_of_all_kinds_fits() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    labels = [*picture.KINDS, "wave 0", "wgrad up"]
+    works = [Work(0.0, 1.0, label) for label in labels]
+    figure = picture._matplotlib().Figure(figsize=(11.5, 6), dpi=150)
+    picture._legend(figure, [("", PassTimeline("layer", False, 1.0, works, [], []))])
+    extent = figure.legends[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert len(figure.legends[0].get_texts()) == len(picture.KINDS) + 2
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1, extent
 
 
 def test_layer_is_traced_on_a_mirror_link(
