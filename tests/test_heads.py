@@ -94,6 +94,6 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
         torch.testing.assert_close(into[name], leaf.grad)
 
 
-@pytest.mark.parametrize(("num_bytes", "chunks"), [(0, 1), (18 << 20, 1), (37 << 20, 2), (1 << 30, 2)])
+@pytest.mark.parametrize(("num_bytes", "chunks"), [(0, 1), (18 << 20, 1), (40 << 20, 1), (70 << 20, 3), (1 << 30, 3)])
 def test_chunks_where_they_pay(num_bytes: int, chunks: int) -> None:
     assert choose_head_chunks(num_bytes) == chunks

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 __all__ = ["choose_head_chunks"]
 
-# Measured on an H200 host (20 us a call, 33 GB/s on the link) when a second chunk cost 58 calls both ways: two chunks
-# were 5 to 9% faster than one with 70 MiB sent and more, and took 8 to 15% longer with 36 to 40 MiB, where the host was
-# the limit; with 18 MiB one was 1.7 to 2.2 times as fast forward. Two chunks make 34 calls less now, 0.7 ms: computed
-# from that, they are 4 to 5% faster with 36 to 40 MiB as well. More than two equal ones gained nothing; three with
-# small ends are not measured.
-MIN_BYTES_PER_CHUNK = 16 << 20
-MAX_CHUNKS = 2
+# Measured on an H200 (50 GB/s on the link; 32 host calls forward and 36 backward with one chunk, about 20 more with
+# two), milliseconds forward / both ways with one, two and three chunks:
+#
+#     sent, layer, ranks            one            two            three
+#     18 MiB  mixtral, 8        1.33 /  3.1    1.28 /  4.3    1.57 /  5.3
+#     18 MiB  qwen3, 8          1.13 /  2.9    1.14 /  3.8    1.81 /  5.3
+#     36 MiB  qwen3, 2          1.97 /  4.9    2.37 /  5.5    (two key/value heads)
+#     40 MiB  mixtral, 2        2.20 /  5.4    2.33 /  5.4    2.36 /  5.6
+#     70 MiB  mixtral, 8        4.37 / 11.6    3.85 / 10.6    3.70 / 10.5
+#     70 MiB  qwen3, 8          4.09 / 10.9    3.64 / 10.0    3.53 /  9.8
+#     144 MiB qwen3, 2          11.2 / 36.2    9.93 / 33.6    (two key/value heads)
+#     160 MiB mixtral, 2        11.9 / 39.4    10.8 / 36.7    10.5 / 35.5
+#
+# Three are best wherever two are better than one; heads that cannot be cut in three are cut in two.
+MIN_BYTES = 48 << 20
+CHUNKS = 3
 
 
 def choose_head_chunks(num_bytes: int) -> int:
-    """Pieces that the heads of a sequence-parallel attention layer are cut into.
+    """Pieces that the heads of a sequence-parallel attention layer are cut into, at most.
 
     Args:
         num_bytes: what a rank sends in a forward pass; equal on all ranks, as pieces of sequences are.
     """
-    return max(1, min(num_bytes // MIN_BYTES_PER_CHUNK, MAX_CHUNKS))
+    return CHUNKS if num_bytes >= MIN_BYTES else 1
