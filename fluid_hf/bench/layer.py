@@ -39,6 +39,18 @@ class Timing:
     peak_mb: float = 0.0
 
 
+class _SeparateExperts(ExpertParallelLayer):
+    """Gate and up in parameters of their own, as in a patched model."""
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, settings: ExpertParallelLayer) -> None:
+        self.init_like(settings)
+        gate, up = (nn.Parameter(part.contiguous()) for part in gate_up.chunk(2, dim=1))
+        self.gate_proj, self.up_proj, self.down_proj = gate, up, nn.Parameter(down)
+
+    def expert_parameters(self) -> dict[str, torch.Tensor]:
+        return {"gate": self.gate_proj, "up": self.up_proj, "down": self.down_proj}
+
+
 class LayerBench:
     """Inputs and variants of one shape on one group size.
 
@@ -83,9 +95,9 @@ class LayerBench:
         self.weights = (self.weights / self.weights.sum(1, keepdim=True)).to(dtype)
 
     def ours(
-        self, *, overlap: bool, waves: int = 1, wgrad: str = "layer", recompute: bool = False
+        self, *, overlap: bool, waves: int = 1, wgrad: str = "layer", recompute: bool = False, separate: bool = False
     ) -> ExpertParallelLayer:
-        """The expert-parallel layer around the shared weights."""
+        """The expert-parallel layer around the shared weights; `separate` as a patched model holds them, in copies."""
         settings = ExpertParallelLayer(
             self.shape.experts,
             self.exchange,
@@ -95,6 +107,8 @@ class LayerBench:
             recompute=recompute,
             wave_choice=WaveChoice(waves),
         )
+        if separate:
+            return _SeparateExperts(self.gate_up, self.down, settings)
         return ExpertParallelExperts.from_parameters(nn.Parameter(self.gate_up), nn.Parameter(self.down), settings)
 
     def row_per_expert(self) -> tuple[Layer, nn.Module]:
@@ -122,11 +136,13 @@ class LayerBench:
             plain = transformers_experts
             return {
                 "fluid_hf": build(overlap=True),
+                "fluid_hf patched": build(overlap=True, separate=True),
                 "transformers": lambda: (lambda m: (m, m))(plain(self.shape, self.gate_up, self.down)),
             }
         found = {"row per expert": self.row_per_expert, "serial": build(overlap=False)}
         for count in waves:
             found[f"overlap {count}"] = build(overlap=True, waves=count)
+        found[f"overlap {waves[-1]} patched"] = build(overlap=True, waves=waves[-1], separate=True)
         found[f"overlap {waves[-1]} wgrad off"] = build(overlap=True, waves=waves[-1], wgrad="off")
         found["AutoEP"] = lambda: autoep_layer(self.shape, self.gate_up, self.down)
         found["AllToAllEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down)
