@@ -7,7 +7,11 @@ import importlib.util
 
 import torch
 
-__all__ = ["use_kernels"]
+__all__ = ["MAX_INNER_FUSED", "MAX_INNER_GATHERED_WGRAD", "use_kernels"]
+
+# Largest intermediate sizes with which the grouped GEMMs read rows by index instead of a copy: in the first projection,
+# which then computes the activation too, and in the weight gradients. The cost model reckons with the same.
+MAX_INNER_FUSED, MAX_INNER_GATHERED_WGRAD = 4096, 2048
 
 
 @functools.cache

@@ -166,9 +166,25 @@ def test_planner(tokens: int, top_k: int, local: int, power: int) -> None:
         sizes, hardware, SERIAL, training=True
     )
     more = dataclasses.replace(sizes, tokens=tokens + 1000)
-    assert forward_seconds(more, hardware, waves) >= forward_seconds(sizes, hardware, waves) > 0
+    assert forward_seconds(more, hardware, waves) >= forward_seconds(sizes, hardware, waves) * (1 - 1e-9) > 0
     rows = expected_rows(tokens, top_k, experts, ranks)
     assert 0 <= rows <= tokens * min(top_k, ranks - 1 if ranks > 1 else 0) + 1e-6
+
+
+@FEW
+@given(st.integers(1, 20000), st.integers(1, 3), st.floats(5e9, 5e11), st.floats(0, 0.9), st.floats(0, 5e-4))
+def test_predictions_of_any_link(tokens: int, power: int, speed: float, taken: float, post: float) -> None:
+    """No pass is shorter than its GEMMs or its bytes, nor shorter over a link that costs more."""
+    ranks = 2**power
+    sizes = LayerSizes(tokens, 8, 128, ranks, 2048, 768)
+    hardware = Hardware(6e14, 3e12, link=speed, post=post, taken=taken)
+    bytes_both = 2 * sizes.rows * sizes.hidden * sizes.element_bytes
+    least = max(6 * sizes.pairs * sizes.hidden * sizes.inner / hardware.flops, bytes_both / speed)
+    for waves in (SERIAL, *possible_waves(ranks)):
+        time = predicted_seconds(sizes, hardware, waves, training=False)
+        assert least <= time <= predicted_seconds(sizes, hardware, waves, training=True)
+        costly = dataclasses.replace(hardware, post=post + 1e-3)
+        assert time <= predicted_seconds(sizes, costly, waves, training=False) * (1 + 1e-9)
 
 
 @FEW

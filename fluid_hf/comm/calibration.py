@@ -13,9 +13,11 @@ from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 
 __all__ = ["LinkSpeed", "measure_launch", "measure_link"]
 
-MESSAGE_BYTES, SMALL_BYTES = 8 << 20, 16 << 10
+# A message as large as a wave's: 8 MiB to one peer did not fill a link (NVLink, and PCIe both ways). The least size is
+# for many peers, whose buffers grow with their number.
+WAVE_BYTES, LEAST_BYTES, SMALL_BYTES = 32 << 20, 8 << 20, 16 << 10
 GEMM_SIZE = {"cuda": 4096, "cpu": 32}
-FILLER = 5  # products ahead of what is timed, so that the host has queued it all before the device gets there
+FILLER = 8  # products ahead of what is timed, so that the host has queued it all before the device gets there
 
 
 class LinkSpeed(float):
@@ -40,10 +42,15 @@ class LinkSpeed(float):
 
     @classmethod
     def from_times(cls, peers: int, message: float, small: float, post: float, taken: float) -> LinkSpeed:
-        """From the seconds of a wave of `MESSAGE_BYTES` and one of `SMALL_BYTES` to each peer."""
+        """From the seconds of a wave of `message_bytes` and one of `SMALL_BYTES` to each peer."""
         small = min(small, message / 2)  # a disturbed measurement of the small one must not make the link look fast
-        value = peers * (MESSAGE_BYTES - SMALL_BYTES) / (message - small)
+        value = peers * (message_bytes(peers) - SMALL_BYTES) / (message - small)
         return cls(value, latency=small, post=post, taken=taken)
+
+
+def message_bytes(peers: int) -> int:
+    """Bytes for each peer in the wave that is timed."""
+    return max(LEAST_BYTES, WAVE_BYTES // max(1, peers))
 
 
 def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5) -> LinkSpeed:
@@ -53,8 +60,8 @@ def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5)
     """
     before = exchange.bytes_sent
     load = _Load(exchange, device)
-    load.post(1, MESSAGE_BYTES)[0].wait()
-    times = [load.message(size) for size in (MESSAGE_BYTES, SMALL_BYTES) for _ in range(repeats)]
+    load.post(1, load.size)[0].wait()
+    times = [load.message(size) for size in (load.size, SMALL_BYTES) for _ in range(repeats)]
     flight, posted = zip(*times, strict=True)
     fastest = [min(flight[:repeats]), min(flight[repeats:]), min(posted)]
     message, small, post = _agree(exchange, device, fastest)
@@ -81,8 +88,10 @@ class _Load:
 
     def __init__(self, exchange: PeerExchange, device: torch.device) -> None:
         self._exchange, self._device = exchange, device
-        self._sent = torch.ones(exchange.size, MESSAGE_BYTES, dtype=torch.uint8, device=device)
+        self.size = message_bytes(exchange.size - 1)
+        self._sent = torch.ones(exchange.size, self.size, dtype=torch.uint8, device=device)
         self._received = torch.empty_like(self._sent)
+        self._meeting = torch.zeros(1, device=device)
         size = GEMM_SIZE.get(device.type, 1024)
         self._matrix = torch.ones(size, size, dtype=torch.float16, device=device)
         self._product = torch.empty_like(self._matrix)
@@ -108,7 +117,7 @@ class _Load:
 
     def share_taken(self, message: float) -> float:
         """Share of computing lost while waves fly that take `message` seconds each; `message` is equal on all ranks."""
-        count = max(1, min(8, int(2e-3 / message)))
+        count = max(1, min(4, int(2e-3 / message)))
         one = self._time(lambda: self._multiply(8)) / 8
         products = max(1, min(64, math.ceil(2 * count * message / one)))
         lost = []
@@ -117,7 +126,7 @@ class _Load:
             handles: list[ExchangeHandle] = []
 
             def beside(handles: list[ExchangeHandle] = handles) -> None:
-                handles += self.post(count, MESSAGE_BYTES)
+                handles += self.post(count, self.size)
                 self._multiply(products)
 
             together = self._time(beside)
@@ -139,6 +148,8 @@ class _Load:
             return time.perf_counter() - begin
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._multiply(FILLER)
+        # The devices meet too: one that is ahead would count its wait for the other as time of the message.
+        dist.all_reduce(self._meeting, dist.ReduceOp.MAX, group=self._exchange.group)
         start.record()
         run()
         end.record()

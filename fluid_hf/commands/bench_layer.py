@@ -21,8 +21,8 @@ from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.commands.arguments import positive
 from fluid_hf.errors import ConfigError
-from fluid_hf.overlap.cost_model import backward_seconds, forward_seconds, hardware_of
-from fluid_hf.overlap.planner import choose_waves, possible_waves
+from fluid_hf.overlap.cost_model import hardware_of
+from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
 from fluid_hf.profiling.breakdown import breakdown, breakdown_text, record
 
 ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
@@ -139,15 +139,15 @@ def _plan(bench: LayerBench, cell: dict[str, Any], waves: list[int]) -> list[int
     link, launch = 0.0, 0.0
     if bench.device.type == "cuda":
         link, launch = measure_link(bench.exchange, bench.device), measure_launch(bench.exchange, bench.device)
-        cell["link"] = {"bytes_per_second": float(link), **vars(link)}
+        cell["link"] = {"bytes_per_second": float(link), **vars(link), "launch": launch}
     hardware = hardware_of(bench.device, link, launch)
     planned = choose_waves(sizes, hardware, training=True)
     timed = sorted({*waves, planned} & set(possible_waves(bench.ep_size)))
     cell["planned_waves"] = planned
     cell["predicted_ms"] = {
         count: (
-            forward_seconds(sizes, hardware, count) * 1e3,
-            (forward_seconds(sizes, hardware, count) + backward_seconds(sizes, hardware, count)) * 1e3,
+            predicted_seconds(sizes, hardware, count, training=False) * 1e3,
+            predicted_seconds(sizes, hardware, count, training=True) * 1e3,
         )
         for count in timed
     }

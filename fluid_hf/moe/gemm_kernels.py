@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fluid_hf.kernels import MAX_INNER_FUSED, MAX_INNER_GATHERED_WGRAD
 from fluid_hf.launch import Kernel, blocks_of, can_describe, power_of_two
 
 __all__ = [
@@ -39,12 +40,12 @@ GROUP = 16  # row blocks whose columns are computed together, while their rows a
 
 def prefers_fused(inner: int) -> bool:
     """Whether `gated_linear` is faster than a copy, torch's grouped GEMM and the activation (measured up to 2560)."""
-    return inner <= 4096
+    return inner <= MAX_INNER_FUSED
 
 
 def prefers_gathered_wgrad(inner: int) -> bool:
     """Whether `gathered_wgrad` is faster than a copy and torch's grouped GEMM (measured: 1408 even, 2560 slower)."""
-    return inner <= 2048
+    return inner <= MAX_INNER_GATHERED_WGRAD
 
 
 def prefers_gathered(inner: int, top_k: int) -> bool:
