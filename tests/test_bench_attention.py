@@ -96,6 +96,7 @@ def as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LIMITS = {("tiny", 1): (27, 34), ("tiny", 2): (43, 48), ("tiny-normed", 1): (27, 40), ("tiny-normed", 2): (43, 56)}
+MORE_IN_PIECES = (10, 16)
 
 
 def test_operations_of_a_call(mirror: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +125,33 @@ def test_operations_of_a_call(mirror: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert max(further) <= 20, (shape, further)
 
 
+@pytest.mark.parametrize("shape", ["tiny", "tiny-normed"])
+def test_operations_of_a_call_in_pieces(monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    """Of two ranks with one chunk: operations more, forward and backward."""
+    as_kernels(monkeypatch)
+    init_mirror(2)
+    found = []
+    for least in (1 << 60, 0):
+        monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
+        bench = AttentionBench(ATTENTION_SHAPES[shape], 2, 16, CPU, dtype=torch.float32, layers=1)
+        layer, module = bench.ours(overlap=True)
+        bench.gradients(layer, module)
+        hidden = bench.hidden.detach().requires_grad_()
+        with Operations() as forward:
+            output = layer(hidden)
+        with Operations() as backward:
+            output.backward(bench.grad)
+        found.append((forward.count, backward.count))
+    dist.destroy_process_group()
+    more = [pieces - whole for whole, pieces in zip(*found, strict=True)]
+    assert all(a <= b for a, b in zip(more, MORE_IN_PIECES, strict=True)), (more, found)
+
+
 @pytest.mark.parametrize("trained", ["q_proj", "k_proj", "o_proj", "k_norm", "hidden"])
-def test_gradients_of_one_part_alone(mirror: int, trained: str) -> None:
-    """What nobody wants a gradient of is not sent back, and the rest is as with plain all-to-alls."""
+@pytest.mark.parametrize("least", [0, 1 << 60])
+def test_gradients_of_one_part_alone(mirror: int, trained: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody wants a gradient of is not sent back, and the rest is as with plain all-to-alls, in pieces or not."""
+    monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
     shape = dataclasses.replace(ATTENTION_SHAPES["tiny-normed"], heads=8)
     bench = AttentionBench(shape, mirror, 8 * mirror, CPU, dtype=torch.float32, layers=1)
     found = []

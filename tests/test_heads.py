@@ -7,7 +7,7 @@ import torch
 
 from fluid_hf.attention.fused_projection import HeadPlan
 from fluid_hf.attention.heads import HeadChunk, plan_heads
-from fluid_hf.attention.planner import choose_head_chunks
+from fluid_hf.attention.planner import choose_head_chunks, travels_in_pieces
 from fluid_hf.errors import ConfigError
 
 
@@ -74,6 +74,8 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
     packed = torch.full((tokens, (heads + 2 * kv_heads) * dim), torch.nan, dtype=torch.double)
     rows = plan.travelling(weights)
     apart = plan.apart(rows)
+    if not layout.replicated:
+        assert torch.equal(plan.home(rows), torch.cat([weights[name] for name in "qkv"]))
     for index, (chunk, right) in enumerate(zip(plan.chunks, plan.by_rank(rows), strict=True)):
         found = torch.bmm(x.detach().expand(size, -1, -1), right)
         for rank, one in enumerate(apart[index]):
@@ -97,3 +99,11 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
 @pytest.mark.parametrize(("num_bytes", "chunks"), [(0, 1), (18 << 20, 1), (40 << 20, 1), (70 << 20, 3), (1 << 30, 3)])
 def test_chunks_where_they_pay(num_bytes: int, chunks: int) -> None:
     assert choose_head_chunks(num_bytes) == chunks
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "chunks", "size", "expected"),
+    [(36 << 20, 1, 2, True), (18 << 20, 1, 2, False), (36 << 20, 1, 4, False), (144 << 20, 3, 2, False)],
+)
+def test_pieces_where_no_core_hides_an_exchange(num_bytes: int, chunks: int, size: int, expected: bool) -> None:
+    assert travels_in_pieces(num_bytes, chunks, size) == expected

@@ -162,6 +162,22 @@ def test_three_chunks_of_unequal_size(pool2: RankPool, kv_heads: int) -> None:
         check(pool2.run(run_model, family, 2, model_args=model_args, packed=kv_heads == 2, waves=3))
 
 
+def run_in_pieces(rank: int, world: int, family: str, **options: Any) -> dict[str, float]:
+    """`run_model` with messages in two pieces, however small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", 0)
+        return run_model(rank, world, family, 2, **options)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+def test_one_chunk_in_pieces(pool2: RankPool, family: str, kv_heads: int) -> None:
+    """Also with a key/value head of both ranks, biases, and an odd number of tokens."""
+    model_args = {"num_key_value_heads": kv_heads}
+    for way in ({}, {"packed": True}, {"wgrad": "off"}, {"length": 6}, {"length": 10, "checkpointing": "reentrant"}):
+        check(pool2.run(run_in_pieces, family, model_args=model_args, waves=1, **way))
+
+
 def dense_model() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -275,8 +291,8 @@ def test_wrong_use_raises_on_every_rank(pool2: RankPool, what: str, kind: str, m
         assert message in text
 
 
-def run_schedule(rank: int, world: int, family: str) -> tuple[list[str], int, float]:
-    model = fluid_hf.patch_model(tiny_model(family), FluidConfig(ep_size=1, sp_size=world, waves=2)).train()
+def run_schedule(rank: int, world: int, family: str, waves: int = 2) -> tuple[list[str], int, float]:
+    model = fluid_hf.patch_model(tiny_model(family), FluidConfig(ep_size=1, sp_size=world, waves=waves)).train()
     shard = model.fluid.shard_batch(whole_batch(0, packed=False, mask="", length=12))
     with model.fluid.record_events() as events:
         logits = model(**shard).logits
@@ -294,6 +310,19 @@ SCHEDULE = [
     *("wait result grads 1", "post return 1", "wait result grads 0", "post return 0", "wgrad o", "wait return 1"),
     *("wait return 0", "wgrad q", "wgrad k", "wgrad v"),
 ]
+
+
+def run_schedule_in_pieces(rank: int, world: int) -> tuple[list[str], int, float]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", 0)
+        return run_schedule(rank, world, "mixtral", waves=1)
+
+
+def test_pieces_change_neither_events_nor_bytes(pool2: RankPool) -> None:
+    for (found, sent, _), (expected, bytes_sent, _) in zip(
+        pool2.run(run_schedule_in_pieces), pool2.run(run_schedule, "mixtral", 1), strict=True
+    ):
+        assert (found, sent) == (expected, bytes_sent)
 
 
 def test_order_of_events_and_bytes(pool2: RankPool) -> None:

@@ -7,25 +7,31 @@ chunk has C columns per rank (its query, key and value heads) and E columns of r
     backward   gather: gradients of results -> wire core, chunk by chunk, gradients -> wire   scatter: input gradient
 
 The methods run in the order of `fluid_hf.attention.overlapped`, which holds the schedule. What two ranks exchange is
-the other one's part only; more of them exchange all parts in one all-to-all, the own one among them.
+the other one's part only; more of them exchange all parts in one all-to-all, the own one among them. With one chunk of
+many bytes two ranks send each message in two pieces, halves of the tokens: the second one is computed while the first
+travels, and what the first gives while the second does. Only gradients of results, whose product is short, go whole.
 
 Order on a GPU. Everything is queued on one stream but the messages: a message starts behind what is queued when it is
 posted, and what reads its received buffer is queued behind `_wait`. A handle keeps both buffers of a message until that
-wait is queued, so their memory goes to work behind it only. What is not in a message (the ordered weights, the own
+wait is queued, so their memory goes to work behind it only; of a message in pieces each handle keeps its own, and each
+piece is read behind the wait for it. What is not in a message (the ordered weights, the own
 parts) is written and read on the one stream, and may be freed as soon as its last reader is queued.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from fluid_hf.attention.fused_projection import HeadPlan, Projections
+from fluid_hf.attention.head_gradients import HeadGradients, PackedGradients, PartedGradients
 from fluid_hf.attention.head_layouts import NormSums
 from fluid_hf.attention.heads import HeadLayout
+from fluid_hf.attention.planner import travels_in_pieces
+from fluid_hf.attention.products import add_product, batched_product, beside, mm_float, product
 from fluid_hf.comm.gradients import check_versions
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradWork
@@ -96,7 +102,11 @@ class AttentionCall:
         self.num_chunks = len(self.plan.chunks)
         self.size, self.own = context.layout.sp_size, context.exchange.rank
         self.peer = 1 - self.own if self.size == 2 else None  # whose part alone is exchanged
-        self._handles: list[ExchangeHandle | None] = []
+        tokens = self.batch * self.length
+        sent = context.layout.bytes_sent(tokens, context.head_dim, dtype.itemsize)
+        self.in_pieces = travels_in_pieces(sent, self.num_chunks, self.size)
+        self._piece = -(-tokens // 2)  # rows
+        self._handles: list[list[ExchangeHandle]] = []
         self._received: list[torch.Tensor] = []
         self._own_results: list[torch.Tensor] = []
         self._returns: list[tuple[torch.Tensor, torch.Tensor] | None] = []  # by rank, and what arrived
@@ -104,11 +114,6 @@ class AttentionCall:
         self.returns_wanted = False
         self.returns_in_flight = False
         self._versions: list[int] | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether the gradients of all chunks are on their way back."""
-        return all(returned is not None for returned in self._returns)
 
     def projections(self) -> Projections:
         """The weights in the type the call computes in; called inside autograd nodes, without gradients."""
@@ -129,7 +134,7 @@ class AttentionCall:
         sums = plan.apart(plan.travelling(biases)) if biases else None
         self._own_results = []
         self._at("forward heads")
-        self._post_products(x_MH, rights, sums, range(self.num_chunks), "post heads")
+        self._post_products(x_MH, rights, sums, range(self.num_chunks), "post heads", self.in_pieces)
 
     @ranged("forward attention")
     def arrive(self, index: int) -> torch.Tensor:
@@ -152,7 +157,8 @@ class AttentionCall:
             by_rank = parts[self.peer]
         received = torch.empty_like(by_rank)
         self._at("forward results", index)
-        self._handles[index], self._received[index] = self._exchange(by_rank, received), received
+        self._received[index] = received
+        self._post(index, by_rank, received)
         self.context.event(f"post results {index}")
 
     @ranged("forward attention")
@@ -169,16 +175,18 @@ class AttentionCall:
             arrived = [self._arrived_results(index).transpose(0, 1) for index in range(self.num_chunks)]
             full = torch.cat(arrived, dim=2).flatten(1)
             return torch.nn.functional.linear(full, weight, bias), (full,)
-        rights, own = weight.t().chunk(2), _beside(self._own_results)
+        rights, own = weight.t().chunk(2), beside(self._own_results)
         self._own_results = []
-        early = _mm_float(own, rights[self.own])
+        early = mm_float(own, rights[self.own])
         if bias is not None:
             early.add_(bias)
-        other = _beside([self._arrived_results(index) for index in range(self.num_chunks)])
-        late = _mm_float(other, rights[self.peer])
-        # Added in float32 and rounded once, in one pass.
-        output = early if early.dtype == self.dtype else early.new_empty(early.shape, dtype=self.dtype)
-        return torch.add(early, late, out=output), (own, other)
+        if self.in_pieces:
+            other = self._received[0]
+            output = self._add_arriving(early, rights[self.peer])
+            self.context.event("wait results 0")
+            return output, (own, other)
+        other = beside([self._arrived_results(index) for index in range(self.num_chunks)])
+        return add_product(early, other, rights[self.peer], self._room(early)), (own, other)
 
     def _arrived_results(self, index: int) -> torch.Tensor:
         received = self._wait(index)
@@ -218,26 +226,39 @@ class AttentionCall:
         self._at("backward head gradients", index)
         sent = grad_SMC if self.peer is None else grad_SMC[self.peer]  # the own part stays: `_returns` keeps it
         received = torch.empty_like(sent)
-        self._handles[index] = self._exchange(sent, received)
+        self._post(index, sent, received)
         self._received[index], self._returns[index] = received, (grad_SMC, received)
         self.returns_in_flight = True
         self.context.event(f"post return {index}")
 
     @ranged("backward attention")
-    def finish_input_grad(self, wanted: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def finish_input_grad(self, wanted: bool, x_MH: torch.Tensor | None) -> tuple[torch.Tensor | None, HeadGradients]:
         """Wait for the returns, last chunk first, and sum what they give for the input.
 
         Args:
             wanted: whether the input needs a gradient.
+            x_MH: the input, if the projections' weights need gradients and may have some of it now.
 
         Returns:
-            The input's gradient [M, H], and the gradients of the q, k and v projections' results side by side.
+            The input's gradient [M, H], and what the weights get of the gradients of q, k and v.
         """
         weights = self.projections().weights
-        whole = torch.cat([weights[name] for name in ("q", "k", "v")]) if wanted else None
-        packed = self.plan.new_packed(next(r[0] for r in self._returns if r is not None), self.complete)
+        returns, self._returns = self._returns, []
+        if self.in_pieces and not self.context.layout.replicated and returns[0] is not None:
+            found = self._finish_own_first(weights if wanted else None, x_MH, *returns[0])
+        else:
+            whole = torch.cat([weights[name] for name in ("q", "k", "v")]) if wanted else None
+            packed = self._pack(returns)
+            found = None if whole is None else packed @ whole, PackedGradients(self.plan, packed)
+        self._received, self._handles = [], []
+        self.returns_in_flight = False
+        return found
+
+    def _pack(self, returns: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> torch.Tensor:
+        like = next(returned[0] for returned in returns if returned is not None)
+        packed = self.plan.new_packed(like, complete=None not in returns)
         for index in reversed(range(self.num_chunks)):
-            returned = self._returns[index]
+            returned = returns[index]
             if returned is None:
                 continue
             self._wait(index)
@@ -246,9 +267,30 @@ class AttentionCall:
                 self.plan.pack_gradient(index, returned[1], packed)
             else:  # the own part is where it was made; what was sent from there is no longer needed
                 self.plan.pack_gradient(index, returned[0], packed, self.peer, returned[1])
-        self._returns, self._received, self._handles = [], [], []
-        self.returns_in_flight = False
-        return None if whole is None else packed @ whole, packed
+        return packed
+
+    def _finish_own_first(
+        self,
+        weights: Mapping[str, torch.Tensor] | None,
+        x_MH: torch.Tensor | None,
+        grads_SMC: torch.Tensor,
+        received_MC: torch.Tensor,
+    ) -> tuple[torch.Tensor | None, HeadGradients]:
+        """Multiply the own part of the gradients while the other one travels, then that one, piece by piece.
+
+        The own part is not in the message; what is in it is read, and its memory kept, by the link alone.
+        """
+        assert self.peer is not None
+        own = grads_SMC[self.own]
+        parts = PartedGradients(self.plan, (own, received_MC) if self.own == 0 else (received_MC, own))
+        rights = () if weights is None else self.plan.travelling(weights).chunk(2)
+        early = mm_float(own, rights[self.own]) if rights else None
+        if x_MH is not None:
+            parts.multiply(self.own, x_MH)
+        grad = None if early is None else self._add_arriving(early, rights[self.peer])
+        self._wait(0)  # for what nobody has waited for yet
+        self.context.event("wait return 0")
+        return grad, parts
 
     def output_work(self, grad_MH: torch.Tensor, results: Sequence[torch.Tensor], names: list[str]) -> WgradWork:
         """The weight gradients of o_proj: of its weight, of its bias; `results` are what `gather` gave."""
@@ -267,19 +309,18 @@ class AttentionCall:
         held = grad_MH.nbytes + sum(part.nbytes for part in results)
         return WgradWork({name: compute[name] for name in names}, held, lambda: self.returns_in_flight)
 
-    def input_work(self, packed_MN: torch.Tensor, x_MH: torch.Tensor, names: list[str]) -> WgradWork:
+    def input_work(self, gradients: HeadGradients, x_MH: torch.Tensor, names: list[str]) -> WgradWork:
         """The weight gradients of q_proj, k_proj and v_proj, and of their biases: views of one product each."""
         made: dict[bool, dict[str, torch.Tensor]] = {}
 
         def gradient(name: str) -> torch.Tensor:
             base, _, bias = name.partition(".")
             if bool(bias) not in made:
-                made[bool(bias)] = self.plan.split(packed_MN.sum(0) if bias else packed_MN.t() @ x_MH)
+                made[bool(bias)] = gradients.biases() if bias else gradients.weights(x_MH)
             return made[bool(bias)].pop(base)
 
-        held = x_MH.numel() * x_MH.element_size() + packed_MN.numel() * packed_MN.element_size()
         compute = {name: (lambda name=name: gradient(name)) for name in names}  # type: ignore[misc]
-        return WgradWork(compute, held, lambda: self.returns_in_flight)
+        return WgradWork(compute, x_MH.nbytes + gradients.nbytes, lambda: self.returns_in_flight)
 
     # -- shared ---------------------------------------------------------------------------------------------------
     def _post_products(
@@ -289,14 +330,16 @@ class AttentionCall:
         sums: Sequence[Sequence[torch.Tensor]] | None,
         order: range,
         event: str,
+        in_pieces: bool = False,
     ) -> None:
         """Compute and send what each chunk's destinations get, [M, C] each; of two ranks, the own part last.
 
         Args:
             rights: right-hand sides of each chunk: [S, K, C], or of two ranks [K, C] each.
             sums: what is added, [C] of each chunk's ranks.
+            in_pieces: whether each message travels in two.
         """
-        self._handles = [None] * self.num_chunks
+        self._handles = [[] for _ in range(self.num_chunks)]
         peer, x_SMK = self.peer, x_MK if self.peer is not None else x_MK.expand(self.size, *x_MK.shape)
         counts = [right.shape[2] if isinstance(right, torch.Tensor) else right[0].shape[1] for right in rights]
         self._received = [x_MK.new_empty(self.size, len(x_MK), count) for count in counts]
@@ -305,13 +348,13 @@ class AttentionCall:
             right, received = rights[index], self._received[index]
             added = None if sums is None else sums[index]
             if isinstance(right, torch.Tensor):
-                product = _batched_product(x_SMK, right, added)
+                self._handles[index] = [self._exchange(batched_product(x_SMK, right, added), received)]
             else:
                 assert peer is not None
                 arriving = received.unbind(0)
-                product, received = _product(x_MK, right, added, peer), arriving[peer]
-                own.append(functools.partial(_product, x_MK, right, added, self.own, arriving[self.own]))
-            self._handles[index] = self._exchange(product, received)
+                for rows, room in self._pieces(in_pieces, x_MK, arriving[peer]):
+                    self._handles[index].append(self._exchange(product(rows, right, added, peer), room))
+                own.append(functools.partial(product, x_MK, right, added, self.own, arriving[self.own]))
             self.context.event(f"{event} {index}")
         for compute in own:
             compute()
@@ -327,43 +370,30 @@ class AttentionCall:
         rows = [0 if rank == self.own else len(sent) for rank in range(2)]
         return self.context.exchange.all_to_all(received, sent, rows, rows)
 
+    def _pieces(self, wanted: bool, *rows_MC: torch.Tensor) -> Sequence[Sequence[torch.Tensor]]:
+        """What goes with one message each, if wanted; contiguous rows of contiguous ones."""
+        return list(zip(*(rows.split(self._piece) for rows in rows_MC), strict=True)) if wanted else [rows_MC]
+
+    def _post(self, index: int, sent: torch.Tensor, received: torch.Tensor) -> None:
+        pieces = self._pieces(self.in_pieces, sent, received)
+        self._handles[index] = [self._exchange(part, room) for part, room in pieces]
+
     def _wait(self, index: int) -> torch.Tensor:
-        handle = self._handles[index]
-        if handle is not None:
+        for handle in self._handles[index]:
             handle.wait()
-            self._handles[index] = None
+        self._handles[index] = []
         return self._received[index]
 
+    def _add_arriving(self, early_MK: torch.Tensor, right_CK: torch.Tensor) -> torch.Tensor:
+        """Add what arrives of the only chunk, times `right_CK`, piece by piece."""
+        output = self._room(early_MK)
+        parts = self._pieces(self.in_pieces, self._received[0], early_MK, output)
+        for handle, (part, early, room) in zip(self._handles[0], parts, strict=True):
+            handle.wait()
+            add_product(early, part, right_CK, room)
+        self._handles[0] = []
+        return output
 
-def _batched_product(
-    x_SMK: torch.Tensor, right_SKC: torch.Tensor, biases: Sequence[torch.Tensor] | None
-) -> torch.Tensor:
-    if biases is None:
-        return torch.bmm(x_SMK, right_SKC)
-    return torch.baddbmm(torch.stack(list(biases))[:, None], x_SMK, right_SKC)
-
-
-def _product(
-    x: torch.Tensor,
-    rights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor] | None,
-    rank: int,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    if biases is None:
-        return torch.mm(x, rights[rank], out=out)
-    return torch.addmm(biases[rank], x, rights[rank], out=out)
-
-
-def _beside(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Parts [M, E] of chunks side by side: [M, sum of E]; one part as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _mm_float(a: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`a @ right` in float32 at least, accumulated in it."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, right)
-    if a.device.type == "cuda":
-        return torch.mm(a, right, out_dtype=torch.float32)
-    return a.float() @ right.float()
+    def _room(self, early: torch.Tensor) -> torch.Tensor:
+        """For a sum with what `mm_float` gave."""
+        return early if early.dtype == self.dtype else early.new_empty(early.shape, dtype=self.dtype)

@@ -59,6 +59,7 @@ class HeadPlan:
         self.columns = [(chunk.num_q + 2 * chunk.num_kv) * head_dim for chunk in self.chunks]
         self.results = [chunk.num_q * head_dim for chunk in self.chunks]
         self._order: dict[torch.device, torch.Tensor] = {}
+        self._back: dict[torch.device, torch.Tensor] = {}
 
     def travelling(self, projections: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Weights [out, H] (or biases [out]) of q, k and v in the order in which products leave: chunks, ranks in them.
@@ -70,6 +71,15 @@ class HeadPlan:
         if index is None:  # copied to the device once
             index = self._order[tensors[0].device] = torch.tensor(self._travel_order(), device=tensors[0].device)
         return order_rows(tensors, index)
+
+    def home(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [N, H] (or entries [N]) in the order of `travelling` back in that of q, k and v; without replicas."""
+        index = self._back.get(rows.device)
+        if index is None:
+            order = self._travel_order()
+            back = sorted(range(len(order)), key=order.__getitem__)
+            index = self._back[rows.device] = torch.tensor(back, device=rows.device)
+        return order_rows(rows.split(self.rows), index)
 
     def by_rank(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """What `travelling` gave, [rows, H], as right-hand sides [S, H, C] of each chunk."""

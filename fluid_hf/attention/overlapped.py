@@ -6,7 +6,8 @@ the reverse order of their creation:
 | created           | forward                                       | backward                                        |
 |-------------------|-----------------------------------------------|-------------------------------------------------|
 | q, k, v token     | nothing                                       | their weight gradients                          |
-| Scatter           | projects, posts chunk after chunk             | waits per chunk, computes the input gradient    |
+| Scatter           | projects, posts chunk after chunk             | waits per chunk, computes the input gradient;   |
+|                   |                                               | of two ranks with one chunk, own heads first    |
 | o token           | nothing                                       | its weight gradient, while the returns travel   |
 | Arrive            | waits for chunk 0; norms, rotary embedding    | their gradients, posts the return of chunk 0    |
 | ... the core      | the model's own attention function            | its backward                                    |
@@ -101,9 +102,11 @@ class _Scatter(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         call: AttentionCall = ctx.call
         token: _Token = ctx.token
-        grad, packed = call.finish_input_grad(ctx.needs_input_grad[0])
-        if token.names:
-            token.leave(call.input_work(packed, _rows(hidden, call), token.names))
+        x = _rows(hidden, call) if token.names else None
+        now = call.context.scheduler.defers and any("." not in name for name in token.names)
+        grad, gradients = call.finish_input_grad(ctx.needs_input_grad[0], x if now else None)
+        if x is not None:
+            token.leave(call.input_work(gradients, x, token.names))
         if grad is not None:
             grad = grad.view_as(hidden).to(hidden.dtype)
         return grad, None, None, *([None] * ctx.num_tokens)
