@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from typing import Any
 
 import torch
 
-__all__ = ["MAX_INNER_FUSED", "MAX_INNER_GATHERED_WGRAD", "use_kernels"]
+__all__ = ["MAX_INNER_FUSED", "MAX_INNER_GATHERED_WGRAD", "kernel_module", "use_kernels"]
 
 # Largest intermediate sizes with which the grouped GEMMs read rows by index instead of a copy: in the first projection,
 # which then computes the activation too, and in the weight gradients. The cost model reckons with the same.
@@ -22,3 +24,12 @@ def _has_triton() -> bool:
 def use_kernels(tensor: torch.Tensor) -> bool:
     """True on CUDA with Triton, except for float64, which the kernels would round."""
     return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+
+
+@functools.cache
+def kernel_module(name: str) -> Any:
+    """`fluid_hf.moe.NAME`, which needs Triton: imported by the first who asks.
+
+    A layer call asks about forty times; this costs the host a fifth of an import statement.
+    """
+    return importlib.import_module(f"fluid_hf.moe.{name}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -56,11 +57,16 @@ def can_describe(tensor: torch.Tensor) -> bool:
     return (tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()) & 15 == 0
 
 
-def new_int32(device: torch.device, *sizes: int) -> list[torch.Tensor]:
-    """Vectors in one allocation, which costs the host less than one each; aligned to 16 bytes, as kernels want them."""
-    starts = [0, *itertools.accumulate([(size + 3) & -4 for size in sizes])]
+def new_int32(device: torch.device, scratch: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Vectors and tables in one allocation, which costs the host less than one each; aligned to 16 bytes.
+
+    First comes the allocation itself, which begins with `scratch` numbers that are none of theirs.
+    """
+    starts = [*itertools.accumulate([(math.prod(shape) + 3) & -4 for shape in shapes], initial=(scratch + 3) & -4)]
     room = torch.empty(starts[-1], dtype=torch.int32, device=device)
-    return [room.as_strided((size,), (1,), start) for size, start in zip(sizes, starts, strict=False)]
+    # The stride of a row is the number of columns; a vector has none.
+    views = [room.as_strided(shape, (*shape[1:], 1), start) for shape, start in zip(shapes, starts, strict=False)]
+    return [room, *views]
 
 
 class Kernel:

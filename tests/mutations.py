@@ -62,8 +62,8 @@ MUTATIONS = (
     Mutation("comm/tournament.py", "if peer is not None)", "if peer)", PROPERTIES + "waves"),
     Mutation(
         "comm/row_route.py",
-        "sum(self._sent_rows[: message.peer])",
-        "sum(self._sent_rows[: message.peer + 1])",
+        "sent_starts[peer] + low, sent_starts[peer] + high",
+        "sent_starts[peer + 1] + low, sent_starts[peer + 1] + high",
         "tests/test_row_route.py",
     ),
     Mutation(
@@ -78,7 +78,7 @@ MUTATIONS = (
         "all_to_all(returned, processed, self._received, self._sent)",
         "tests/test_row_route.py",
     ),
-    Mutation("comm/peer_exchange.py", "self._wait(work, index)", "pass", RANKS),
+    Mutation("comm/peer_exchange.py", "self._wait_on_host(work, index)", "pass", RANKS),
     Mutation(
         "comm/faults.py",
         "if peer != own and counts[0] < 0",
@@ -165,12 +165,12 @@ MUTATIONS = (
         RANKS,
     ),
     Mutation(
-        "moe/layer_call.py",
-        "index_TK // self.context.num_local_experts)",
-        "index_TK % self.context.exchange.size)",
+        "moe/permutation.py",
+        "token_row_TP.gather(1, index_TK // num_local_experts)",
+        "token_row_TP.gather(1, index_TK % token_row_TP.shape[1])",
         RANKS,
     ),
-    Mutation("moe/layer_call.py", "grad_TK if own_weights is None else grad_TK + own_weights", "grad_TK", RANKS),
+    Mutation("moe/permutation.py", "grad_TK if own_TK is None else grad_TK + own_TK", "grad_TK", RANKS),
     # schedule, planner, groups, settings
     Mutation("overlap/wgrad.py", "if not self.defers or", "if self.defers or", "tests/test_wgrad.py"),
     Mutation("overlap/wgrad.py", "return self.enabled and self.policy", "return self.policy", "tests/test_wgrad.py"),
@@ -247,7 +247,7 @@ MUTATIONS = (
     Mutation("comm/gradients.py", "before != now", "before is now", "tests/test_errors.py::test_every"),
     Mutation(
         "comm/head_start.py",
-        "return rows.sent * old_bytes, rows.received * old_bytes",
+        "return self._rows.sent * self._kind[1], self._rows.received * self._kind[1]",
         "return 0, 0",
         "tests/test_head_start.py::test_a_promise",
     ),

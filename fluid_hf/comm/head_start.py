@@ -12,13 +12,12 @@ Served between two ranks: with more, where a peer's rows start depends on how ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["EarlyRows", "HeadStart", "message_bounds", "needed_messages"]
 
 
-@dataclass(frozen=True)
-class EarlyRows:
+class EarlyRows(NamedTuple):
     """Rows that go early in one call between two ranks.
 
     Attributes:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from fluid_hf.comm.side_stream import record
+
 __all__ = ["HostReader"]
 
 
@@ -47,7 +49,7 @@ class HostReader:
             self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         done, pinned = self._done, self._pinned
         pinned.copy_(tensor, non_blocking=True)
-        done.record()
+        record(done, tensor.device)
 
         def read(seconds: float) -> list[Any]:
             # The one host synchronisation of the layer: receives need their sizes. Polled, so that it can end.

@@ -49,9 +49,11 @@ class ExchangeHandle:
         """Wait for arrival and departure: gloo blocks the host, NCCL only makes the current stream wait."""
         if self._sampler is not None and self._flight is not None:
             self._sampler.begin_wait(self._flight)
-        with span("wait", self._owner.name, self._number):
-            for index, work in enumerate(self._works):
-                self._wait(work, index)
+        if torch.autograd._profiler_enabled():
+            with span("wait", self._owner.name, self._number):
+                self._wait_for_all()
+        else:
+            self._wait_for_all()
         if self._sampler is not None and self._flight is not None:
             self._sampler.end_wait(self._flight)
             self._flight = None
@@ -59,11 +61,16 @@ class ExchangeHandle:
         self._works, self._buffers = [], []
         self._owner._in_flight.discard(self)
 
-    def _wait(self, work: dist.Work, index: int) -> None:
+    def _wait_for_all(self) -> None:
+        if self._owner.host_waits:
+            for index, work in enumerate(self._works):
+                self._wait_on_host(work, index)
+        else:
+            for work in self._works:
+                work.wait()
+
+    def _wait_on_host(self, work: dist.Work, index: int) -> None:
         owner = self._owner
-        if not owner.host_waits:
-            work.wait()
-            return
         try:
             work.wait(datetime.timedelta(seconds=owner.timeout_seconds))
         except RuntimeError as error:
@@ -116,12 +123,16 @@ class PeerExchange:
         """Start one wave: send and receive `(group rank, contiguous tensor)` pairs; empty ones are skipped."""
         sends = [pair for pair in sends if pair[1].numel()]
         recvs = [pair for pair in recvs if pair[1].numel()]
-        num_bytes = sum([tensor.nbytes for _, tensor in sends])
-        with self._posting(num_bytes):
-            try:
+        self.num_posted += 1
+        self.bytes_sent += (num_bytes := sum([tensor.nbytes for _, tensor in sends]))
+        try:
+            if torch.autograd._profiler_enabled():
+                with self._posting(num_bytes):
+                    works = self._start(sends, recvs)
+            else:
                 works = self._start(sends, recvs)
-            except RuntimeError as error:
-                raise self._posting_error(error) from error
+        except RuntimeError as error:
+            raise self._posting_error(error) from error
         messages = sends + recvs
         return self._track(works, [tensor for _, tensor in messages], [peer for peer, _ in messages])
 
@@ -142,7 +153,10 @@ class PeerExchange:
     ) -> ExchangeHandle:
         """Start one uneven all-to-all along dimension 0; the reference for every wave schedule."""
         row_bytes = input.nbytes // max(1, input.shape[0])
-        with self._posting(row_bytes * (sum(input_splits) - input_splits[self.rank])):
+        num_bytes = row_bytes * (sum(input_splits) - input_splits[self.rank])
+        self.num_posted += 1
+        self.bytes_sent += num_bytes
+        with self._posting(num_bytes):
             assert self.group is not None
             # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
             try:
@@ -166,9 +180,7 @@ class PeerExchange:
             handle.wait()
 
     def _posting(self, num_bytes: int) -> contextlib.AbstractContextManager[Any]:
-        """Count an exchange; the range in which it is started."""
-        self.num_posted += 1
-        self.bytes_sent += num_bytes
+        """The range in which an exchange is started, counted already."""
         return span("post", self.name, self.num_posted, num_bytes)
 
     def _posting_error(self, error: RuntimeError) -> RuntimeError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 
-__all__ = ["SideStream"]
+__all__ = ["SideStream", "record"]
 
 
 class _On:
@@ -28,6 +29,16 @@ class _On:
         torch._C._cuda_setStream(stream_id=stream[0], device_index=stream[1], device_type=stream[2])
 
 
+@functools.lru_cache(maxsize=64)
+def _stream(number: int, device: int, kind: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(stream_id=number, device_index=device, device_type=kind)
+
+
+def record(event: torch.cuda.Event, device: torch.device) -> None:
+    """Record an event on the current stream of a device, whose object torch would make anew every time."""
+    event.record(_stream(*torch._C._cuda_getCurrentStream(device.index)))
+
+
 class SideStream:
     """A process group makes communication wait for all that the current stream holds; here, for what it held at a mark.
 
@@ -45,7 +56,7 @@ class SideStream:
             return
         if self._mark is None:
             self._mark = torch.cuda.Event()
-        self._mark.record()
+        record(self._mark, device)
 
     def alone(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Context in which nothing is waited for but what is asked for inside."""

@@ -96,7 +96,7 @@ class GatedMath:
     act: Activation
 
     def read(self, parameters: dict[str, torch.Tensor], dtype: torch.dtype) -> ExpertWeights:
-        first = tuple(weight.detach() for name, weight in parameters.items() if name != "down")
+        first = tuple([weight.detach() for name, weight in parameters.items() if name != "down"])
         return ExpertWeights(first, parameters["down"].detach()).to(dtype)
 
     def project(self, piece: Piece, weights: ExpertWeights, keep: bool) -> Projected:

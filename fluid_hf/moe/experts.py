@@ -6,12 +6,13 @@ that is computed at once: the rank's own tokens, or the rows of one wave.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from fluid_hf.kernels import use_kernels
+from fluid_hf.kernels import kernel_module, use_kernels
 from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
@@ -84,16 +85,25 @@ class ByIndex(NamedTuple):
     wgrad: bool
 
 
+_BY_COPY = ByIndex(False, False, False)
+
+
 def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> ByIndex:
     """What is done by index, from what was measured to be faster."""
-    contiguous = weights.down.is_contiguous() and all(weight.is_contiguous() for weight in weights.first)
-    if not (contiguous and is_silu(act) and use_kernels(rows_RH)):
-        return ByIndex(False, False, False)
-    from fluid_hf.moe import gemm_kernels
+    if not (use_kernels(rows_RH) and is_silu(act) and weights.down.is_contiguous()):
+        return _BY_COPY
+    if not all([weight.is_contiguous() for weight in weights.first]):
+        return _BY_COPY
+    return _measured_faster(rows_RH.dtype, weights.down.shape, top_k)
 
-    inner = weights.down.shape[2]
-    if rows_RH.dtype == torch.float32 and not gemm_kernels.serves_float32(weights.down):
-        return ByIndex(False, False, False)
+
+@functools.lru_cache(maxsize=64)
+def _measured_faster(dtype: torch.dtype, down: torch.Size, top_k: int) -> ByIndex:
+    """`reads_by_index` for the sizes of a model, of which a call asks many times; `down` is [E, H, I]."""
+    gemm_kernels = kernel_module("gemm_kernels")
+    inner = down[2]
+    if dtype == torch.float32 and not gemm_kernels.serves_float32(down):
+        return _BY_COPY
     fused = gemm_kernels.prefers_fused(inner)
     forward = fused or gemm_kernels.prefers_gathered(inner, top_k)
     return ByIndex(forward, fused, gemm_kernels.prefers_gathered_wgrad(inner))
@@ -106,8 +116,7 @@ def project_piece(piece: Piece, weights: ExpertWeights, act: Activation, keep: b
     if not by_index.forward:
         pairs_SH = expand_rows(piece.rows_RH, plan)
         return Projected(tuple(grouped_linear(pairs_SH, weight, plan.offsets_E) for weight in first))
-    from fluid_hf.moe import gemm_kernels
-
+    gemm_kernels = kernel_module("gemm_kernels")
     places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
     if by_index.fused:
         return Projected(*gemm_kernels.gated_linear(piece.rows_RH, *places, first, piece.weights_RK, keep))
@@ -121,8 +130,7 @@ def finish_piece(
     """From the first projection to each row's weighted sum of expert outputs, written to `out_RH`."""
     hidden_SI, projections = projected.hidden_SI, projected.kept
     if hidden_SI is None and use_kernels(projections[0]) and is_silu(act):
-        from fluid_hf.moe import row_kernels
-
+        row_kernels = kernel_module("row_kernels")
         hidden_SI = row_kernels.glu_forward(projections, piece.weights_RK, piece.plan.pair_slot_S)
     elif hidden_SI is None:
         gate_SI, up_SI = _split(projections)
@@ -188,8 +196,7 @@ class PieceGradients:
         if not by_index.forward:
             pairs_SH = expand_rows(grad_RH, plan)
             return grouped_dgrad(pairs_SH, weights.down, plan.offsets_E), pairs_SH
-        from fluid_hf.moe import gemm_kernels
-
+        gemm_kernels = kernel_module("gemm_kernels")
         return gemm_kernels.gathered_linear(grad_RH, plan.pair_row_S, plan.offsets_E, weights.down, True), None
 
     def weight_gradient(self, index: int | None) -> torch.Tensor:
@@ -229,8 +236,7 @@ class PieceGradients:
 
         `first` is the first piece's; the others are found by their addresses.
         """
-        from fluid_hf.moe import wgrad_kernels
-
+        wgrad_kernels = kernel_module("wgrad_kernels")
         joint, plan = self._joint, self._pieces[0].plan
         if joint is None or joint.addresses is None:
             return wgrad_kernels.gathered_wgrad(first, plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
@@ -271,9 +277,8 @@ class PieceGradients:
         projections: tuple[torch.Tensor, ...],
         out_RK: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        from fluid_hf.moe import row_kernels
-
-        first = tuple(torch.empty_like(projection) for projection in projections)
+        row_kernels = kernel_module("row_kernels")
+        first = tuple([torch.empty_like(projection) for projection in projections])
         index = len(self._grads)
         if len(self._pieces) == 1:
             hidden, joint = torch.empty_like(grad_SI), None
@@ -284,7 +289,7 @@ class PieceGradients:
                 self._joint = JointOrder(self._pieces, grad_RH if self._gathers_wgrad else None)
                 pairs = self._joint.num_pairs
                 self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
-                self._first.append(tuple(p.new_empty(pairs, p.shape[1]) for p in projections))
+                self._first.append(tuple([p.new_empty(pairs, p.shape[1]) for p in projections]))
             rows = self._pieces[0].rows_RH, piece.rows_RH
             outputs = self._grads[0] if self._grads else grad_RH, grad_RH
             hidden, joint = self._hidden[0], self._joint.places(index, self._first[0], rows, outputs)
@@ -307,8 +312,7 @@ class JointOrder:
     """
 
     def __init__(self, pieces: Sequence[Piece], first_output: torch.Tensor | None) -> None:
-        from fluid_hf.moe import joint_kernels
-
+        joint_kernels = kernel_module("joint_kernels")
         sizes = [piece.plan.num_pairs for piece in pieces]
         self.num_pairs = sum(sizes)
         place_S, self.offsets_E = joint_kernels.joint_places(
@@ -320,8 +324,8 @@ class JointOrder:
         if first_output is not None:
             self.addresses = torch.empty(2, self.num_pairs, dtype=torch.int64, device=place_S.device)
             # The kernel that reads by these moves 16 bytes at once if it can tell that they are aligned.
-            tensors, each = (first_output, *(piece.rows_RH for piece in pieces)), first_output.element_size()
-            if all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * each % 16 == 0 for tensor in tensors):
+            tensors, each = (first_output, *[piece.rows_RH for piece in pieces]), first_output.element_size()
+            if all([tensor.data_ptr() % 16 == 0 and tensor.stride(0) * each % 16 == 0 for tensor in tensors]):
                 self.unit = 16 // each
 
     def places(
@@ -332,14 +336,14 @@ class JointOrder:
         outputs: tuple[torch.Tensor, torch.Tensor],
     ) -> JointPlaces:
         """Joint places of a piece's pairs; `grads` receive what the projections' gradients are there."""
-        from fluid_hf.moe.row_kernels import JointPlaces
-
-        return JointPlaces(grads, self.place_S[index], self.addresses, rows, outputs, self.unit)
+        places: JointPlaces = kernel_module("row_kernels").JointPlaces(
+            grads, self.place_S[index], self.addresses, rows, outputs, self.unit
+        )
+        return places
 
     def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:
         """Rows of every piece at the joint places of their pairs: [N, H]."""
-        from fluid_hf.moe import row_kernels
-
+        row_kernels = kernel_module("row_kernels")
         out = rows[0].new_empty(self.num_pairs, rows[0].shape[1])
         for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
             row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)
@@ -362,9 +366,8 @@ def _input_gradients(
 ) -> list[torch.Tensor]:
     """Gradients of the pairs' rows through the first projection, to be added: of gate and up together, or of each."""
     if len(grads) == 2 and use_kernels(grads[0]) and all(weight.is_contiguous() for weight in weights):
-        from fluid_hf.moe import gemm_kernels
-
-        small = grads[0].dtype != torch.float32 or gemm_kernels.serves_float32(weights[0])
+        gemm_kernels = kernel_module("gemm_kernels")
+        small = grads[0].dtype != torch.float32 or gemm_kernels.serves_float32(weights[0].shape)
         if small and gemm_kernels.prefers_one_sum(grads[0].shape[1]):
             return [gemm_kernels.gathered_linear(grads[0], None, offsets_E, weights[0], True, (grads[1], weights[1]))]
     return [_linear(grad, weight, offsets_E, True) for grad, weight in zip(grads, weights, strict=True)]
@@ -373,8 +376,7 @@ def _input_gradients(
 def _linear(input_SM: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:
     """Projection of pairs: small ones by the kernel that costs the host least."""
     if use_kernels(input_SM) and weight.is_contiguous():
-        from fluid_hf.moe import gemm_kernels
-
+        gemm_kernels = kernel_module("gemm_kernels")
         if gemm_kernels.prefers_quick_launch(input_SM.shape[0], weight):
             return gemm_kernels.gathered_linear(input_SM, None, offsets_E, weight, transposed)
     return (grouped_dgrad if transposed else grouped_linear)(input_SM, weight, offsets_E)

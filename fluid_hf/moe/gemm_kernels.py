@@ -58,15 +58,18 @@ def prefers_one_sum(inner: int) -> bool:
     return inner <= 4096
 
 
-def serves_float32(weight: torch.Tensor) -> bool:
-    """Float32 needs exact products, which are slow here: only small experts gain by fewer launches."""
-    return weight.shape[1] * weight.shape[2] <= 2**16
+def serves_float32(weight: tuple[int, ...]) -> bool:
+    """Float32 needs exact products, which are slow here: only small experts gain by fewer launches.
+
+    `weight` is the shape of one, [E, N, M].
+    """
+    return weight[1] * weight[2] <= 2**16
 
 
 def prefers_quick_launch(pairs: int, weight: torch.Tensor) -> bool:
     """Whether torch's grouped GEMM takes the host longer (56 us against 21 on an H100's host) than it gains."""
     if weight.dtype == torch.float32:  # torch has no grouped GEMM for it
-        return serves_float32(weight)
+        return serves_float32(weight.shape)
     return 2 * pairs * weight.shape[1] * weight.shape[2] < 1.2e11
 
 
@@ -79,9 +82,16 @@ def _shared_bytes(device: int | None) -> int:
 
 def product_tile(tensor: torch.Tensor, columns: int, stages: int, warps: int = 8) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile, warps, stages: as many stages as fit into shared memory."""
-    if tensor.dtype == torch.float32:  # for its exactness, not its speed
+    return _product_tile(tensor.dtype, tensor.device.index, columns, stages, warps)
+
+
+@functools.lru_cache(maxsize=64)
+def _product_tile(
+    dtype: torch.dtype, device: int | None, columns: int, stages: int, warps: int
+) -> tuple[int, int, int, int, int]:
+    if dtype == torch.float32:  # for its exactness, not its speed
         return 32, 32, 32, 4, 2
-    fitting = _shared_bytes(tensor.device.index) // ((128 + columns) * 64 * 2)
+    fitting = _shared_bytes(device) // ((128 + columns) * 64 * 2)
     return 128, columns, 64, warps, max(1, min(stages, fitting))
 
 
@@ -108,7 +118,7 @@ def gated_linear(
     gate, up, hidden = first[0], first[-1], rows_RH.shape[1]
     experts, inner, pairs = gate.shape[0], gate.shape[1] // (3 - len(first)), pair_row_S.shape[0]
     out = rows_RH.new_empty(pairs, inner)
-    kept = tuple(rows_RH.new_empty(pairs, weight.shape[1]) for weight in first) if keep else ()
+    kept = tuple([rows_RH.new_empty(pairs, weight.shape[1]) for weight in first]) if keep else ()
     if pairs:
         height, columns, depth, warps, stages = product_tile(rows_RH, 256, 4)
         width = columns // 2  # of gate, beside as many of up

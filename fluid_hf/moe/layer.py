@@ -179,9 +179,10 @@ class ExpertParallelLayer(nn.Module):
     def _readable_parameters(self) -> Callable[[], dict[str, torch.Tensor]]:
         """How backward reads the weights again. Computed ones (adapters, `functional_call`) are kept from forward."""
         held = _held_tensors(self)
-        adapted = parametrize.is_parametrized(self)
-        if not adapted and all(isinstance(tensor, nn.Parameter) for tensor in held):
-            return lambda: self._read_again(held)
+        # Looked for first where torch puts them: an attribute that is not there takes a module long to find.
+        adapted = "parametrizations" in self._modules and parametrize.is_parametrized(self)
+        if not adapted and all([isinstance(tensor, nn.Parameter) for tensor in held]):
+            return _Readable(self, held)
         if adapted and self.ep_size > 1 and not self.adapters_are_split:
             raise ConfigError(
                 f"adapters on the experts (target_parameters) were added with ep_size ({self.ep_size}) over 1 in force "
@@ -190,15 +191,6 @@ class ExpertParallelLayer(nn.Module):
         computed = self.expert_parameters()
         return lambda: computed
 
-    def _read_again(self, held: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        now = _held_tensors(self)
-        if len(now) != len(held) or not all(map(operator.is_, now, held)):
-            raise GradientError(
-                f"parameters of layer {self.context.name} must be those that forward was called with, and they were "
-                "replaced; give torch.func.functional_call tensors that are no nn.Parameter."
-            )
-        return self.expert_parameters()
-
     def extra_repr(self) -> str:
         """Shown by `repr(model)`."""
         first = self.ep_rank * self.num_local_experts
@@ -206,6 +198,24 @@ class ExpertParallelLayer(nn.Module):
             f"num_experts={self.num_experts}, held={first}..{first + self.num_local_experts - 1}, "
             f"ep_size={self.ep_size}, overlap={self.context.overlap}, wgrad={self.context.scheduler.policy!r}"
         )
+
+
+class _Readable:
+    """Reads a layer's parameters: in forward, at once, as they are; later if they are the same ones still."""
+
+    def __init__(self, layer: ExpertParallelLayer, held: list[torch.Tensor | None]) -> None:
+        self._layer, self._held, self._again = layer, held, False
+
+    def __call__(self) -> dict[str, torch.Tensor]:
+        if self._again:
+            now = _held_tensors(self._layer)
+            if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
+                raise GradientError(
+                    f"parameters of layer {self._layer.context.name} must be those that forward was called with, and "
+                    "they were replaced; give torch.func.functional_call tensors that are no nn.Parameter."
+                )
+        self._again = True
+        return self._layer.expert_parameters()
 
 
 def _held_tensors(module: nn.Module) -> list[torch.Tensor | None]:

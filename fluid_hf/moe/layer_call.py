@@ -73,7 +73,7 @@ class LayerCall:
         self.route: RowRoute | None = None
         self.places: Places = (None, None)
         self._inputs: Inputs | None = None
-        self._offsets: tuple[torch.Tensor, ...] = ()
+        self._offsets: torch.Tensor | None = None  # `offsets_E` of the pieces
         self.num_own_pairs = 0
         self._handles: list[ExchangeHandle] = []
         self._rows: torch.Tensor | None = None
@@ -106,22 +106,24 @@ class LayerCall:
             index_TK = torch.zeros_like(index_TK)  # the call ends when the counts are read
         outgoing = Outgoing(context, self.format, hidden_TH, weights_TK, index_TK)
         # One tensor for the pieces of the call, own tokens first: backward reads them together.
-        shape = 1 + route_waves(exchange, context.waves, not context.overlap), context.num_local_experts
-        self._offsets = torch.empty(shape, dtype=torch.int32, device=self.device).unbind(0)
+        pieces = 1 + route_waves(exchange, context.waves, not context.overlap)
+        self._offsets = torch.empty(pieces, context.num_local_experts, dtype=torch.int32, device=self.device)
         reading = outgoing.count(status, self._form, self._offsets[0])
         # Packed while the counts travel, and what was promised sent.
         queued = outgoing.pack()
         exchange.side_stream.mark(self.device)
         self._own_tokens.plan = outgoing.own_pairs()
-        if queued and context.overlap:
+        early = queued and context.overlap
+        if early:
             with span("own tokens"):
-                self._own_tokens.start_early(hidden_TH, weights_TK, self._forward_weights(), exchange.size)
+                weights = self._forward_weights()
+                early = self._own_tokens.start_early(hidden_TH, weights_TK, weights, exchange.size)
         plan, self.route, self.num_own_pairs = outgoing.read(reading)
         exchange.at(context.name, "forward dispatch")
         # When a buffer is allocated here, no memory that was used after the mark has been given back.
         self._rows = outgoing.buffer(self.route)
-        # The rows go behind the mark, not behind the own tokens' projections.
-        if queued:
+        # The rows go behind the mark, not behind the own tokens' projections: these come first unless they were queued.
+        if queued and not early:
             self._start_own(hidden_TH, weights_TK, index_TK)
         with exchange.side_stream.posting():
             self._handles = outgoing.post(self.route)
@@ -149,10 +151,12 @@ class LayerCall:
         context, route, keep = self.context, self.route, self._keep
         assert self._inputs is not None
         inputs, self._inputs = self._inputs, None
-        weights, self._held_weights = self._forward_weights(), None
-        pieces, projections = list[Piece](), list[tuple[torch.Tensor, ...]]()
+        weights = self._forward_weights()
         if not self._own_tokens.ready:
             self._start_own(*inputs)
+        self._held_weights = None
+        pieces: list[Piece] = []
+        projections: list[tuple[torch.Tensor, ...]] = []
         own = self._own_tokens.take()
         if own is not None:
             pieces.append(own[0])
@@ -160,17 +164,17 @@ class LayerCall:
         context.exchange.at(context.name, "forward combine")
         combine: list[ExchangeHandle] = []
         returned = self._new_hidden(route.num_sent) if route is not None else None
-        columns = self._columns()
+        whole = self.format.whole_of(self._rows) if self._rows is not None else None
         arriving = iter(self._handles)
         arrived = 0
         for wave, needed in enumerate(route.needed() if route is not None else []):
-            assert route is not None and columns is not None and returned is not None
+            assert route is not None and whole is not None and returned is not None
             for handle in itertools.islice(arriving, needed - arrived):
                 handle.wait()
             arrived = needed
             context.event(f"wait dispatch {wave}")
             low, high = route.wave_bounds(wave)
-            piece = self._wave_piece(columns, low, high, route.wave_pairs(wave), self._offsets[1 + wave])
+            piece = self._wave_piece(whole, low, high, route.wave_pairs(wave), wave)
             first = self.math.project(piece, weights, keep)
             out_QH = self._new_hidden(high - low)
             self.math.finish(piece, first, weights, out_QH)
@@ -183,7 +187,7 @@ class LayerCall:
             self._own = self._new_hidden(inputs[0].shape[0])
             self.math.finish(*own, weights, self._own)
         context.stats.add_load([piece.plan.offsets_E for piece in pieces])
-        self._handles, self._rows, self._offsets = combine, returned, ()
+        self._handles, self._rows, self._offsets = combine, returned, None
         return pieces, projections
 
     @ranged("forward combine")
@@ -243,15 +247,15 @@ class LayerCall:
         rows, self._rows = self._rows, None
         if route is not None:
             self._rows = self.format.new_gradient_rows(route.num_sent, self.device)
-            # One for all waves: its columns are cut out once.
-            buffers = self.format.new_gradient_rows(route.num_received, self.device)
-            hidden, gradients = self.format.hidden_of(buffers), self.format.weight_gradients_of(buffers)
+            buffers = self.format.new_gradient_rows(route.num_received, self.device)  # one for all waves
+            whole = self.format.whole_gradients_of(buffers)
         for wave, handle in enumerate(arriving):
             assert route is not None and rows is not None
             handle.wait()
             context.event(f"wait output grad {wave}")
             low, high = route.wave_bounds(wave)
-            buffer, out = buffers[low:high], (hidden[low:high], gradients[low:high])
+            buffer = buffers[low:high]
+            out = self.format.gradients_of(whole, low, high)
             index = wave if route.serial else wave + 1
             first = self._projections(pieces[index], projections, index, weights)
             grads.backward(first, rows[low:high], weights, out)
@@ -313,15 +317,11 @@ class LayerCall:
     def _new_hidden(self, rows: int) -> torch.Tensor:
         return torch.empty(rows, self.format.hidden, dtype=self.dtype, device=self.device)
 
-    def _columns(self) -> Inputs | None:
-        """Hidden states, routing weights and expert ids of all rows that arrive."""
-        form, rows = self.format, self._rows
-        return None if rows is None else (form.hidden_of(rows), form.weights_of(rows), form.ids_of(rows))
-
-    def _wave_piece(self, columns: Inputs, low: int, high: int, num_pairs: int, offsets: torch.Tensor) -> Piece:
-        hidden_QH, weights_QK, ids_QK = columns
-        plan = make_pair_plan(ids_QK[low:high], self.context.num_local_experts, num_pairs, offsets=offsets)
-        return Piece(hidden_QH[low:high], weights_QK[low:high], plan)
+    def _wave_piece(self, whole: Inputs, low: int, high: int, num_pairs: int, wave: int) -> Piece:
+        hidden_QH, weights_QK, ids_QK = self.format.columns_of(whole, low, high)
+        offsets = self._offsets[1 + wave] if self._offsets is not None else None
+        plan = make_pair_plan(ids_QK, self.context.num_local_experts, num_pairs, offsets=offsets)
+        return Piece(hidden_QH, weights_QK, plan)
 
     def _projections(
         self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: Any

@@ -21,6 +21,7 @@ from fluid_hf.comm.head_start import EarlyRows
 from fluid_hf.comm.peer_exchange import ExchangeHandle
 from fluid_hf.comm.row_route import RowRoute, make_route, post_between_two, route_parts
 from fluid_hf.errors import RankMismatchError, RoutingError
+from fluid_hf.kernels import kernel_module
 from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.moe.permutation import PairPlan, make_pair_plan
 from fluid_hf.moe.routing_plan import HitMap, SourcePlan, count_rows, local_expert_ids, place_rows
@@ -86,7 +87,8 @@ class Outgoing:
         if status != GOOD:
             hits.counts_2PC[0, :, 0] = -status
         ones = [1] * exchange.size
-        handle = exchange.all_to_all(hits.counts_2PC[1], hits.counts_2PC[0], ones, ones)
+        sent, received = hits.counts_2PC.unbind(0)
+        handle = exchange.all_to_all(received, sent, ones, ones)
         return exchange.start_reading(hits.counts_2PC, handle)
 
     def pack(self) -> bool:
@@ -162,8 +164,7 @@ class Outgoing:
 
     def _pack_most(self) -> torch.Tensor:
         """Into a buffer for the most rows there can be, or for those that were promised."""
-        from fluid_hf.moe import sort_kernels, wire_kernels
-
+        sort_kernels, wire_kernels = kernel_module("sort_kernels"), kernel_module("wire_kernels")
         index_TK, size = self._index_TK.contiguous(), self.context.exchange.size
         most = sort_kernels.most_rows(index_TK.shape[0], index_TK.shape[1], size)
         inputs = (self._hidden_TH, self._weights_TK.contiguous(), index_TK, self._hits.position_TP)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from fluid_hf.kernels import use_kernels
+from fluid_hf.kernels import kernel_module, use_kernels
 
 __all__ = [
     "PairPlan",
@@ -83,8 +83,7 @@ def make_pair_plan(
         offsets: int32 [E], where the kernels write `offsets_E`; a new tensor by default.
     """
     if use_kernels(ids_RK):
-        from fluid_hf.moe import sort_kernels
-
+        sort_kernels = kernel_module("sort_kernels")
         return PairPlan(*sort_kernels.pair_plan(ids_RK, first_expert, num_experts, num_pairs, flag, offsets))
     rows, top_k = ids_RK.shape
     key = ids_RK.reshape(-1).to(torch.int64) - first_expert
@@ -101,8 +100,7 @@ def make_pair_plan(
 def gather_rows(rows_RH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`rows_RH[index]`."""
     if use_kernels(rows_RH):
-        from fluid_hf.moe import row_kernels
-
+        row_kernels = kernel_module("row_kernels")
         return row_kernels.expand(rows_RH, index)
     return rows_RH.index_select(0, index)
 
@@ -122,8 +120,7 @@ def spread_rows(
         token_row_TP: row of each (token, destination); R or more where there is none.
     """
     if row_token_R is None:
-        from fluid_hf.moe import wire_kernels
-
+        wire_kernels = kernel_module("wire_kernels")
         return wire_kernels.spread_rows(source_TH, token_row_TP, rows)
     return source_TH.index_select(0, row_token_R)
 
@@ -131,8 +128,7 @@ def spread_rows(
 def reduce_pairs(pairs: Sequence[torch.Tensor], plan: PairPlan, out_RH: torch.Tensor) -> None:
     """Write to each row the sum of its pairs, over all tensors [S, H] given; zero for rows without pairs."""
     if use_kernels(out_RH):
-        from fluid_hf.moe import row_kernels
-
+        row_kernels = kernel_module("row_kernels")
         return row_kernels.reduce_pairs(list(pairs), plan.row_pair_RK, out_RH)
     total = torch.zeros(out_RH.shape, dtype=sum_dtype(out_RH.dtype), device=out_RH.device)
     for slot in range(plan.row_pair_RK.shape[1]):
@@ -150,8 +146,7 @@ def reduce_rows(
 ) -> torch.Tensor:
     """Sum the rows of each token, own part first, then by rank: [T, H] of type `dtype`."""
     if use_kernels(rows_RH):
-        from fluid_hf.moe import row_kernels
-
+        row_kernels = kernel_module("row_kernels")
         return row_kernels.reduce_rows(own_TH, rows_RH, token_row_TP, dtype)
     num_rows = rows_RH.shape[0]
     shape = (token_row_TP.shape[0], rows_RH.shape[1])
@@ -182,8 +177,7 @@ def gather_weight_grads(
         dtype: of the result.
     """
     if use_kernels(returned_RK):
-        from fluid_hf.moe import wire_kernels
-
+        wire_kernels = kernel_module("wire_kernels")
         inputs = (own_TK, returned_RK, token_row_TP, index_TK.contiguous(), num_local_experts, own_rank, dtype)
         return wire_kernels.gather_weight_grads(*inputs)
     row_TK = token_row_TP.gather(1, index_TK // num_local_experts)

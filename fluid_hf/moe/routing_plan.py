@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fluid_hf.comm.tournament import part_bounds
-from fluid_hf.kernels import use_kernels
+from fluid_hf.kernels import kernel_module, use_kernels
 from fluid_hf.moe.permutation import PairPlan
 
 __all__ = ["HitMap", "SourcePlan", "count_rows", "local_expert_ids", "place_rows"]
@@ -86,8 +86,7 @@ def count_rows(
     """
     columns = 1 + max(parts, ROOM) + len(words) if words else 1 + parts
     if use_kernels(top_k_index_TK):
-        from fluid_hf.moe import sort_kernels
-
+        sort_kernels = kernel_module("sort_kernels")
         index = top_k_index_TK.contiguous()
         weights = weights_TK.contiguous() if weights_TK is not None else index
         ways = (num_local_experts, ep_size, skip_rank, parts, columns, words, offsets)

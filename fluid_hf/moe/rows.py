@@ -15,6 +15,9 @@ import torch
 __all__ = ["RowFormat", "row_format"]
 
 
+Whole = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # one buffer in the types of hidden states, ids, weights
+
+
 def _align(size: int, to: int) -> int:
     return -(-size // to) * to
 
@@ -56,6 +59,12 @@ class RowFormat:
         """Bytes of one returning row: gradient of the hidden state, then of the routing weights."""
         return _align(self._ids_at + self.top_k * self.weight_dtype.itemsize, 16)
 
+    @functools.cached_property
+    def places(self) -> tuple[int, int, int, int, int]:
+        """For kernels: row stride of hidden states, ids and weights, and where ids and weights begin, in elements."""
+        size, weight = self.stride, self.weight_dtype.itemsize
+        return size // self.dtype.itemsize, size // 2, size // weight, self._ids_at // 2, self._weights_at // weight
+
     def new_rows(self, rows: int, device: torch.device) -> torch.Tensor:
         """Buffer for dispatched rows, uint8 [R, stride], not initialised."""
         return torch.empty(rows, self.stride, dtype=torch.uint8, device=device)
@@ -63,6 +72,29 @@ class RowFormat:
     def new_gradient_rows(self, rows: int, device: torch.device) -> torch.Tensor:
         """Buffer for returning rows, uint8 [R, gradient_stride], not initialised."""
         return torch.empty(rows, self.gradient_stride, dtype=torch.uint8, device=device)
+
+    def columns_of(self, whole: Whole, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [R, H], routing weights and local expert ids [R, K] of dispatched rows [low, high)."""
+        ids_at, weights_at = self.places[3:]
+        hidden, ids, weights = whole
+        return (
+            _cut(hidden, 0, self.hidden, low, high),
+            _cut(weights, weights_at, self.top_k, low, high),
+            _cut(ids, ids_at, self.top_k, low, high),
+        )
+
+    def gradients_of(self, whole: tuple[torch.Tensor, ...], low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of hidden states [R, H] and routing weights [R, K] of returning rows [low, high)."""
+        at = self._ids_at // self.weight_dtype.itemsize
+        return _cut(whole[0], 0, self.hidden, low, high), _cut(whole[1], at, self.top_k, low, high)
+
+    def whole_gradients_of(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returning rows as they are, in the types of the two gradients."""
+        return buffer.view(self.dtype), buffer.view(self.weight_dtype)
+
+    def whole_of(self, buffer: torch.Tensor) -> Whole:
+        """Dispatched rows as they are, in the types of the hidden states, the ids and the routing weights."""
+        return buffer.view(self.dtype), buffer.view(torch.int16), buffer.view(self.weight_dtype)
 
     def hidden_of(self, buffer: torch.Tensor) -> torch.Tensor:
         """View [R, H] of the hidden states (or their gradients) in a buffer of either kind."""
@@ -83,9 +115,13 @@ class RowFormat:
 
 def _part(buffer: torch.Tensor, dtype: torch.dtype, at: int, width: int) -> torch.Tensor:
     """`width` columns of type `dtype` that start `at` bytes into each row; cheaper for the host than a slice."""
-    typed = buffer.view(dtype)
-    start = typed.storage_offset() + at // dtype.itemsize
-    return typed.as_strided((typed.shape[0], width), (typed.stride(0), 1), start)
+    return _cut(buffer.view(dtype), at // dtype.itemsize, width, 0, buffer.shape[0])
+
+
+def _cut(typed: torch.Tensor, at: int, width: int, low: int, high: int) -> torch.Tensor:
+    """Columns from `at` on of rows [low, high)."""
+    stride = typed.stride(0)
+    return typed.as_strided((high - low, width), (stride, 1), typed.storage_offset() + low * stride + at)
 
 
 @functools.lru_cache(maxsize=64)

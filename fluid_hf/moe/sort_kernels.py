@@ -42,7 +42,8 @@ def pair_plan(
     slots = rows * top_k
     blocks = blocks_of(slots, SORT_BLOCK)
     keys, chunk = _key_tile(num_experts)
-    pair_row, pair_slot, row_pair, partial = new_int32(ids_RK.device, num_pairs, num_pairs, slots, blocks * keys)
+    shapes = (num_pairs,), (num_pairs,), (rows, top_k)
+    partial, pair_row, pair_slot, row_pair = new_int32(ids_RK.device, blocks * keys, *shapes)
     if offsets is None:  # of its own: kept for the statistics, long after the others
         offsets = torch.empty(num_experts, dtype=torch.int32, device=ids_RK.device)
     if blocks == 0:
@@ -54,7 +55,7 @@ def pair_plan(
         _count_pairs((blocks, 1, 1), (ids_RK, partial, told), integers[:2], (*constants, flag is not None))
         pointers = (ids_RK, partial, pair_row, pair_slot, row_pair, offsets)
         _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
-    return pair_row, pair_slot, row_pair.view(rows, top_k), offsets
+    return pair_row, pair_slot, row_pair, offsets
 
 
 def source_plan(
@@ -90,8 +91,9 @@ def source_plan(
     slots, blocks = power_of_two(per_block * top_k), blocks_of(tokens, per_block)
     padded = power_of_two(ranks)
     keys, chunk = _key_tile(num_local_experts)
-    sizes = (capacity, capacity, capacity, tokens * ranks, blocks * padded, blocks * keys, blocks)
-    *own, token_row, row_counts, pair_counts, flags = new_int32(device, *sizes)
+    # What is counted per block lies together (`_parts`).
+    shapes = (capacity,), (capacity,), (tokens, top_k), (tokens, ranks)
+    partial, *own, token_row = new_int32(device, blocks * (padded + keys + 1), *shapes)
     if offsets is None:  # of its own: kept for the statistics, long after the others
         offsets = torch.empty(num_local_experts, dtype=torch.int32, device=device)
     own.append(offsets)
@@ -105,13 +107,12 @@ def source_plan(
     else:
         constants = (top_k, num_local_experts, ranks, skip, parts, columns, per_block, slots, padded, keys)
         integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
-        pointers = (index_TK, weights_TK, row_counts, pair_counts, flags, counts)
+        pointers = (index_TK, weights_TK, partial, counts)
         _count_source((blocks, 1, 1), pointers, (tokens, *(words or (0, 0))), constants)
-        pointers = (index_TK, row_counts, pair_counts, flags, counts, token_row, *own)
+        pointers = (index_TK, partial, counts, token_row, *own)
         tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
         _place_source((blocks, 1, 1), pointers, integers, (*constants, min(chunk, slots), *tiles))
-    places = None if skip_rank is None else (own[0], own[1], own[2].view(tokens, top_k), own[3])
-    return counts, token_row.view(tokens, ranks), places
+    return counts, token_row, None if skip_rank is None else tuple(own)
 
 
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:
@@ -248,13 +249,18 @@ def _hits(index, token, num_tokens, num_local, skip, TOP_K: tl.constexpr, PADDED
     return found, sent
 
 
+@triton.jit
+def _parts(partial, num_blocks, PADDED: tl.constexpr, KEYS: tl.constexpr):
+    """Where the counts of each block begin: rows by rank, pairs by expert (most of them: aligned), the flag."""
+    row_counts = partial + num_blocks * KEYS
+    return row_counts, partial, row_counts + num_blocks * PADDED
+
+
 @triton.jit(do_not_specialize=["num_tokens", "word", "last_word"])
 def _count_source_kernel(
     index,
     weights,
-    row_counts,
-    pair_counts,
-    flags,
+    partial,
     counts,
     num_tokens,
     word,
@@ -274,6 +280,7 @@ def _count_source_kernel(
     token = block * BLOCK + tl.arange(0, BLOCK)
     rank = tl.arange(0, PADDED)
     _, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
+    row_counts, pair_counts, flags = _parts(partial, tl.num_programs(0), PADDED, KEYS)
     tl.store(row_counts + block * PADDED + rank, tl.sum(sent, 0))
     for column in tl.static_range(COLUMNS):  # placement adds to those of the parts
         value = tl.zeros_like(rank)
@@ -343,36 +350,15 @@ def _place_rows(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "absent"])
 def _place_source_kernel(
-    index,
-    row_counts,
-    pair_counts,
-    flags,
-    counts,
-    token_row,
-    pair_row,
-    pair_slot,
-    row_pair,
-    offsets,
-    num_tokens,
-    num_blocks,
-    absent,
-    TOP_K: tl.constexpr,
-    num_local: tl.constexpr,
-    num_ranks: tl.constexpr,
-    skip: tl.constexpr,
-    PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    KEYS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-    PAIR_TILE: tl.constexpr,
-):
+    index, partial, counts, token_row, pair_row, pair_slot, row_pair, offsets, num_tokens, num_blocks, absent,
+    TOP_K: tl.constexpr, num_local: tl.constexpr, num_ranks: tl.constexpr, skip: tl.constexpr, PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
+    CHUNK: tl.constexpr, ROW_TILE: tl.constexpr, PAIR_TILE: tl.constexpr,
+):  # fmt: skip
     block = tl.program_id(0)
     token = block * BLOCK + tl.arange(0, BLOCK)
     found, sent = _hits(index, token, num_tokens, num_local, skip, TOP_K, PADDED, BLOCK)
+    row_counts, pair_counts, flags = _parts(partial, num_blocks, PADDED, KEYS)
     _place_rows(
         found, sent, token, block, row_counts, flags, counts, token_row, num_tokens, num_blocks, absent,
         num_ranks, skip, PARTS, COLUMNS, BLOCK, PADDED, ROW_TILE,

@@ -36,15 +36,13 @@ def pack_rows(
     buffer = form.new_rows(places, hidden_TH.device)
     if hidden_TH.shape[0] == 0 or most == 0:
         return buffer
-    hidden, ids, weights = form.hidden_of(buffer), form.ids_of(buffer), form.weights_of(buffer)
     columns, _, warps = tile(form.hidden, 0)
-    strides = (hidden_TH.stride(0), hidden.stride(0), ids.stride(0), weights.stride(0))
     sizes = (token_row_TP.shape[1], form.hidden, num_local_experts, form.top_k, power_of_two(form.top_k))
     _pack(
         (hidden_TH.shape[0], blocks_of(form.hidden, columns), 1),
-        (hidden_TH, weights_TK, index_TK, token_row_TP, hidden, ids, weights),
+        (hidden_TH, weights_TK, index_TK, token_row_TP, *form.whole_of(buffer)),
         (most,),
-        (*strides, *sizes, columns),
+        (hidden_TH.stride(0), *form.places, *sizes, columns),
         warps,
     )
     return buffer
@@ -103,6 +101,8 @@ def _pack_kernel(
     hidden_stride: tl.constexpr,
     ids_stride: tl.constexpr,
     weights_stride: tl.constexpr,
+    ids_at: tl.constexpr,
+    weights_at: tl.constexpr,
     ranks: tl.constexpr,
     hidden: tl.constexpr,
     num_local: tl.constexpr,
@@ -123,8 +123,8 @@ def _pack_kernel(
         goes = row < most
         tl.store(hidden_out + row * hidden_stride + at, value, mask=(at < hidden) & goes)
         local = tl.where(owner == rank, expert - rank * num_local, -1).to(tl.int16)
-        tl.store(ids_out + row * ids_stride + k, local, mask=used & goes)
-        tl.store(weights_out + row * weights_stride + k, weight, mask=used & goes)
+        tl.store(ids_out + row * ids_stride + ids_at + k, local, mask=used & goes)
+        tl.store(weights_out + row * weights_stride + weights_at + k, weight, mask=used & goes)
 
 
 @triton.jit(do_not_specialize=["rows"])
