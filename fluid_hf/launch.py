@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Kernel", "blocks_of", "can_describe", "new_int32", "power_of_two"]
+__all__ = ["Kernel", "blocks_of", "can_describe", "new_int32", "power_of_two", "together"]
 
 # Versions whose compiled kernels take (grid, stream, function, metadata, hooks, arguments); others are launched through
 # the public `compiled[grid](...)`, at twice the time.
@@ -57,16 +57,23 @@ def can_describe(tensor: torch.Tensor) -> bool:
     return (tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()) & 15 == 0
 
 
-def new_int32(device: torch.device, scratch: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+Layout = tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]
+
+
+def together(scratch: int, *shapes: tuple[int, ...]) -> Layout:
+    """How vectors and tables lie behind `scratch` numbers that are none of theirs, for `new_int32`."""
+    starts = [*itertools.accumulate([(math.prod(shape) + 3) & -4 for shape in shapes], initial=(scratch + 3) & -4)]
+    # The stride of a row is the number of columns; a vector has none.
+    return starts[-1], [(shape, (*shape[1:], 1), start) for shape, start in zip(shapes, starts, strict=False)]
+
+
+def new_int32(device: torch.device, layout: Layout) -> list[torch.Tensor]:
     """Vectors and tables in one allocation, which costs the host less than one each; aligned to 16 bytes.
 
-    First comes the allocation itself, which begins with `scratch` numbers that are none of theirs.
+    First comes the allocation itself, which begins with the scratch numbers.
     """
-    starts = [*itertools.accumulate([(math.prod(shape) + 3) & -4 for shape in shapes], initial=(scratch + 3) & -4)]
-    room = torch.empty(starts[-1], dtype=torch.int32, device=device)
-    # The stride of a row is the number of columns; a vector has none.
-    views = [room.as_strided(shape, (*shape[1:], 1), start) for shape, start in zip(shapes, starts, strict=False)]
-    return [room, *views]
+    room = torch.empty(layout[0], dtype=torch.int32, device=device)
+    return [room, *[room.as_strided(*place) for place in layout[1]]]
 
 
 class Kernel:

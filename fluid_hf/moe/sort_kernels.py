@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fluid_hf.launch import Kernel, blocks_of, new_int32, power_of_two
+from fluid_hf.launch import Kernel, Layout, blocks_of, new_int32, power_of_two, together
 
 __all__ = ["most_rows", "pair_plan", "source_plan"]
 
@@ -43,7 +43,7 @@ def pair_plan(
     blocks = blocks_of(slots, SORT_BLOCK)
     keys, chunk = _key_tile(num_experts)
     shapes = (num_pairs,), (num_pairs,), (rows, top_k)
-    partial, pair_row, pair_slot, row_pair = new_int32(ids_RK.device, blocks * keys, *shapes)
+    partial, pair_row, pair_slot, row_pair = new_int32(ids_RK.device, together(blocks * keys, *shapes))
     if offsets is None:  # of its own: kept for the statistics, long after the others
         offsets = torch.empty(num_experts, dtype=torch.int32, device=ids_RK.device)
     if blocks == 0:
@@ -84,16 +84,10 @@ def source_plan(
         token_row [T, P] (the most rows there can be, `most_rows`, where there is none); the pair plan of the skipped
         rank's pairs, with T * K places. All int32.
     """
-    tokens, top_k = index_TK.shape
-    device, capacity = index_TK.device, tokens * top_k
+    (tokens, top_k), device = index_TK.shape, index_TK.device
     skip = -1 if skip_rank is None else skip_rank
-    per_block = max(16, power_of_two(SORT_BLOCK // top_k))
-    slots, blocks = power_of_two(per_block * top_k), blocks_of(tokens, per_block)
-    padded = power_of_two(ranks)
-    keys, chunk = _key_tile(num_local_experts)
-    # What is counted per block lies together (`_parts`).
-    shapes = (capacity,), (capacity,), (tokens, top_k), (tokens, ranks)
-    partial, *own, token_row = new_int32(device, blocks * (padded + keys + 1), *shapes)
+    layout, blocks, constants, tiles = _source_sizes(tokens, top_k, num_local_experts, ranks, skip, parts, columns)
+    partial, *own, token_row = new_int32(device, layout)
     if offsets is None:  # of its own: kept for the statistics, long after the others
         offsets = torch.empty(num_local_experts, dtype=torch.int32, device=device)
     own.append(offsets)
@@ -105,19 +99,32 @@ def source_plan(
         for column, word in enumerate(words, columns - len(words)):
             counts[0, :, column].fill_(word)
     else:
-        constants = (top_k, num_local_experts, ranks, skip, parts, columns, per_block, slots, padded, keys)
         integers = (tokens, blocks, most_rows(tokens, top_k, ranks))
         pointers = (index_TK, weights_TK, partial, counts)
         _count_source((blocks, 1, 1), pointers, (tokens, *(words or (0, 0))), constants)
         pointers = (index_TK, partial, counts, token_row, *own)
-        tiles = (max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
-        _place_source((blocks, 1, 1), pointers, integers, (*constants, min(chunk, slots), *tiles))
+        _place_source((blocks, 1, 1), pointers, integers, (*constants, *tiles))
     return counts, token_row, None if skip_rank is None else tuple(own)
 
 
 def most_rows(tokens: int, top_k: int, ranks: int) -> int:
     """Upper bound of the rows that a rank can send, its own included."""
     return tokens * min(top_k, ranks)
+
+
+@functools.lru_cache(maxsize=256)
+def _source_sizes(
+    tokens: int, top_k: int, num_experts: int, ranks: int, skip: int, parts: int, columns: int
+) -> tuple[Layout, int, tuple[int, ...], tuple[int, int, int]]:
+    """Of `source_plan`: layout of what it allocates, blocks, constants of both kernels and those of placement."""
+    per_block = max(16, power_of_two(SORT_BLOCK // top_k))
+    slots, blocks = power_of_two(per_block * top_k), blocks_of(tokens, per_block)
+    padded, (keys, chunk) = power_of_two(ranks), _key_tile(num_experts)
+    # What is counted per block lies together (`_parts`).
+    shapes = (tokens * top_k,), (tokens * top_k,), (tokens, top_k), (tokens, ranks)
+    layout = together(blocks * (padded + keys + 1), *shapes)
+    constants = (top_k, num_experts, ranks, skip, parts, columns, per_block, slots, padded, keys)
+    return layout, blocks, constants, (min(chunk, slots), max(1, SUM_TILE // padded), max(1, SUM_TILE // keys))
 
 
 @functools.cache
