@@ -59,10 +59,7 @@ def prefers_one_sum(inner: int) -> bool:
 
 
 def serves_float32(weight: tuple[int, ...]) -> bool:
-    """Float32 needs exact products, which are slow here: only small experts gain by fewer launches.
-
-    `weight` is the shape of one, [E, N, M].
-    """
+    """Float32 needs exact products, slow here: only small experts (of the shape [E, N, M]) gain by fewer launches."""
     return weight[1] * weight[2] <= 2**16
 
 
@@ -86,9 +83,8 @@ def product_tile(tensor: torch.Tensor, columns: int, stages: int, warps: int = 8
 
 
 @functools.lru_cache(maxsize=64)
-def _product_tile(
-    dtype: torch.dtype, device: int | None, columns: int, stages: int, warps: int
-) -> tuple[int, int, int, int, int]:
+def _product_tile(dtype: torch.dtype, device: int | None, *wanted: int) -> tuple[int, int, int, int, int]:
+    columns, stages, warps = wanted
     if dtype == torch.float32:  # for its exactness, not its speed
         return 32, 32, 32, 4, 2
     fitting = _shared_bytes(device) // ((128 + columns) * 64 * 2)
