@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,16 @@ from fluid_hf.errors import CheckpointError
 
 __all__ = ["check_files", "read_file", "read_tag"]
 
+
+def _stage(owner: Any, name: str) -> ZeroStageEnum:
+    """What stands for `getattr` in a file: Python 3.11.0 to 3.11.3 write a member of an enumeration by it."""
+    if owner is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name!r} of {owner!r}")
+    return ZeroStageEnum[name]
+
+
 # Beside tensors, all that DeepSpeed 0.19.8 puts into its files: values of these, without any code of a file's own.
-ALLOWED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+ALLOWED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, (_stage, "builtins.getattr")]
 
 
 def read_file(path: Path, *, mmap: bool = False) -> Any:

@@ -198,6 +198,26 @@ def test_files_of_deepspeed_are_read(tmp_path: Path) -> None:
     assert found["scaler"].cur_scale == 2**8 and found["at"] == fragment_address(3, 4)
 
 
+class AsOldPythons:
+    """Pickled as Python 3.11.0 to 3.11.3 do members of an enumeration."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, self.arguments
+
+
+def test_members_of_enumerations_are_read_as_old_pythons_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "states.pt"
+    torch.save({"stage": AsOldPythons(ZeroStageEnum, "gradients")}, path)
+    assert read_file(path)["stage"] is ZeroStageEnum.gradients
+    for other in ((ZeroStageEnum, "mro"), (DynamicLossScaler, "update_scale"), (fragment_address, "count")):
+        torch.save({"stage": AsOldPythons(*other)}, path)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_file(path)
+
+
 @pytest.mark.parametrize("tag", ["../other", "/etc", "a/../../b", ""])
 def test_tags_stay_in_their_folder(tmp_path: Path, tag: str) -> None:
     (tmp_path / "latest").write_text("global_step4\n")
