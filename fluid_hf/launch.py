@@ -47,7 +47,7 @@ def _has_described_blocks(device: int | None) -> bool:
 
 
 def can_describe(tensor: torch.Tensor) -> bool:
-    """Whether the copy engine can load blocks of a contiguous tensor, by a `TensorDescriptor`.
+    """Whether the copy engine can load and store blocks of a contiguous tensor, by a `TensorDescriptor`.
 
     Rows then start at multiples of 16 bytes, on the devices where the kernels that use it were measured. Float32 is
     left to the kernels that are exact in small tiles.
@@ -109,7 +109,7 @@ class Kernel:
             integers: below 2**31.
             constants: compile-time values; each new combination compiles.
             num_stages: pipeline stages of the loops over products.
-            descriptors: of tensors that the copy engine reads in blocks; about 6 us of the host each.
+            descriptors: of tensors that the copy engine reads or writes in blocks; about 6 us of the host each.
         """
         addresses: list[Any] = [*map(_ADDRESS_OF, pointers)]
         # Triton compiles wide accesses for pointers that are multiples of 16: one test tells if all are.

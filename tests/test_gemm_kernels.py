@@ -30,6 +30,7 @@ DTYPES = [dtype for dtype in TOLERANCE if not (INTERPRETED and dtype == torch.bf
 # more rows than a tile.
 SIZES = [(1, 32, 32, 1, 1), (50, 96, 40, 6, 3), (30, 40, 72, 5, 4), (40, 33, 30, 4, 2), (3, 40, 48, 8, 1)]
 SIZES += [(150, 64, 32, 2, 2)]
+UNDESCRIBED = (20, 33, 24, 3, 2)  # the copy engine loads the other operand of a weight gradient, but cannot write it
 MANY = 7  # places for pairs that there are not
 
 
@@ -102,7 +103,7 @@ def test_projections(size: tuple[int, ...], dtype: torch.dtype) -> None:
 @kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, UNDESCRIBED])
 def test_weight_gradients(size: tuple[int, ...], dtype: torch.dtype) -> None:
     case = Case(size, dtype)
     expected = torch.einsum("se,sn,sh->enh", case.one_hot, case.grad.float(), case.pairs)
@@ -117,6 +118,18 @@ def test_weight_gradients(size: tuple[int, ...], dtype: torch.dtype) -> None:
         args = rows, *where, case.grad, plan.offsets_E
         assert case.near(wgrad_kernels.gathered_wgrad(*args, False), expected)
         assert case.near(wgrad_kernels.gathered_wgrad(*args, True), expected.transpose(1, 2))
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [0, 1, 4])
+def test_weight_gradients_are_written_in_any_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((30, 40, 72, 5, 4), torch.float16)
+    args = case.rows, case.plan.pair_row_S, 0, case.grad, case.plan.offsets_E
+    expected = [wgrad_kernels.gathered_wgrad(*args, rows_first) for rows_first in (False, True)]
+    monkeypatch.setattr(wgrad_kernels, "PARTS", parts)
+    for rows_first in (False, True):
+        assert torch.equal(wgrad_kernels.gathered_wgrad(*args, rows_first), expected[rows_first])
 
 
 def pieces_of(sizes: tuple[int, ...], dtype: torch.dtype) -> list[experts.Piece]:
@@ -198,7 +211,8 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_descriptors_hold_plain_integers() -> None:
     """Triton's launcher takes no others; its interpreter takes what it gets."""
     pairs, gate_up = (torch.empty(*shape, dtype=torch.float16, device=DEVICE) for shape in ((6, 16), (2, 16, 8)))
-    for of in (wgrad_kernels._ragged(pairs, 64, 128), gemm_kernels._gate_and_up(gate_up, gate_up, 8, 128, 64)[0]):
+    made = [wgrad_kernels._ragged(pairs, 64, 128), wgrad_kernels._tiles_of(gate_up, 128, 64)]
+    for of in (*made, gemm_kernels._gate_and_up(gate_up, gate_up, 8, 128, 64)[0]):
         assert {type(number) for number in (*of.shape, *of.strides, *of.block_shape)} == {int}
 
 

@@ -4,13 +4,15 @@ Legend: R rows, S pairs sorted by expert, E experts held here, H hidden, N colum
 
 An expert has few pairs, so a tile of its gradient takes few steps: what is before the first step and behind the last
 one would take as long as a third of the products. So where the copy engine can load the other operand, a program goes
-through the steps of several tiles in one loop whose loads are pipelined across tiles. Elsewhere a program computes one
-tile. Which step adds to which tile is fixed: results do not depend on timing.
+through the steps of several tiles in one loop whose loads are pipelined across tiles, and the copy engine writes a tile
+during the products of the next one. Elsewhere a program computes one tile. Which step adds to which tile is fixed:
+results do not depend on timing.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +29,18 @@ GROUP = 8  # rows of tiles whose columns are computed together
 # Programs that follow each other on a multiprocessor, if each has as many tiles: with one only, a program that finds
 # its multiprocessor taken by communication would start when the others are done.
 ROUNDS = 4
+# Parts of a tile, side by side, that the copy engine writes after each other through one part's shared memory: with two
+# all loads of a tile keep their stages. 0: threads write, and products wait for that.
+PARTS = 2
+
+
+class _Tile(NamedTuple):
+    height: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    beside: int  # programs on a multiprocessor
 
 
 @functools.cache
@@ -60,7 +74,7 @@ def gathered_wgrad(
         return out.zero_()
     sizes = rows_RH.stride(0), unit, hidden, width, rows_first
     if can_describe(other_SN):
-        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes)
+        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes, _tile_of(shape[1]), PARTS)
         return out
     height, columns, depth, warps, stages = product_tile(other_SN, 128, 3 if rows_first else 2, warps=4)
     _wgrad(
@@ -74,6 +88,13 @@ def gathered_wgrad(
     return out
 
 
+def _tile_of(wide: int) -> _Tile:
+    """Tile of a result with `wide` columns."""
+    # 256 columns read the rows' tile from shared memory least often, unless more is computed then than is there.
+    wasted = blocks_of(wide, 256) * 2 > blocks_of(wide, 128)
+    return _Tile(128, 128, 64, 4, 3, 2) if wasted else _Tile(128, 256, 64, 8, 3, 1)
+
+
 def _through_tiles(
     rows_RH: torch.Tensor,
     where_S: torch.Tensor,
@@ -81,23 +102,29 @@ def _through_tiles(
     offsets_E: torch.Tensor,
     out: torch.Tensor,
     sizes: tuple[int, int, int, int, bool],
+    tile: _Tile,
+    parts: int,
+    rounds: int = ROUNDS,
 ) -> None:
-    (experts, *shape), rows_first = out.shape, sizes[-1]
-    # 256 columns read the rows' tile from shared memory least often, unless more is computed then than is there.
-    wasted = blocks_of(shape[1], 256) * 2 > blocks_of(shape[1], 128)
-    height, columns, depth, warps, stages, beside = (128, 128, 64, 4, 3, 2) if wasted else (128, 256, 64, 8, 3, 1)
-    tiles = experts * blocks_of(shape[0], height) * blocks_of(shape[1], columns)
+    (experts, tall, wide), rows_first = out.shape, sizes[-1]
+    height, columns, depth, warps, stages, beside = tile
+    tiles = experts * blocks_of(tall, height) * blocks_of(wide, columns)
     at_once = beside * _processors(out.device.index)
-    programs = min(tiles, at_once * max(1, min(ROUNDS, tiles // (ROUNDS * at_once))))
-    _wgrad_through(
-        (programs, 1, 1),
-        (rows_RH, where_S, offsets_E, out),
-        (),
-        (*sizes, experts, power_of_two(experts), programs, height, columns, depth, GROUP),
-        warps,
-        stages,
-        (_ragged(other_SN, depth, columns if rows_first else height),),
-    )
+    programs = min(tiles, at_once * max(1, min(rounds, tiles // (rounds * at_once))))
+    described = [_ragged(other_SN, depth, columns if rows_first else height)]
+    constants = (*sizes, experts, power_of_two(experts), programs, height, columns, depth, GROUP)
+    if parts and can_describe(out):
+        described.append(_tiles_of(out, height, columns // parts))
+    else:
+        parts, constants = 0, (None, *constants)  # in the place of the result's descriptor
+    grid, pointers = (programs, 1, 1), (rows_RH, where_S, offsets_E, out)
+    _wgrad_through(grid, pointers, (), (*constants, parts), warps, stages, tuple(described))
+
+
+def _tiles_of(out: torch.Tensor, height: int, columns: int) -> TensorDescriptor:
+    """Descriptor of an expert's result in blocks; what lies outside of the expert's is not written."""
+    experts, tall, wide = out.shape
+    return TensorDescriptor(out, [experts, tall, wide], [tall * wide, wide, 1], [1, height, columns])
 
 
 def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -142,6 +169,19 @@ def _store(
     column = across * COLUMNS + tl.arange(0, COLUMNS)
     to = out + expert.to(tl.int64) * (TALL * WIDE) + line.to(tl.int64)[:, None] * WIDE + column[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=(line < TALL)[:, None] & (column < WIDE)[None, :])
+
+
+@triton.jit
+def _put(into, total, expert, row, column, PARTS: tl.constexpr):
+    """Leave a tile to the copy engine, which writes nothing outside of the result."""
+    HEIGHT: tl.constexpr = total.shape[0]
+    WIDTH: tl.constexpr = total.shape[1] // PARTS
+    if PARTS == 1:
+        into.store([expert, row, column], total.to(into.dtype).reshape(1, HEIGHT, WIDTH))
+    else:
+        left, right = total.reshape(HEIGHT, 2, WIDTH * PARTS // 2).permute(0, 2, 1).split()
+        _put(into, left, expert, row, column, PARTS // 2)
+        _put(into, right, expert, row, column + WIDTH * PARTS // 2, PARTS // 2)
 
 
 @triton.jit
@@ -192,10 +232,10 @@ def _num_steps(
 
 @triton.jit
 def _wgrad_through_kernel(
-    rows, where, offsets, out, other,
+    rows, where, offsets, out, other, into,
     row_stride: tl.constexpr, UNIT: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr,
     ROWS_FIRST: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr, PROGRAMS: tl.constexpr,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     TALL: tl.constexpr = hidden if ROWS_FIRST else width
     WIDE: tl.constexpr = width if ROWS_FIRST else hidden
@@ -230,7 +270,10 @@ def _wgrad_through_kernel(
         at = tl.load(where + low + step, mask=low + step < end, other=0)
         total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
         if last:
-            _store(total, out, to_expert, to_down, to_across, TALL, WIDE, HEIGHT, COLUMNS)
+            if PARTS > 0:
+                _put(into, total, to_expert, to_down * HEIGHT, to_across * COLUMNS, PARTS)
+            else:
+                _store(total, out, to_expert, to_down, to_across, TALL, WIDE, HEIGHT, COLUMNS)
             total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
 
 
