@@ -11,9 +11,10 @@ NCCL's kernels take, imbalance between ranks, or stragglers. On the CPU it copie
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections import defaultdict, deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,75 +27,97 @@ NUM_EVENTS = 8192
 MAX_WORKS = 2048  # more than are ever in flight
 
 
+class _Moment(NamedTuple):
+    """What a stream had been given when an event was recorded on it.
+
+    Attributes:
+        stream, event: the runtime's handles.
+        number: counts the recorded moments, those of other streams too.
+    """
+
+    stream: int
+    number: int
+    event: int
+
+
 class _Link:
     """The two copy engines, driven through the CUDA runtime.
 
     torch's events and streams cost the host 10 to 30 us a call, more than NCCL's own posting; the runtime's cost two.
-    Events are numbers from a ring.
+    Events are numbers from a ring. Calls are chained by `or`: the first that fails ends the chain with its error.
     """
 
     def __init__(self) -> None:
         loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudart" in line}
-        self._runtime = ctypes.CDLL(sorted(loaded)[0])
+        # Nothing that is called here waits for the device, so Python's lock is not given up for it.
+        runtime = ctypes.PyDLL(sorted(loaded)[0])
         address, size, kind = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        self._runtime.cudaEventRecord.argtypes = [address, address]
-        self._runtime.cudaEventQuery.argtypes = [address]
-        self._runtime.cudaStreamWaitEvent.argtypes = [address, address, ctypes.c_uint]
-        self._runtime.cudaMemcpyAsync.argtypes = [address, address, size, kind, address]
+        self._record, self._passed = runtime.cudaEventRecord, runtime.cudaEventQuery
+        self._wait, self._copy = runtime.cudaStreamWaitEvent, runtime.cudaMemcpyAsync
+        self._record.argtypes, self._passed.argtypes = [address, address], [address]
+        self._wait.argtypes = [address, address, ctypes.c_uint]
+        self._copy.argtypes = [address, address, size, kind, address]
         self._device = torch.cuda.current_device()
         self.out, self.back = torch.cuda.Stream(), torch.cuda.Stream()
         self._streams = (self.out.cuda_stream, self.back.cuda_stream)
         self._pool = torch.empty(POOL_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._offset = 0
-        self._events = [torch.cuda.Event() for _ in range(NUM_EVENTS)]
-        for event in self._events:
+        self._host, self._offset = self._pool.data_ptr(), 0
+        self._torch_events = [torch.cuda.Event() for _ in range(NUM_EVENTS)]
+        for event in self._torch_events:
             event.record()
-        self._handles = [event.cuda_event for event in self._events]
-        self._next = 0
+        self._events = itertools.cycle([event.cuda_event for event in self._torch_events])
+        self._numbers = itertools.count()
 
-    def _record(self, stream: int) -> int:
-        self._next = (self._next + 1) % NUM_EVENTS
-        event = self._handles[self._next]
-        _check(self._runtime.cudaEventRecord(event, stream))
-        return event
+    def now(self) -> _Moment:
+        """What the current stream holds."""
+        stream, event = torch._C._cuda_getCurrentRawStream(self._device), next(self._events)
+        _check(self._record(event, stream))
+        return _Moment(stream, next(self._numbers), event)
 
-    def now(self) -> int:
-        """An event recorded on the current stream."""
-        return self._record(torch._C._cuda_getCurrentRawStream(self._device))
+    def hold(self, *moments: _Moment) -> None:
+        """Let nothing cross before these.
 
-    def hold(self, event: int) -> None:
-        """Let nothing cross before `event`."""
-        for stream in self._streams:
-            _check(self._runtime.cudaStreamWaitEvent(stream, event, 0))
+        One engine waits: what comes back waits for that one, block by block. Of two moments of one stream the later
+        one is enough.
+        """
+        if len(moments) == 2 and moments[0].stream == moments[1].stream:
+            moments = (max(moments),)
+        for moment in moments:
+            _check(self._wait(self._streams[0], moment.event, 0))
 
     def joined(self) -> int:
         """An event behind all that crossed and all that the current stream holds."""
-        back = self._streams[1]
-        _check(self._runtime.cudaStreamWaitEvent(back, self.now(), 0))
-        return self._record(back)
+        back, event = self._streams[1], next(self._events)
+        _check(self._wait(back, self.now().event, 0) or self._record(event, back))
+        return event
 
     def wait(self, event: int) -> None:
         """Let the current stream wait."""
-        _check(self._runtime.cudaStreamWaitEvent(torch._C._cuda_getCurrentRawStream(self._device), event, 0))
+        _check(self._wait(torch._C._cuda_getCurrentRawStream(self._device), event, 0))
 
     def query(self, event: int) -> bool:
         """Whether the event has passed."""
-        return bool(self._runtime.cudaEventQuery(event) == 0)
+        return bool(self._passed(event) == 0)
 
     def cross(self, source: torch.Tensor, target: torch.Tensor, size: int) -> int:
         """Queue the copy block by block; the event of arrival."""
         if self._offset + size > POOL_BYTES:
             self._offset = 0
-        runtime, (out, back) = self._runtime, self._streams
-        host, x, y = self._pool.data_ptr() + self._offset, source.data_ptr(), target.data_ptr()
+        copy, record, wait, events, (out, back) = self._copy, self._record, self._wait, self._events, self._streams
+        host, x, y = self._host + self._offset, source.data_ptr(), target.data_ptr()
         self._offset += -(-size // 512) * 512
         step = -(-size // (512 * max(1, round(size / BLOCK_BYTES)))) * 512  # blocks of about equal sizes
         for start in range(0, size, step):
-            length = min(step, size - start)
-            _check(runtime.cudaMemcpyAsync(host + start, x + start, length, 2, out))
-            _check(runtime.cudaStreamWaitEvent(back, self._record(out), 0))
-            _check(runtime.cudaMemcpyAsync(y + start, host + start, length, 1, back))
-        return self._record(back)
+            length, event = min(step, size - start), next(events)
+            _check(
+                copy(host + start, x + start, length, 2, out)
+                or record(event, out)
+                or wait(back, event, 0)
+                or copy(y + start, host + start, length, 1, back)
+            )
+        arrival = next(events)
+        _check(record(arrival, back))
+        return arrival
 
 
 def _check(status: int) -> None:
@@ -103,7 +126,7 @@ def _check(status: int) -> None:
 
 
 class _MirrorWork(dist._Work):
-    """Work of one call. Making one costs the host 90 us, so they are reused in a ring."""
+    """Work of one call. Making one costs the host 90 us, so those of a ring are used again and again."""
 
     tensors: list[torch.Tensor]
     arrival: list[Any]
@@ -127,6 +150,10 @@ class _MirrorWork(dist._Work):
         return self.tensors
 
 
+# A tensor that is sent or received, what its stream held then, and the event of arrival once it crosses.
+_Posted = tuple[torch.Tensor, _Moment | None, list[Any]]
+
+
 class MirrorGroup(dist.ProcessGroup):
     """The process group of rank 0; `bytes_on_wire` counts what all groups sent."""
 
@@ -136,8 +163,8 @@ class MirrorGroup(dist.ProcessGroup):
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)
         self._rank, self._size = rank, size
-        self._sends: dict[int, deque[Any]] = defaultdict(deque)
-        self._recvs: dict[int, deque[Any]] = defaultdict(deque)
+        self._sends: dict[int, deque[_Posted]] = defaultdict(deque)  # those whose other side was not posted yet
+        self._recvs: dict[int, deque[_Posted]] = defaultdict(deque)
         self._link: _Link | None = None
         self._works: deque[_MirrorWork] = deque()
 
@@ -162,9 +189,11 @@ class MirrorGroup(dist.ProcessGroup):
     def _the_link(self) -> _Link:
         if self._link is None:
             self._link = _Link()
+            # All of the ring at once: otherwise the first calls, which are the measured ones, would make the works.
+            self._works.extend(_MirrorWork() for _ in range(MAX_WORKS - len(self._works)))
         return self._link
 
-    def _now(self, tensor: torch.Tensor) -> int | None:
+    def _now(self, tensor: torch.Tensor) -> _Moment | None:
         return self._the_link().now() if tensor.is_cuda else None
 
     def alltoall_base(self, output: Any, input: Any, out_splits: Any, in_splits: Any, opts: Any = None) -> _MirrorWork:
@@ -189,27 +218,30 @@ class MirrorGroup(dist.ProcessGroup):
 
     all_to_all_single = alltoall_base
 
-    def _pair(self, peer: int) -> None:
-        sends, recvs = self._sends[peer], self._recvs[peer]
-        while sends and recvs:
-            (source, ready, sent), (target, free, received) = sends.popleft(), recvs.popleft()
-            for event in (ready, free):
-                if event is not None:
-                    self._the_link().hold(event)
-            self._cross(source, target, sent)
-            received[:] = sent
+    def _meet(self, send: _Posted, recv: _Posted) -> None:
+        (source, ready, sent), (target, free, received) = send, recv
+        if ready is not None and free is not None:
+            self._the_link().hold(ready, free)
+        self._cross(source, target, sent)
+        received[:] = sent
 
     def send(self, tensors: Any, dst: int, tag: int = 0) -> _MirrorWork:
-        arrival: list[Any] = []
-        self._sends[dst].append((tensors[0], self._now(tensors[0]), arrival))
-        self._pair(dst)
-        return self._work(tensors, arrival)
+        posted: _Posted = (tensors[0], self._now(tensors[0]), [])
+        waiting = self._recvs[dst]
+        if waiting:
+            self._meet(posted, waiting.popleft())
+        else:
+            self._sends[dst].append(posted)
+        return self._work(tensors, posted[2])
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> _MirrorWork:
-        arrival: list[Any] = []
-        self._recvs[src].append((tensors[0], self._now(tensors[0]), arrival))
-        self._pair(src)
-        return self._work(tensors, arrival)
+        posted: _Posted = (tensors[0], self._now(tensors[0]), [])
+        waiting = self._sends[src]
+        if waiting:
+            self._meet(waiting.popleft(), posted)
+        else:
+            self._recvs[src].append(posted)
+        return self._work(tensors, posted[2])
 
     def allreduce(self, tensors: Any, opts: Any = None) -> _MirrorWork:
         if opts is not None and opts.reduceOp == dist.ReduceOp.SUM:
