@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import astuple
+import types
+from collections.abc import Iterator
+from dataclasses import asdict, astuple
 from pathlib import Path
 from unittest import mock
 
@@ -20,10 +24,12 @@ from transformers import GPT2Config
 from fluid_hf import cli
 from fluid_hf.bench.parity_cells import FACTORS
 from fluid_hf.bench.shapes import shape_of
-from fluid_hf.commands import doctor_checks
+from fluid_hf.commands import bench_attention, bench_layer, doctor_checks, models
+from fluid_hf.commands.arguments import write_whole
 from fluid_hf.commands.bench import BENCHMARKS
 from fluid_hf.commands.doctor_parity import read_settings
 from fluid_hf.errors import ConfigError
+from fluid_hf.models.catalogue import SupportedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = [[name] for name in cli.COMMANDS] + [["bench", name] for name in BENCHMARKS]
@@ -100,11 +106,101 @@ def test_wrong_input_is_named_before_anything_runs(
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "no JSON"
 
 
-def test_results_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    options = "--shapes tiny --ep 1 --tokens 16 --repeats 1 --layers 1 --variants grouped --json -"
+@pytest.mark.parametrize("end", ["--json -", "--json", "--json --layers 1"])
+def test_results_can_be_printed(end: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"--shapes tiny --ep 1 --tokens 16 --repeats 1 --layers 1 --variants grouped {end}"
     assert cli.main(["bench", "layer", *options.split()]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["cells"][0]["shape"] == "tiny" and "limits" in printed.err
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of all its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_json_alone_prints_and_eats_no_argument() -> None:
+    """In every command; one that has arguments without a name takes no file, and `bench table` reads its own."""
+    kinds = {}
+    for parser in parsers(cli.build_parser()):
+        for action in parser._actions:
+            if "--json" in action.option_strings:
+                takes_words = any(not other.option_strings for other in parser._actions)
+                kinds[parser.prog.removeprefix("fluid-hf ")] = (action.nargs, action.const, takes_words)
+    prints = {name for name, kind in kinds.items() if kind == ("?", "-", False)}
+    assert prints == {
+        "doctor",
+        "models",
+        "profile",
+        *(f"bench {w}" for w in ("layer", "attention", "model", "metrics")),
+    }
+    assert kinds.keys() - prints == {"errors", "bench table"} and kinds["errors"][0] == 0
+
+
+def test_families_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    family = SupportedModel("mixtral", True, "none", True)
+    monkeypatch.setattr(models, "supported_models", lambda: [family])
+    assert cli.main(["models", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == [asdict(family)]
+    assert cli.main(["models", "--json", str(tmp_path / "models.json")]) == 0
+    assert json.loads((tmp_path / "models.json").read_text()) == printed
+    assert capsys.readouterr().out.startswith("# Models")
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        (bench_layer, "bench layer --shapes tiny --ep 1 2 4 --tokens 16"),
+        (bench_attention, "bench attention --shapes tiny --sp 1 2 4 --tokens 16"),
+    ],
+)
+def test_a_run_that_is_cut_keeps_what_is_finished(
+    module: types.ModuleType, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results.json"
+    number = 0
+
+    def cell(*_: object) -> dict[str, object]:
+        nonlocal number
+        number += 1
+        if number == 3:
+            raise KeyboardInterrupt
+        return {"number": number, "errors": {}}
+
+    monkeypatch.setattr(module, "_cell", cell)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([*command.split(), "--json", str(out)])
+    report = json.loads(out.read_text())
+    assert [cell["number"] for cell in report["cells"]] == [1, 2]
+    assert report["link"] == "mirror" and report["command"]["repeats"] == 20
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_files_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link stays a link, rights stay, a device is written to; a full disk leaves the old text."""
+    path, link, device = tmp_path / "a.json", tmp_path / "link.json", Path("/dev/null")
+    write_whole(path, "1")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    write_whole(str(link), "2")
+    assert link.is_symlink() and path.read_text() == "2" and path.stat().st_mode & 0o777 == 0o640
+    write_whole(device, "3")
+    assert device.is_char_device()
+    for number, text in ((errno.EACCES, "4"), (errno.ENOSPC, None)):
+        refusal = OSError(number, os.strerror(number))
+        monkeypatch.setattr(os, "replace", mock.Mock(side_effect=refusal))
+        if text is None:
+            with pytest.raises(OSError, match="No space"):
+                write_whole(path, "5")
+        else:
+            write_whole(path, text)
+        assert path.read_text() == "4"
+    assert {found.name for found in tmp_path.iterdir()} == {"a.json", "link.json"}
 
 
 def test_table_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
+import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["check_targets", "positive"]
+__all__ = ["add_json", "check_targets", "positive", "write_whole"]
+
+# A folder that takes no new files, a file that only its owner may replace, a file that is a mount of its own.
+IN_PLACE_ONLY = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
 
 
 def positive(text: str) -> int:
@@ -22,6 +28,36 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, is {text!r}")
     return value
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "results", instead: str = "the text") -> None:
+    """Add `--json`: with the name of a file it writes there; with `-` or nothing, which reads as `-`, it prints.
+
+    Not for a command with positional arguments of its own: the first of them, behind `--json`, would be the file.
+    """
+    text = f"file for the {what}; `-`, or no name, prints them instead of {instead}"
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help=text)
+
+
+def write_whole(target: str | Path, text: str) -> None:
+    """Write a file so that whoever reads it, or cuts this process short, finds the whole old text or the whole new."""
+    path = Path(os.path.realpath(target))  # a link stays one
+    if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
+        path.write_text(text, encoding="utf-8")
+        return
+    aside = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, aside)
+        os.replace(aside, path)
+    except OSError as error:
+        if error.errno not in IN_PLACE_ONLY:  # a full disk: what was written before stays
+            raise
+        path.write_text(text, encoding="utf-8")
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def check_targets(options: argparse.Namespace) -> None:

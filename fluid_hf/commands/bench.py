@@ -41,5 +41,6 @@ def run(options: argparse.Namespace) -> int:
         options.json = str(Path(folder) / "results.json")
         status = command(options)
         text = Path(options.json).read_text(encoding="utf-8") if Path(options.json).exists() else ""
-    print(text)
+    if text:  # only the first rank has one
+        print(text)
     return status

@@ -19,7 +19,7 @@ from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
-from fluid_hf.commands.arguments import positive
+from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.errors import ConfigError
 
 ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--layers", type=positive, default=4, help="calls in a row; times are per call")
     add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
-    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
+    add_json(parser)
     return parser
 
 
@@ -82,8 +82,7 @@ def _write(options: argparse.Namespace, what: str, cells: list[dict[str, Any]]) 
     report: dict[str, Any] = {"what": what, "device": device, "torch": torch.__version__}
     report |= {"date": datetime.date.today().isoformat(), "command": vars(options), "link": "mirror", "cells": cells}
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_whole(options.json, json.dumps(report, indent=1))
     return report
 
 

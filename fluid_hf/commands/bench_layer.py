@@ -19,7 +19,7 @@ from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.links import LINKS, is_first, link_world, several_processes, world_sizes
 from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
-from fluid_hf.commands.arguments import positive
+from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.errors import ConfigError
 from fluid_hf.overlap.cost_model import hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
@@ -50,12 +50,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add("--report", action="store_true", help="also say where the time goes, from a timeline of ours")
-    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
+    add_json(parser)
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
-    """Time every shape on every group size; print as they come, and write the file. 1 if variants disagree."""
+    """Time every shape on every group size; print and write results as they come. 1 if variants disagree."""
     sizes = world_sizes(options.link, options.ep)
     experts = {name: shape_of(name).experts for name in options.shapes}
     for size in sizes:
@@ -64,26 +64,29 @@ def run(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("no GPU: times say nothing; --shapes tiny --tokens 256 compares the variants at once", file=sys.stderr)
     with link_world(options.link) if options.link != "mirror" else contextlib.nullcontext():
-        cells = [cell for ep_size in sizes for cell in _bench(options, ep_size)]
-        first = is_first()
-    if first and options.json:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.link != "gloo" else "CPU"
-        about = {"device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
-        report = {**about, "command": vars(options), "link": options.link, "cells": cells}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        cells: list[dict[str, Any]] = []
+        for ep_size in sizes:
+            _bench(options, ep_size, cells)
     return int(any("differs" in str(error) for cell in cells for error in cell["errors"].values()))
 
 
-def _bench(options: Any, ep_size: int) -> list[dict[str, Any]]:
-    cells = []
+def _write(options: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
+    """What is finished so far: a run that is cut keeps it."""
+    if options.json and is_first():
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.link != "gloo" else "CPU"
+        about = {"device": device, "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+        report = {**about, "command": vars(options), "link": options.link, "cells": cells}
+        write_whole(options.json, json.dumps(report, indent=1))
+
+
+def _bench(options: Any, ep_size: int, cells: list[dict[str, Any]]) -> None:
     with link_world(options.link, ep_size) as device:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         for name, skew in itertools.product(options.shapes, options.skew):
             shape, how = shape_of(name), {"skew": skew, "dtype": dtype, "layers": options.layers}
             if shape.experts % ep_size == 0:
                 cells.append(_cell(options, name, LayerBench(shape, ep_size, options.tokens, device, **how)))
-    return cells
+                _write(options, cells)
 
 
 def _cell(options: Any, name: str, bench: LayerBench) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fluid_hf.bench.links import is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelBench, ModelSlice
-from fluid_hf.commands.arguments import positive
+from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.step_metrics import StepMetrics
 from fluid_hf.patching import patch_model
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--waves", type=positive, help="waves of each exchange (the planner's choice if not given)")
     add("--logging-steps", type=positive, default=10, help="steps between two logs")
     add("--repeats", type=positive, default=12, help="stretches of that many steps to time of each kind")
-    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
+    add_json(parser)
     return parser
 
 
@@ -116,8 +116,7 @@ def _report(options: argparse.Namespace, link: str, times: dict[str, list[float]
         f"(quartiles {low:+.2%} to {high:+.2%})"
     )
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_whole(options.json, json.dumps(report, indent=1))
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelSlice
 from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
-from fluid_hf.commands.arguments import positive
+from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.errors import ConfigError
 
 MODES = ["inference", "forward", "backward", "step"]
@@ -60,7 +59,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--budget", type=float, help="seconds after which no slice or fixed setting is started")
     add("--timeout", type=float, default=300.0, help="seconds after which a collective that hangs ends the run")
     add("--stack-after", type=float, default=60.0, help="seconds of one stage after which every rank shows its stacks")
-    add("--json", metavar="FILE", help="file for the results; `-` prints them instead of the text")
+    add_json(parser)
     return parser
 
 
@@ -106,4 +105,4 @@ def _write(options: argparse.Namespace, device: torch.device, cells: list[dict[s
         "date": datetime.date.today().isoformat(),
     }
     report = {**about, "command": vars(options), "link": options.link, "cells": cells}
-    Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_whole(options.json, json.dumps(report, indent=1))

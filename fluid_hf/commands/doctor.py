@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fluid_hf.commands import doctor_parity, doctor_ranks
+from fluid_hf.commands.arguments import add_json, write_whole
 from fluid_hf.commands.doctor_checks import CHECKS, Finding
 
 SIGNS = {"ok": " ", "warning": "!", "error": "X"}
@@ -25,7 +26,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "(there may be warnings, marked !), 1 if something will not work (marked X). Under torchrun, on all its "
         "ranks: also whether they agree, the speed of the link between every two, and the layer split over them.",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the findings here; `-` prints them instead")
+    add_json(parser, "findings")
     parser.add_argument(
         "--parity",
         action="store_true",
@@ -60,8 +61,7 @@ def run(options: argparse.Namespace) -> int:
 def _write(report: dict[str, list[Finding]], target: str | None) -> None:
     text = json.dumps({name: [asdict(finding) for finding in found] for name, found in report.items()}, indent=1)
     if target and target != "-":
-        with open(target, "w", encoding="utf-8") as file:
-            file.write(text)
+        write_whole(target, text)
     if target == "-":
         print(text)
     else:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fluid_hf.bench.parity import CellResult
 from fluid_hf.bench.parity import run as run_cells
 from fluid_hf.bench.parity_cells import FACTORS, covering_cells
+from fluid_hf.commands.arguments import write_whole
 from fluid_hf.errors import ConfigError
 
 
@@ -36,19 +37,28 @@ def run(options: argparse.Namespace) -> int:
     world = dist.get_world_size() if dist.is_initialized() else 1
     cells = covering_cells(world, strength=1 if options.quick else 2, fixed=fixed)
 
-    def report(result: CellResult) -> None:
-        print(f"{result.status:<12} {result.seconds:5.1f} s  {result.cell.name}  {result.detail}", flush=True)
+    done: list[CellResult] = []
 
-    results = run_cells(cells, seconds=options.seconds, report=None if options.json == "-" else report)
+    def report(result: CellResult) -> None:  # called on rank 0
+        done.append(result)
+        if options.json and options.json != "-":  # now: a run that is cut keeps what is finished
+            write_whole(options.json, _as_json(done))
+        if options.json != "-":
+            print(f"{result.status:<12} {result.seconds:5.1f} s  {result.cell.name}  {result.detail}", flush=True)
+
+    results = run_cells(cells, seconds=options.seconds, report=report)
     if first:
         counts = collections.Counter(result.status for result in results)
-        text = json.dumps([dataclasses.asdict(result) for result in results], indent=1)
+        text = _as_json(results)
         if options.json and options.json != "-":
-            with open(options.json, "w", encoding="utf-8") as file:
-                file.write(text)
+            write_whole(options.json, text)
         summary = ", ".join(f"{count} {status}" for status, count in counts.items())
         print(text if options.json == "-" else f"\n{len(results)} of {len(cells)} cells on {world} ranks: {summary}")
     return int(not all(result.good for result in results))
+
+
+def _as_json(results: list[CellResult]) -> str:
+    return json.dumps([dataclasses.asdict(result) for result in results], indent=1)
 
 
 def read_settings(pairs: list[str]) -> dict[str, Any]:

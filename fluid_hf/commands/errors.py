@@ -20,6 +20,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser("errors", help="explain an error, or all of them")
     parser.add_argument("name", nargs="?", choices=sorted(error_classes()), help="name of an error; all without it")
+    # No file here: `--json TraceError` asks for that error.
     parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
     return parser
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 
+from fluid_hf.commands.arguments import add_json, write_whole
 from fluid_hf.models.catalogue import SupportedModel, supported_models
 
 HEAD = """# Models
@@ -66,16 +67,16 @@ travel: `routed, shared = self.experts(flat, index, weights, lambda: self.shared
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser("models", help="which model families are served, and how")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    add_json(parser, "families", "Markdown")
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the page."""
-    if options.json:
-        print(json.dumps([dataclasses.asdict(model) for model in supported_models()]))
-    else:
-        print(page(), end="")
+    text = json.dumps([dataclasses.asdict(model) for model in supported_models()]) if options.json else ""
+    if options.json and options.json != "-":
+        write_whole(options.json, text)
+    print(text if options.json == "-" else page().rstrip())
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fluid_hf.bench.shapes import SHAPES
-from fluid_hf.commands.arguments import positive
+from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.errors import ConfigError, TraceError
 from fluid_hf.profiling.layer_run import LayerRun
 from fluid_hf.profiling.session import draw_traces
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--layer", help="with --from: name of the layer to draw (default: the one in the middle)")
     add("--out", default="fluid_profile/timeline", help="files to write, without ending (default: %(default)s)")
     add("--title", default="", help="title of the picture")
-    add("--json", metavar="FILE", help="also write the summary here; `-` prints it instead of the short text")
+    add_json(parser, "numbers of the picture", "the short text")
     add("--shape", default="small", choices=sorted(SHAPES), help="sizes of the layer to run (default: %(default)s)")
     add("--ep", type=positive, default=2, help="ranks: CPU or GPU processes, or one GPU's mirror link (default: 2)")
     add("--tokens", type=positive, help="tokens per rank (default: 8192 on GPUs, 512 on CPUs)")
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     numbers.parent.mkdir(parents=True, exist_ok=True)
     numbers.write_text(text, encoding="utf-8")
     if options.json and options.json != "-":
-        Path(options.json).write_text(text, encoding="utf-8")
+        write_whole(options.json, text)
     pictures = draw_traces(traces, options.out, layer=options.layer, title=title)
     if options.json == "-":
         print(text)
