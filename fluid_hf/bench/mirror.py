@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ BLOCK_BYTES = 8 << 20
 POOL_BYTES = 1 << 30
 NUM_EVENTS = 8192
 MAX_WORKS = 2048  # more than are ever in flight
+HELD_WORKS = 128  # the latest ones, which hold what crosses until they are waited for
 
 
 class _Moment(NamedTuple):
@@ -126,17 +128,33 @@ def _check(status: int) -> None:
 
 
 class _MirrorWork(dist._Work):
-    """Work of one call. Making one costs the host 90 us, so those of a ring are used again and again."""
+    """Work of one call. Making one costs the host 90 us, so those of a ring are used again and again.
+
+    Attributes:
+        held: what crosses, kept until a stream waits for its arrival. That is how NCCL's process group keeps memory
+            from being used again too early (torch 2.8 and later); `record_stream` costs the host an event for each
+            tensor, and queries in every allocation until it has passed.
+    """
 
     tensors: list[torch.Tensor]
+    held: Sequence[torch.Tensor] = ()
     arrival: list[Any]
     link: _Link | None
 
     def wait(self, timeout: Any = None) -> bool:
         if self.arrival and self.link is not None:
             self.link.wait(self.arrival[0])
+            self.held = ()
         self.tensors = []  # a work lives on in the ring
         return True
+
+    def let_go(self) -> None:
+        """Of what nobody waited for: the memory is used again once it has crossed, whoever frees it when."""
+        for tensor in self.held:
+            assert self.link is not None
+            tensor.record_stream(self.link.out)
+            tensor.record_stream(self.link.back)
+        self.held = ()
 
     def is_completed(self) -> bool:
         return not self.arrival or self.link is None or self.link.query(self.arrival[0])
@@ -168,23 +186,24 @@ class MirrorGroup(dist.ProcessGroup):
         self._link: _Link | None = None
         self._works: deque[_MirrorWork] = deque()
 
-    def _work(self, tensors: list[torch.Tensor], arrival: list[Any]) -> _MirrorWork:
+    def _work(
+        self, tensors: list[torch.Tensor], arrival: list[Any], crossing: Sequence[torch.Tensor] = ()
+    ) -> _MirrorWork:
         work = self._works.popleft() if len(self._works) >= MAX_WORKS else _MirrorWork()
         self._works.append(work)
-        work.tensors, work.arrival, work.link = tensors, arrival, self._link
+        work.tensors, work.arrival, work.link, work.held = tensors, arrival, self._link, crossing
+        if self._link is not None:
+            self._works[-HELD_WORKS].let_go()
         return work
 
     def _cross(self, source: torch.Tensor, target: torch.Tensor, arrival: list[Any]) -> None:
-        """Copy over the link once what holds it has passed; adds the event of arrival."""
+        """Copy over the link once what holds it has passed; adds the event of arrival. The work holds the tensors."""
         size = source.numel() * source.element_size()
         MirrorGroup.bytes_on_wire += size
         if not source.is_cuda:
             target.view(-1).copy_(source.reshape(-1))
             return
-        link = self._the_link()
-        arrival[:] = [link.cross(source, target, size)]
-        source.record_stream(link.out)
-        target.record_stream(link.back)
+        arrival[:] = [self._the_link().cross(source, target, size)]
 
     def _the_link(self) -> _Link:
         if self._link is None:
@@ -214,7 +233,7 @@ class MirrorGroup(dist.ProcessGroup):
             output[start:end].copy_(input[start:end])
             if ready is not None:  # the stream that waits may be another one than this copy's
                 arrival[:] = [self._the_link().joined()]
-        return self._work([output], arrival)
+        return self._work([output], arrival, (output, input) if arrival else ())
 
     all_to_all_single = alltoall_base
 
@@ -232,7 +251,7 @@ class MirrorGroup(dist.ProcessGroup):
             self._meet(posted, waiting.popleft())
         else:
             self._sends[dst].append(posted)
-        return self._work(tensors, posted[2])
+        return self._work(tensors, posted[2], posted[:1] if posted[1] is not None else ())
 
     def recv(self, tensors: Any, src: int, tag: int = 0) -> _MirrorWork:
         posted: _Posted = (tensors[0], self._now(tensors[0]), [])
@@ -241,7 +260,7 @@ class MirrorGroup(dist.ProcessGroup):
             self._meet(waiting.popleft(), posted)
         else:
             self._recvs[src].append(posted)
-        return self._work(tensors, posted[2])
+        return self._work(tensors, posted[2], posted[:1] if posted[1] is not None else ())
 
     def allreduce(self, tensors: Any, opts: Any = None) -> _MirrorWork:
         if opts is not None and opts.reduceOp == dist.ReduceOp.SUM:
