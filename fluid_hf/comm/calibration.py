@@ -10,13 +10,18 @@ import torch
 import torch.distributed as dist
 
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
+from fluid_hf.comm.spared import AS_IT_IS, Spared, can_spare
 
-__all__ = ["LinkSpeed", "measure_launch", "measure_link"]
+__all__ = ["LinkSpeed", "measure_launch", "measure_link", "measure_spared"]
 
 # A message as large as a wave's: 8 MiB to one peer did not fill a link (NVLink, and PCIe both ways). The least size is
 # for many peers, whose buffers grow with their number.
 WAVE_BYTES, LEAST_BYTES, SMALL_BYTES = 32 << 20, 8 << 20, 16 << 10
-GEMM_SIZE = {"cuda": 4096, "cpu": 32}
+# Rows, inputs and outputs of the GEMM beside messages: one that is grouped, on a GPU, where a torch of ours has it.
+GEMM_SIZE = {"cuda": (16384, 2048, 2048), "cpu": (32, 32, 32)}
+GROUPS = 4
+SPARED = (0, 2, 4, 8, 16)  # multiprocessors tried; NCCL took 2 over shared memory and 16 over NVLink
+SPARED_GAIN = 0.05  # a GEMM must gain that share: what is spared is lost when no message flies
 FILLER = 8  # products ahead of what is timed, so that the host has queued it all before the device gets there
 
 
@@ -56,8 +61,11 @@ def message_bytes(peers: int) -> int:
 def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5) -> LinkSpeed:
     """Speed with all peers at once, the slowest rank's, and costs, the largest. Collective over the group.
 
-    It also connects every pair of ranks: NCCL would do so inside the first layer.
+    It also connects every pair of ranks: NCCL would do so inside the first layer. What computing loses is measured with
+    the multiprocessors spared that `measure_spared` finds.
     """
+    if exchange.spared is None:
+        exchange.spared = measure_spared(exchange, device)
     before = exchange.bytes_sent
     load = _Load(exchange, device)
     load.post(1, load.size)[0].wait()
@@ -68,6 +76,23 @@ def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5)
     (taken,) = _agree(exchange, device, [load.share_taken(message)])
     exchange.bytes_sent = before
     return LinkSpeed.from_times(exchange.size - 1, message, small, post, taken)
+
+
+def measure_spared(exchange: PeerExchange, device: torch.device, repeats: int = 3) -> int:
+    """Multiprocessors that GEMMs should leave to a message beside them; equal on all ranks. Collective over the group.
+
+    None where messages are short against GEMMs (NVLink) or no kernels move them.
+    """
+    if not (exchange.shares_processors and can_spare()):
+        return 0
+    before = exchange.bytes_sent
+    load = _Load(exchange, device)
+    load.post(1, load.size)[0].wait()  # NCCL connects the ranks
+    times = [min(load.beside_one(number) for _ in range(repeats)) for number in SPARED]
+    times = _agree(exchange, device, times)
+    exchange.bytes_sent = before
+    best = times.index(min(times))
+    return SPARED[best] if times[best] < times[0] * (1 - SPARED_GAIN) else 0
 
 
 def measure_launch(exchange: PeerExchange | None, device: torch.device, repeats: int = 10) -> float:
@@ -92,9 +117,12 @@ class _Load:
         self._sent = torch.ones(exchange.size, self.size, dtype=torch.uint8, device=device)
         self._received = torch.empty_like(self._sent)
         self._meeting = torch.zeros(1, device=device)
-        size = GEMM_SIZE.get(device.type, 1024)
-        self._matrix = torch.ones(size, size, dtype=torch.float16, device=device)
-        self._product = torch.empty_like(self._matrix)
+        rows, inputs, outputs = GEMM_SIZE[device.type]
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._rows = torch.ones(rows, inputs, dtype=dtype, device=device)
+        self._weight = torch.ones(GROUPS, inputs, outputs, dtype=dtype, device=device)
+        ends = torch.arange(1, GROUPS + 1, dtype=torch.int32) * (rows // GROUPS)
+        self._ends = ends.to(device)
 
     def post(self, count: int, size: int) -> list[ExchangeHandle]:
         """Post waves of `size` bytes to every peer."""
@@ -127,7 +155,8 @@ class _Load:
 
             def beside(handles: list[ExchangeHandle] = handles) -> None:
                 handles += self.post(count, self.size)
-                self._multiply(products)
+                with self._exchange.beside():
+                    self._multiply(products)
 
             together = self._time(beside)
             for handle in handles:
@@ -135,9 +164,26 @@ class _Load:
             lost.append(max(0.0, together - alone) / (count * message))
         return min(0.9, sorted(lost)[1])
 
+    def beside_one(self, spared: int) -> float:
+        """Seconds of products beside one wave of messages, that many multiprocessors left to it."""
+        handles: list[ExchangeHandle] = []
+
+        def run() -> None:
+            handles.extend(self.post(1, self.size))
+            with Spared(spared) if spared else AS_IT_IS:
+                self._multiply(FILLER // 2)
+
+        seconds = self._time(run)
+        for handle in handles:
+            handle.wait()
+        return seconds
+
     def _multiply(self, count: int) -> None:
         for _ in range(count):
-            torch.mm(self._matrix, self._matrix, out=self._product)
+            if self._device.type == "cuda":
+                torch.nn.functional.grouped_mm(self._rows, self._weight, offs=self._ends)
+            else:
+                torch.mm(self._rows, self._weight[0])
 
     def _time(self, run: Callable[[], None]) -> float:
         """Seconds on the device; all ranks start together."""

@@ -19,6 +19,7 @@ from fluid_hf.comm.faults import peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
 from fluid_hf.comm.reduce import all_gather_in_time, all_reduce_in_time
 from fluid_hf.comm.side_stream import SideStream
+from fluid_hf.comm.spared import AS_IT_IS, Spared
 from fluid_hf.errors import PeerError
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.ranges import span
@@ -98,6 +99,8 @@ class PeerExchange:
         ranks: global ranks of the group.
         place: layer, step and round of what is posted, for errors.
         host_waits: whether `ExchangeHandle.wait` makes the host wait.
+        spared: multiprocessors that GEMMs leave to messages in flight; `None` until it was measured
+            (`fluid_hf.comm.calibration.measure_spared`).
     """
 
     def __init__(self, group: dist.ProcessGroup | None, rank: int, size: int) -> None:
@@ -118,6 +121,16 @@ class PeerExchange:
         self._in_flight: set[ExchangeHandle] = set()
         self.ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self._batched = group is not None and dist.get_backend(group) == "nccl"
+        self.spared: int | None = None
+
+    @property
+    def shares_processors(self) -> bool:
+        """Whether messages are moved by kernels, which take multiprocessors from what is computed beside."""
+        return self._batched
+
+    def beside(self) -> contextlib.AbstractContextManager[Any]:
+        """Context of launches that may run beside messages: they leave them the multiprocessors they need."""
+        return Spared(self.spared) if self.spared and self._in_flight else AS_IT_IS
 
     def post(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> ExchangeHandle:
         """Start one wave: send and receive `(group rank, contiguous tensor)` pairs; empty ones are skipped."""

@@ -205,7 +205,7 @@ def _offer_window(call: LayerCall, parameters: dict[str, torch.Tensor], window: 
 
 def _wgrad_work(call: LayerCall, names: list[str], grads: ExpertGradients) -> WgradWork:
     def compute(name: str) -> torch.Tensor:
-        with span(f"{call.context.name}::wgrad {name}"):
+        with span(f"{call.context.name}::wgrad {name}"), call.context.exchange.beside():
             return grads.weight_gradient(name)
 
     work = {name: functools.partial(compute, name) for name in names}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fluid_hf.comm.calibration import measure_launch, measure_link
+from fluid_hf.comm.calibration import measure_launch, measure_link, measure_spared
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, GradientError
 from fluid_hf.moe.activation import Activation
@@ -41,10 +41,14 @@ class WaveChoice:
         self._measured: tuple[float, float] | None = None
 
     def get(self, layer: ExpertParallelLayer, tokens: int, top_k: int, device: torch.device) -> int:
-        """The number of waves for a call; the first call of a mode is a collective over the group."""
+        """The number of waves for a call; the first call, and that of a mode, is a collective over the group."""
         exchange = layer.context.exchange
-        if self._fixed is not None or exchange.size == 1 or not layer.context.overlap:
+        if exchange.size == 1 or not layer.context.overlap:
             return self._fixed or 1
+        if self._fixed is not None:
+            if exchange.spared is None:
+                exchange.spared = measure_spared(exchange, device)
+            return self._fixed
         if layer.training not in self._chosen:
             total = torch.tensor([tokens], dtype=torch.int64, device=device)
             exchange.at(layer.context.name, "the choice of waves")

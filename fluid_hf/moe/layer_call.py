@@ -117,7 +117,8 @@ class LayerCall:
         if early:
             with span("own tokens"):
                 weights = self._forward_weights()
-                early = self._own_tokens.start_early(hidden_TH, weights_TK, weights, exchange.size)
+                with exchange.beside():
+                    early = self._own_tokens.start_early(hidden_TH, weights_TK, weights, exchange.size)
         plan, self.route, self.num_own_pairs = outgoing.read(reading)
         exchange.at(context.name, "forward dispatch")
         # When a buffer is allocated here, no memory that was used after the mark has been given back.
@@ -139,7 +140,9 @@ class LayerCall:
         local, pairs = self.context.num_local_experts, self.num_own_pairs
         flag = self.context.late_status.flag(self.device) if self.route is None else None
         make_plan = functools.partial(make_pair_plan, index_TK, local, pairs, flag=flag)
-        self._own_tokens.start(hidden_TH, weights_TK, self._forward_weights(), make_plan, pairs)
+        weights = self._forward_weights()
+        with self.context.exchange.beside():
+            self._own_tokens.start(hidden_TH, weights_TK, weights, make_plan, pairs)
 
     @ranged("forward experts")
     def run_experts(self) -> tuple[list[Piece], list[tuple[torch.Tensor, ...]]]:
@@ -175,9 +178,10 @@ class LayerCall:
             context.event(f"wait dispatch {wave}")
             low, high = route.wave_bounds(wave)
             piece = self._wave_piece(whole, low, high, route.wave_pairs(wave), wave)
-            first = self.math.project(piece, weights, keep)
             out_QH = self._new_hidden(high - low)
-            self.math.finish(piece, first, weights, out_QH)
+            with context.exchange.beside():
+                first = self.math.project(piece, weights, keep)
+                self.math.finish(piece, first, weights, out_QH)
             combine.append(route.post_back(wave, out_QH, returned))
             context.event(f"post combine {wave}")
             pieces.append(piece)
@@ -185,7 +189,8 @@ class LayerCall:
         self._own = None
         if own is not None:
             self._own = self._new_hidden(inputs[0].shape[0])
-            self.math.finish(*own, weights, self._own)
+            with context.exchange.beside():
+                self.math.finish(*own, weights, self._own)
         context.stats.add_load([piece.plan.offsets_E for piece in pieces])
         self._handles, self._rows, self._offsets = combine, returned, None
         return pieces, projections
@@ -238,8 +243,9 @@ class LayerCall:
         if route is None or not route.serial:
             self._own = torch.empty_like(own)
             self._own_weights = own.new_empty(own.shape[0], self.format.top_k, dtype=self.format.weight_dtype)
-            first = self._projections(pieces[0], projections, 0, weights)
-            grads.backward(first, own, weights, (self._own, self._own_weights))
+            with context.exchange.beside():
+                first = self._projections(pieces[0], projections, 0, weights)
+                grads.backward(first, own, weights, (self._own, self._own_weights))
             context.event("dgrad own")
         context.exchange.at(context.name, "backward input gradients")
         self._returns: list[Callable[[], ExchangeHandle]] = []
@@ -257,8 +263,9 @@ class LayerCall:
             buffer = buffers[low:high]
             out = self.format.gradients_of(whole, low, high)
             index = wave if route.serial else wave + 1
-            first = self._projections(pieces[index], projections, index, weights)
-            grads.backward(first, rows[low:high], weights, out)
+            with context.exchange.beside():
+                first = self._projections(pieces[index], projections, index, weights)
+                grads.backward(first, rows[low:high], weights, out)
             context.event(f"dgrad {wave}")
             if self.needs_input_grad and (defer or wave < len(arriving) - 1):
                 self._post_return(wave, buffer)
