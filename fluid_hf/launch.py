@@ -7,7 +7,6 @@ host). Here the compiled kernel is kept by what it was compiled for, and launche
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Kernel", "blocks_of", "can_describe", "new_int32", "power_of_two", "together"]
+__all__ = ["Kernel", "blocks_of", "can_describe", "describe", "new_int32", "power_of_two", "together"]
 
 # Versions whose compiled kernels take (grid, stream, function, metadata, hooks, arguments); others are launched through
 # the public `compiled[grid](...)`, at twice the time.
@@ -57,14 +56,30 @@ def can_describe(tensor: torch.Tensor) -> bool:
     return (tensor.data_ptr() | tensor.shape[-1] * tensor.element_size()) & 15 == 0
 
 
+def describe(
+    base: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]
+) -> TensorDescriptor:
+    """Describes blocks of a tensor that `can_describe`; Triton checks the numbers (plain ones) once for all tensors."""
+    made: TensorDescriptor = object.__new__(TensorDescriptor)
+    vars(made).update(_checked_fields(base.dtype, shape, strides, block), base=base)
+    return made
+
+
+@functools.lru_cache(maxsize=256)
+def _checked_fields(dtype: torch.dtype, *sizes: tuple[int, ...]) -> dict[str, Any]:
+    return vars(TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), *map(list, sizes)))
+
+
 Layout = tuple[int, list[tuple[tuple[int, ...], tuple[int, ...], int]]]
 
 
 def together(scratch: int, *shapes: tuple[int, ...]) -> Layout:
     """How vectors and tables lie behind `scratch` numbers that are none of theirs, for `new_int32`."""
-    starts = [*itertools.accumulate([(math.prod(shape) + 3) & -4 for shape in shapes], initial=(scratch + 3) & -4)]
-    # The stride of a row is the number of columns; a vector has none.
-    return starts[-1], [(shape, (*shape[1:], 1), start) for shape, start in zip(shapes, starts, strict=False)]
+    places, end = [], (scratch + 3) & -4
+    for shape in shapes:
+        places.append((shape, (*shape[1:], 1), end))  # the stride of a row is the number of columns; a vector has none
+        end += (math.prod(shape) + 3) & -4
+    return end, places
 
 
 def new_int32(device: torch.device, layout: Layout) -> list[torch.Tensor]:
@@ -109,7 +124,7 @@ class Kernel:
             integers: below 2**31.
             constants: compile-time values; each new combination compiles.
             num_stages: pipeline stages of the loops over products.
-            descriptors: of tensors that the copy engine reads or writes in blocks; about 6 us of the host each.
+            descriptors: of tensors that the copy engine reads or writes in blocks, from `describe`.
         """
         addresses: list[Any] = [*map(_ADDRESS_OF, pointers)]
         # Triton compiles wide accesses for pointers that are multiples of 16: one test tells if all are.

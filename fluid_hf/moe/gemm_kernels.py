@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluid_hf.kernels import MAX_INNER_FUSED, MAX_INNER_GATHERED_WGRAD
-from fluid_hf.launch import Kernel, blocks_of, can_describe, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, power_of_two
 
 __all__ = [
     "gated_linear",
@@ -149,8 +149,8 @@ def _gate_and_up(
     distance = inner * hidden if gate is up else (up.data_ptr() - gate.data_ptr()) // gate.element_size()
     if abs(distance) * gate.element_size() >= 2**40:
         return None, False
-    base, strides = (up if distance < 0 else gate), [width * hidden, abs(distance), hidden, 1]
-    return TensorDescriptor(base, [experts, 2, inner, hidden], strides, [1, 2, columns, depth]), distance < 0
+    base, strides = (up if distance < 0 else gate), (width * hidden, abs(distance), hidden, 1)
+    return describe(base, (experts, 2, inner, hidden), strides, (1, 2, columns, depth)), distance < 0
 
 
 def gathered_linear(

@@ -73,7 +73,7 @@ class LayerCall:
         self.route: RowRoute | None = None
         self.places: Places = (None, None)
         self._inputs: Inputs | None = None
-        self._offsets: torch.Tensor | None = None  # `offsets_E` of the pieces
+        self._offsets: tuple[torch.Tensor, ...] = ()  # `offsets_E` of the pieces
         self.num_own_pairs = 0
         self._handles: list[ExchangeHandle] = []
         self._rows: torch.Tensor | None = None
@@ -107,7 +107,8 @@ class LayerCall:
         outgoing = Outgoing(context, self.format, hidden_TH, weights_TK, index_TK)
         # One tensor for the pieces of the call, own tokens first: backward reads them together.
         pieces = 1 + route_waves(exchange, context.waves, not context.overlap)
-        self._offsets = torch.empty(pieces, context.num_local_experts, dtype=torch.int32, device=self.device)
+        offsets = torch.empty(pieces, context.num_local_experts, dtype=torch.int32, device=self.device)
+        self._offsets = offsets.unbind(0)
         reading = outgoing.count(status, self._form, self._offsets[0])
         # Packed while the counts travel, and what was promised sent.
         queued = outgoing.pack()
@@ -192,7 +193,7 @@ class LayerCall:
             with context.exchange.beside():
                 self.math.finish(*own, weights, self._own)
         context.stats.add_load([piece.plan.offsets_E for piece in pieces])
-        self._handles, self._rows, self._offsets = combine, returned, None
+        self._handles, self._rows, self._offsets = combine, returned, ()
         return pieces, projections
 
     @ranged("forward combine")
@@ -326,8 +327,7 @@ class LayerCall:
 
     def _wave_piece(self, whole: Inputs, low: int, high: int, num_pairs: int, wave: int) -> Piece:
         hidden_QH, weights_QK, ids_QK = self.format.columns_of(whole, low, high)
-        offsets = self._offsets[1 + wave] if self._offsets is not None else None
-        plan = make_pair_plan(ids_QK, self.context.num_local_experts, num_pairs, offsets=offsets)
+        plan = make_pair_plan(ids_QK, self.context.num_local_experts, num_pairs, offsets=self._offsets[1 + wave])
         return Piece(hidden_QH, weights_QK, plan)
 
     def _projections(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fluid_hf.launch import Kernel, blocks_of, can_describe, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, power_of_two
 from fluid_hf.moe.gemm_kernels import product_tile
 
 __all__ = ["gathered_wgrad"]
@@ -124,7 +124,7 @@ def _through_tiles(
 def _tiles_of(out: torch.Tensor, height: int, columns: int) -> TensorDescriptor:
     """Descriptor of an expert's result in blocks; what lies outside of the expert's is not written."""
     experts, tall, wide = out.shape
-    return TensorDescriptor(out, [experts, tall, wide], [tall * wide, wide, 1], [1, height, columns])
+    return describe(out, (experts, tall, wide), (tall * wide, wide, 1), (1, height, columns))
 
 
 def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -136,8 +136,8 @@ def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     """
     stride, most = tensor_SN.stride(0), 0x7FFF0000
     # The launcher takes nothing but plain integers.
-    shape = [most, most, RAGGED.value, tensor_SN.shape[1]]
-    return TensorDescriptor(tensor_SN, shape, [2**34 - stride, stride, stride, 1], [1, 1, rows, columns])
+    shape = (most, most, RAGGED.value, tensor_SN.shape[1])
+    return describe(tensor_SN, shape, (2**34 - stride, stride, stride, 1), (1, 1, rows, columns))
 
 
 @triton.jit
