@@ -6,9 +6,10 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fluid_hf.moe import grouped_gemm
-from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
+from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad, is_one_kernel
 
 
 def offsets_of(counts: list[int]) -> torch.Tensor:
@@ -87,6 +88,25 @@ def test_torch_kernel_gives_the_same_as_the_loop(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(grouped_linear(input, weight, ends).double(), output, rtol=2e-2, atol=2e-2)
         dgrad = torch.einsum("sn,snm->sm", grad.double(), taken)
         torch.testing.assert_close(grouped_dgrad(grad, weight, ends).double(), dgrad, rtol=2e-2, atol=2e-2)
+
+
+def test_any_number_of_pairs_takes_torchs_kernel_on_a_gpu() -> None:
+    """Only the loop over the experts reads the offsets on the host, which tensors without values refuse."""
+    with FakeTensorMode():
+        grads, even, odd = (torch.empty(5, width, dtype=torch.bfloat16, device="cuda") for width in (8, 16, 12))
+        ends = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert grouped_wgrad([grads], [even], [ends]).shape == (3, 8, 16)
+        with pytest.raises(DataDependentOutputException):
+            grouped_wgrad([grads], [odd], [ends])
+
+
+def test_where_torchs_kernel_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
+    hopper, ampere = torch.device("cuda", 9), torch.device("cuda", 8)
+    asked = is_one_kernel.__wrapped__  # keeps nothing of this device
+    assert asked(torch.bfloat16, hopper, 64, 24) and not asked(torch.bfloat16, hopper, 64, 12)
+    assert not asked(torch.float16, hopper, 64) and not asked(torch.bfloat16, ampere, 64)
+    assert not asked(torch.bfloat16, torch.device("cpu"), 64)
 
 
 def test_no_pairs() -> None:

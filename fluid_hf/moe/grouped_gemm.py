@@ -6,11 +6,23 @@ On CUDA in 16-bit types through `torch.nn.functional.grouped_mm`; elsewhere a lo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ["grouped_dgrad", "grouped_linear", "grouped_wgrad"]
+__all__ = ["grouped_dgrad", "grouped_linear", "grouped_wgrad", "is_one_kernel"]
+
+
+@functools.cache
+def is_one_kernel(dtype: torch.dtype, device: torch.device, *widths: int) -> bool:
+    """Whether torch's grouped GEMM of matrices with rows of `widths` elements is one kernel.
+
+    Elsewhere it is a loop over the experts, for which the host waits for the device.
+    """
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return False
+    return all([width % 8 == 0 for width in widths])
 
 
 def grouped_linear(input_SM: torch.Tensor, weight_ENM: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -33,7 +45,8 @@ def grouped_wgrad(
         inputs: inputs [S_i, M] of each piece.
         offsets: `offsets_E` of each piece.
     """
-    if _use_grouped_mm(grads[0], inputs[0]):
+    pairs = sum([grad.shape[0] for grad in grads])
+    if pairs and _use_grouped_mm(grads[0], grads[0].shape[1], inputs[0].shape[1]):
         if len(grads) > 1:
             order, joint = _joint_order(offsets)
             grad, input = torch.cat(list(grads))[order], torch.cat(list(inputs))[order]
@@ -42,6 +55,8 @@ def grouped_wgrad(
         return torch.nn.functional.grouped_mm(grad.t(), input, offs=joint)
     experts = offsets[0].shape[0]
     weight = grads[0].new_zeros(experts, grads[0].shape[1], inputs[0].shape[1])
+    if not pairs:  # without waiting for the device
+        return weight
     for grad, input, ends_E in zip(grads, inputs, offsets, strict=True):
         for expert, (start, end) in enumerate(_spans(ends_E)):
             if end > start:
@@ -52,7 +67,7 @@ def grouped_wgrad(
 def _grouped_mm(input_SM: torch.Tensor, weight_EMN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     if input_SM.shape[0] == 0:
         return input_SM.new_empty(0, weight_EMN.shape[-1])
-    if _use_grouped_mm(input_SM, weight_EMN):
+    if _use_grouped_mm(input_SM, *weight_EMN.shape[1:]):
         return torch.nn.functional.grouped_mm(input_SM, weight_EMN, offs=offsets_E)
     output = input_SM.new_empty(input_SM.shape[0], weight_EMN.shape[-1])
     for expert, (start, end) in enumerate(_spans(offsets_E)):
@@ -61,11 +76,14 @@ def _grouped_mm(input_SM: torch.Tensor, weight_EMN: torch.Tensor, offsets_E: tor
     return output
 
 
-def _use_grouped_mm(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether torch's kernel takes these operands: 16-bit on CUDA, rows of a multiple of 16 bytes."""
-    if not left.is_cuda or left.dtype not in (torch.bfloat16, torch.float16):
+def _use_grouped_mm(operand: torch.Tensor, *widths: int) -> bool:
+    """Whether torch takes such operands: 16-bit on CUDA, rows (of `widths` elements) of a multiple of 16 bytes.
+
+    The number of pairs may be any: no row is as long.
+    """
+    if not operand.is_cuda or operand.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return (left.shape[-1] | right.shape[-1] | right.shape[-2]) % 8 == 0
+    return all([width % 8 == 0 for width in widths])
 
 
 def _spans(offsets_E: torch.Tensor) -> list[tuple[int, int]]:
