@@ -12,7 +12,8 @@ import torch
 __all__ = ["MAX_INNER_FUSED", "MAX_INNER_GATHERED_WGRAD", "kernel_module", "use_kernels"]
 
 # Largest intermediate sizes with which the grouped GEMMs read rows by index instead of a copy: in the first projection,
-# which then computes the activation too, and in the weight gradients. The cost model reckons with the same.
+# which then computes the activation too, and in the down projection's weight gradient. The first projection's reads a
+# copy of any size where torch's grouped GEMM is one kernel. The cost model reckons with the same.
 MAX_INNER_FUSED, MAX_INNER_GATHERED_WGRAD = 4096, 2048
 
 

@@ -29,7 +29,7 @@ DTYPES = [dtype for dtype in TOLERANCE if not (INTERPRETED and dtype == torch.bf
 # Tokens, hidden, inner, experts held, experts per token; one has experts without a pair, the last one an expert with
 # more rows than a tile.
 SIZES = [(1, 32, 32, 1, 1), (50, 96, 40, 6, 3), (30, 40, 72, 5, 4), (40, 33, 30, 4, 2), (3, 40, 48, 8, 1)]
-SIZES += [(150, 64, 32, 2, 2)]
+SIZES += [(150, 64, 32, 2, 2), (10, 136, 128, 2, 2)]  # the last one's other gradient has tiles of 256 rows
 UNDESCRIBED = (20, 33, 24, 3, 2)  # the copy engine loads the other operand of a weight gradient, but cannot write it
 MANY = 7  # places for pairs that there are not
 
@@ -194,7 +194,12 @@ def gradients(
     found.append(grads.weight_gradient(None))
     gc.collect()
     assert all(ref() is None for ref in for_down), "output gradients are released with the down projection's gradient"
-    parts = [grads.weight_gradient(index) for index in range(len(first))]
+    parts, held = [], grads.held_bytes
+    for index in range(len(first)):
+        assert grads.held_bytes == held + sum(tensor.nbytes for tensor in grads._inputs)
+        parts.append(grads.weight_gradient(index))
+        copies = len(first) == 2 and not index and not grads._by_index.wgrad_first
+        assert bool(grads._inputs) == copies, "gate and up share one copy of the rows, released with the last of them"
     return [*found, torch.cat(parts, 1)]
 
 
@@ -202,9 +207,37 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All pieces through the kernels, except in float64, by index as `way` says."""
     for module in (experts, permutation):
         monkeypatch.setattr(module, "use_kernels", lambda tensor: tensor.dtype != torch.float64)
-    monkeypatch.setattr(gemm_kernels, "prefers_fused", lambda inner: way in ("fused", "forward"))
+    monkeypatch.setattr(gemm_kernels, "prefers_fused", lambda inner: way in ("fused", "rows copied", "forward"))
     monkeypatch.setattr(gemm_kernels, "prefers_gathered", lambda inner, top_k: way == "gathered")
-    monkeypatch.setattr(gemm_kernels, "prefers_gathered_wgrad", lambda inner: way == "fused")
+    monkeypatch.setattr(gemm_kernels, "prefers_gathered_wgrad", lambda inner: way in ("fused", "rows copied"))
+    monkeypatch.setattr(experts, "is_one_kernel", lambda *of: way == "rows copied")
+    monkeypatch.setattr(experts, "_measured_faster", experts._measured_faster.__wrapped__)  # not what was found before
+
+
+@kernels
+@pytest.mark.parametrize(("left", "expected"), [(None, (20, 1)), (0, (20, 4)), (3, (14, 1)), (99, (2, 1))])
+def test_multiprocessors_left_to_communication(
+    left: int | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wgrad_kernels, "_processors", lambda device: 10)
+    assert wgrad_kernels._programs_at_once(2, None) == (20, 1)
+    monkeypatch.setattr(wgrad_kernels, "_carveout", lambda: left)
+    assert wgrad_kernels._programs_at_once(2, None) == expected
+    monkeypatch.setattr(wgrad_kernels, "_carveout", None)  # as before torch 2.7
+    assert wgrad_kernels._programs_at_once(2, None) == (20, 1)
+
+
+@kernels
+def test_tiles_fit_results_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tile(tall: int, wide: int, rows_first: bool, parts: int = 2) -> tuple[int, int]:
+        return wgrad_kernels._tile_of(torch.empty(1, tall, wide, device="meta"), rows_first, parts)[:2]
+
+    monkeypatch.setattr(wgrad_kernels, "shared_bytes", lambda device: 227 * 1024)
+    assert tile(512, 384, False) == (256, 128) and tile(512, 512, True) == (128, 256)
+    assert tile(384, 512, False) == (128, 256) and tile(512, 384, True) == (128, 128)
+    assert tile(512, 512, False, parts=1) == tile(512, 512, False, parts=0) == (128, 256)
+    monkeypatch.setattr(wgrad_kernels, "shared_bytes", lambda device: 163 * 1024)
+    assert tile(512, 384, False) == (128, 128)
 
 
 @kernels
@@ -220,7 +253,7 @@ def test_descriptors_hold_plain_integers() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("sizes", [(9,), (11, 0, 6), (0, 7)])
-@pytest.mark.parametrize("way", ["fused", "forward", "gathered", "copied"])
+@pytest.mark.parametrize("way", ["fused", "rows copied", "forward", "gathered", "copied"])
 def test_pieces(sizes: tuple[int, ...], separate: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, against the plain path in float64."""
     expected = gradients(sizes, torch.float64, separate)
@@ -233,7 +266,7 @@ def test_pieces(sizes: tuple[int, ...], separate: bool, way: str, monkeypatch: p
 @kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(9,), (11, 0, 6)])
-@pytest.mark.parametrize("way", ["fused", "forward"])
+@pytest.mark.parametrize("way", ["fused", "rows copied", "forward"])
 def test_pieces_projected_early_or_again(sizes: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16, whose blocks the copy engine reads where it can: bit for bit as when projected once, in time."""
     expected = gradients(sizes, torch.float64, False)

@@ -14,7 +14,7 @@ import torch
 
 from fluid_hf.kernels import kernel_module, use_kernels
 from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
-from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
+from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad, is_one_kernel
 from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 
 if TYPE_CHECKING:  # needs Triton
@@ -77,15 +77,17 @@ class ByIndex(NamedTuple):
     Attributes:
         forward: the first projection and, in backward, the gradient of the down projection's input.
         fused: the first projection also computes the activation.
-        wgrad: the weight gradients.
+        wgrad_first: the weight gradient of the first projection.
+        wgrad_down: that of the down projection.
     """
 
     forward: bool
     fused: bool
-    wgrad: bool
+    wgrad_first: bool
+    wgrad_down: bool
 
 
-_BY_COPY = ByIndex(False, False, False)
+_BY_COPY = ByIndex(False, False, False, False)
 
 
 def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> ByIndex:
@@ -94,11 +96,11 @@ def reads_by_index(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activatio
         return _BY_COPY
     if not all([weight.is_contiguous() for weight in weights.first]):
         return _BY_COPY
-    return _measured_faster(rows_RH.dtype, weights.down.shape, top_k)
+    return _measured_faster(rows_RH.dtype, rows_RH.device, weights.down.shape, top_k)
 
 
 @functools.lru_cache(maxsize=64)
-def _measured_faster(dtype: torch.dtype, down: torch.Size, top_k: int) -> ByIndex:
+def _measured_faster(dtype: torch.dtype, device: torch.device, down: torch.Size, top_k: int) -> ByIndex:
     """`reads_by_index` for the sizes of a model, of which a call asks many times; `down` is [E, H, I]."""
     gemm_kernels = kernel_module("gemm_kernels")
     inner = down[2]
@@ -106,7 +108,10 @@ def _measured_faster(dtype: torch.dtype, down: torch.Size, top_k: int) -> ByInde
         return _BY_COPY
     fused = gemm_kernels.prefers_fused(inner)
     forward = fused or gemm_kernels.prefers_gathered(inner, top_k)
-    return ByIndex(forward, fused, gemm_kernels.prefers_gathered_wgrad(inner))
+    wgrad_down = gemm_kernels.prefers_gathered_wgrad(inner)
+    # The copy of the rows serves gate and up, and torch's kernel is faster by more than it takes.
+    wgrad_first = wgrad_down and not is_one_kernel(dtype, device, *down[1:])
+    return ByIndex(forward, fused, wgrad_first, wgrad_down)
 
 
 def project_piece(piece: Piece, weights: ExpertWeights, act: Activation, keep: bool = True) -> Projected:
@@ -143,7 +148,8 @@ class PieceGradients:
     """Input gradients piece by piece, and weight gradients over all pieces at once.
 
     The weight gradients need all pairs sorted by expert, across pieces. With several pieces the activation kernel
-    writes its results a second time at the joint place; rows are read by the joint order, or copied straight to it.
+    writes its results a second time at the joint place; rows are read by the joint order, or copied straight to it,
+    once for gate and up.
 
     Args:
         pieces: all pieces of the layer, in the order in which `backward` will be called.
@@ -154,10 +160,11 @@ class PieceGradients:
         self._grads: list[torch.Tensor] = []
         self._first: list[tuple[torch.Tensor, ...]] = []
         self._hidden: list[torch.Tensor] = []
-        self._inputs: torch.Tensor | None = None
+        self._inputs: list[torch.Tensor] = []
+        self._asked = 0  # gradients of the first projection
         self._joint: JointOrder | None = None
         self._grad_pairs: torch.Tensor | None = None
-        self._gathers_wgrad = False
+        self._by_index = _BY_COPY
 
     def backward(
         self,
@@ -192,7 +199,7 @@ class PieceGradients:
         """Gradient of the down projection's input; and of its output, where that was copied to the pairs."""
         plan = piece.plan
         by_index = reads_by_index(grad_RH, weights, act, piece.weights_RK.shape[1])
-        self._gathers_wgrad = by_index.wgrad
+        self._by_index = by_index
         if not by_index.forward:
             pairs_SH = expand_rows(grad_RH, plan)
             return grouped_dgrad(pairs_SH, weights.down, plan.offsets_E), pairs_SH
@@ -203,28 +210,30 @@ class PieceGradients:
         """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`; once each.
 
         What only the down projection's gradient needs is released with it: the largest of these tensors would
-        otherwise stand beside the gradient of the first projection.
+        otherwise stand beside the gradient of the first projection. A copy of the rows is made for the first one that
+        needs it, and released with the last.
         """
         if index is None:
             return self._down_gradient()
-        joint = self._joint
-        if self._gathers_wgrad:
+        if self._by_index.wgrad_first:
             return self._gathered(self._pieces[0].rows_RH, 0, self._first[0][index])
-        if joint is None:
-            offsets = [piece.plan.offsets_E for piece in self._pieces]
+        inputs, joint = self._inputs, self._joint
+        if not inputs and joint is not None:
+            inputs = [joint.expand([piece.rows_RH for piece in self._pieces], self._pieces, 0)]
+        elif not inputs:
             inputs = [expand_rows(piece.rows_RH, piece.plan) for piece in self._pieces]
-            return grouped_wgrad([first[index] for first in self._first], inputs, offsets)
-        if self._inputs is None:  # shared by the gate and up projections
-            self._inputs = joint.expand([piece.rows_RH for piece in self._pieces], self._pieces)
-        return grouped_wgrad([self._first[0][index]], [self._inputs], [joint.offsets_E])
+        self._asked += 1
+        self._inputs = inputs if self._asked < len(self._first[0]) else []
+        offsets = [joint.offsets_E] if joint is not None else [piece.plan.offsets_E for piece in self._pieces]
+        return grouped_wgrad([first[index] for first in self._first], inputs, offsets)
 
     def _down_gradient(self) -> torch.Tensor:
         grads, hidden, kept = self._grads, self._hidden, self._grad_pairs
         self._grads, self._hidden, self._grad_pairs = [], [], None
-        if self._gathers_wgrad:
+        if self._by_index.wgrad_down:
             return self._gathered(grads[0], 1, hidden[0])
         if self._joint is not None:
-            output = self._joint.expand(grads, self._pieces)
+            output = self._joint.expand(grads, self._pieces, 1)
             return grouped_wgrad([output], hidden[:1], [self._joint.offsets_E])
         outputs = (
             [kept] if kept is not None else [expand_rows(g, p.plan) for g, p in zip(grads, self._pieces, strict=True)]
@@ -246,7 +255,7 @@ class PieceGradients:
     @property
     def held_bytes(self) -> int:
         """Bytes kept for the weight gradients."""
-        tensors = [*self._grads, *self._hidden, *[piece.rows_RH for piece in self._pieces]]
+        tensors = [*self._grads, *self._hidden, *self._inputs, *[piece.rows_RH for piece in self._pieces]]
         for first in self._first:
             tensors += first
         return sum([tensor.nbytes for tensor in tensors])
@@ -286,7 +295,7 @@ class PieceGradients:
             self._first.append(first)
         else:
             if self._joint is None:
-                self._joint = JointOrder(self._pieces, grad_RH if self._gathers_wgrad else None)
+                self._joint = JointOrder(self._pieces, grad_RH if self._by_index.wgrad_down else None)
                 pairs = self._joint.num_pairs
                 self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
                 self._first.append(tuple([p.new_empty(pairs, p.shape[1]) for p in projections]))
@@ -341,9 +350,11 @@ class JointOrder:
         )
         return places
 
-    def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece]) -> torch.Tensor:
-        """Rows of every piece at the joint places of their pairs: [N, H]."""
+    def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece], which: int) -> torch.Tensor:
+        """Rows of every piece at the joint places of their pairs: [N, H]; `which` are theirs of the `addresses`."""
         row_kernels = kernel_module("row_kernels")
+        if self.addresses is not None:  # in one launch
+            return row_kernels.expand(rows[0], self.addresses[which], unit=self.unit)  # type: ignore[no-any-return]
         out = rows[0].new_empty(self.num_pairs, rows[0].shape[1])
         for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
             row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)

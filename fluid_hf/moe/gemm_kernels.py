@@ -33,6 +33,7 @@ __all__ = [
     "prefers_quick_launch",
     "product_tile",
     "serves_float32",
+    "shared_bytes",
 ]
 
 GROUP = 16  # row blocks whose columns are computed together, while their rows are in the L2 cache
@@ -44,7 +45,7 @@ def prefers_fused(inner: int) -> bool:
 
 
 def prefers_gathered_wgrad(inner: int) -> bool:
-    """Whether `gathered_wgrad` is faster than a copy and torch's grouped GEMM (measured: 1408 even, 2560 slower)."""
+    """Whether `gathered_wgrad` of the down projection is faster than a copy and torch's (1408 faster, 2560 slower)."""
     return inner <= MAX_INNER_GATHERED_WGRAD
 
 
@@ -71,7 +72,7 @@ def prefers_quick_launch(pairs: int, weight: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _shared_bytes(device: int | None) -> int:
+def shared_bytes(device: int | None) -> int:
     if device is None or not torch.cuda.is_available():
         return 227 * 1024
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
@@ -87,7 +88,7 @@ def _product_tile(dtype: torch.dtype, device: int | None, *wanted: int) -> tuple
     columns, stages, warps = wanted
     if dtype == torch.float32:  # for its exactness, not its speed
         return 32, 32, 32, 4, 2
-    fitting = _shared_bytes(device) // ((128 + columns) * 64 * 2)
+    fitting = shared_bytes(device) // ((128 + columns) * 64 * 2)
     return 128, columns, 64, warps, max(1, min(stages, fitting))
 
 

@@ -38,8 +38,13 @@ def expand(
     pair_row_S: torch.Tensor,
     out: torch.Tensor | None = None,
     place_S: torch.Tensor | None = None,
+    unit: int = 0,
 ) -> torch.Tensor:
-    """Each row at its pairs: [S, H]; with `place_S`, pair s is written to `out[place_S[s]]`."""
+    """Each row at its pairs: [S, H]; with `place_S`, pair s is written to `out[place_S[s]]`.
+
+    With `unit`, `pair_row_S` says where each pair's row lies: so many times `unit` elements from the first row (rows
+    may lie in several buffers).
+    """
     pairs, hidden = pair_row_S.shape[0], rows_RH.shape[1]
     if out is None:
         out = torch.empty(pairs, hidden, dtype=rows_RH.dtype, device=rows_RH.device)
@@ -50,7 +55,7 @@ def expand(
             (blocks_of(pairs, rows), blocks_of(hidden, columns), 1),
             (rows_RH, pair_row_S, out, place_S if place_S is not None else pair_row_S),
             (pairs,),
-            (rows_RH.stride(0), hidden, placed, rows, columns),
+            (unit or rows_RH.stride(0), hidden, placed, rows, columns),
             warps,
         )
     return out

@@ -12,6 +12,7 @@ results do not depend on timing.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,18 +21,23 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, power_of_two
-from fluid_hf.moe.gemm_kernels import product_tile
+from fluid_hf.moe.gemm_kernels import product_tile, shared_bytes
 
 __all__ = ["gathered_wgrad"]
 
 RAGGED = tl.constexpr(2**30)
 GROUP = 8  # rows of tiles whose columns are computed together
-# Programs that follow each other on a multiprocessor, if each has as many tiles: with one only, a program that finds
-# its multiprocessor taken by communication would start when the others are done.
-ROUNDS = 4
+# Programs that follow each other on a multiprocessor, if each has as many tiles. One fills and drains its pipeline
+# once, and was 5 to 20% faster than four. Beside communication that nobody leaves multiprocessors to there are four:
+# with one, a program that finds its multiprocessor taken would start when the others are done.
+ROUNDS, ROUNDS_BESIDE = 1, 4
 # Parts of a tile, side by side, that the copy engine writes after each other through one part's shared memory: with two
 # all loads of a tile keep their stages. 0: threads write, and products wait for that.
 PARTS = 2
+
+
+# Multiprocessors that torch's GEMMs leave to others, as `torch._C._set_sm_carveout_experimental` says; since torch 2.7.
+_carveout: Callable[[], int | None] | None = getattr(torch._C, "_get_sm_carveout_experimental", None)
 
 
 class _Tile(NamedTuple):
@@ -48,6 +54,17 @@ def _processors(device: int | None) -> int:
     if device is None or not torch.cuda.is_available():
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _programs_at_once(beside: int, device: int | None) -> tuple[int, int]:
+    """Programs that run at once, `beside` of them on a multiprocessor, and how many rounds of them there are to be.
+
+    Multiprocessors that torch is told to leave to communication are left to it here too. Told to leave none (0, where
+    `None` is no word), communication takes those that it needs from the GEMMs.
+    """
+    left = _carveout() if _carveout is not None else None
+    at_once = beside * max(1, _processors(device) - (left or 0))
+    return at_once, ROUNDS_BESIDE if left == 0 else ROUNDS
 
 
 def gathered_wgrad(
@@ -74,7 +91,8 @@ def gathered_wgrad(
         return out.zero_()
     sizes = rows_RH.stride(0), unit, hidden, width, rows_first
     if can_describe(other_SN):
-        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes, _tile_of(shape[1]), PARTS)
+        parts = PARTS if can_describe(out) else 0
+        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes, _tile_of(out, rows_first, parts), parts)
         return out
     height, columns, depth, warps, stages = product_tile(other_SN, 128, 3 if rows_first else 2, warps=4)
     _wgrad(
@@ -88,11 +106,14 @@ def gathered_wgrad(
     return out
 
 
-def _tile_of(wide: int) -> _Tile:
-    """Tile of a result with `wide` columns."""
+def _tile_of(out: torch.Tensor, rows_first: bool, parts: int) -> _Tile:
+    """Tile of a result that is written in `parts`."""
+    tall_fits, wide_fits = (blocks_of(size, 256) * 2 <= blocks_of(size, 128) for size in out.shape[1:])
+    # Four stages of a tile take 192 KB, its part 32.
+    if not rows_first and parts >= 2 and tall_fits and shared_bytes(out.device.index) >= 224 * 1024:
+        return _Tile(256, 128, 64, 8, 4, 1)
     # 256 columns read the rows' tile from shared memory least often, unless more is computed then than is there.
-    wasted = blocks_of(wide, 256) * 2 > blocks_of(wide, 128)
-    return _Tile(128, 128, 64, 4, 3, 2) if wasted else _Tile(128, 256, 64, 8, 3, 1)
+    return _Tile(128, 256, 64, 8, 3, 1) if wide_fits else _Tile(128, 128, 64, 4, 3, 2)
 
 
 def _through_tiles(
@@ -104,19 +125,19 @@ def _through_tiles(
     sizes: tuple[int, int, int, int, bool],
     tile: _Tile,
     parts: int,
-    rounds: int = ROUNDS,
 ) -> None:
+    """Queue the kernel that goes through several tiles; with `parts` the copy engine can write `out`."""
     (experts, tall, wide), rows_first = out.shape, sizes[-1]
     height, columns, depth, warps, stages, beside = tile
     tiles = experts * blocks_of(tall, height) * blocks_of(wide, columns)
-    at_once = beside * _processors(out.device.index)
+    at_once, rounds = _programs_at_once(beside, out.device.index)
     programs = min(tiles, at_once * max(1, min(rounds, tiles // (rounds * at_once))))
     described = [_ragged(other_SN, depth, columns if rows_first else height)]
     constants = (*sizes, experts, power_of_two(experts), programs, height, columns, depth, GROUP)
-    if parts and can_describe(out):
+    if parts:
         described.append(_tiles_of(out, height, columns // parts))
     else:
-        parts, constants = 0, (None, *constants)  # in the place of the result's descriptor
+        constants = (None, *constants)  # in the place of the result's descriptor
     grid, pointers = (programs, 1, 1), (rows_RH, where_S, offsets_E, out)
     _wgrad_through(grid, pointers, (), (*constants, parts), warps, stages, tuple(described))
 

@@ -283,5 +283,6 @@ def _dgrad(sizes: LayerSizes, hardware: Hardware, pairs: float, whole: bool = Fa
 
 
 def _wgrad(sizes: LayerSizes, hardware: Hardware) -> float:
-    copies = 0 if sizes.inner <= MAX_INNER_GATHERED_WGRAD else 4 * sizes.hidden
+    # Rows of the first projection, and of large experts those of the down projection's gradient, read and written.
+    copies = (2 if sizes.inner <= MAX_INNER_GATHERED_WGRAD else 4) * sizes.hidden
     return _gemm(sizes, hardware, sizes.pairs) + copies * sizes.pairs * sizes.element_bytes / hardware.memory
