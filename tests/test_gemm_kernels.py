@@ -215,16 +215,16 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @kernels
-@pytest.mark.parametrize(("left", "expected"), [(None, (20, 1)), (0, (20, 4)), (3, (14, 1)), (99, (2, 1))])
-def test_multiprocessors_left_to_communication(
-    left: int | None, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("spared", "shared", "expected"),
+    [(0, False, (20, 1)), (0, True, (20, 4)), (3, True, (14, 1)), (99, True, (2, 1))],
+)
+def test_multiprocessors_left_to_messages(
+    spared: int, shared: bool, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wgrad_kernels, "_processors", lambda device: 10)
-    assert wgrad_kernels._programs_at_once(2, None) == (20, 1)
-    monkeypatch.setattr(wgrad_kernels, "_carveout", lambda: left)
-    assert wgrad_kernels._programs_at_once(2, None) == expected
-    monkeypatch.setattr(wgrad_kernels, "_carveout", None)  # as before torch 2.7
-    assert wgrad_kernels._programs_at_once(2, None) == (20, 1)
+    monkeypatch.setattr(wgrad_kernels, "spared_now", lambda: spared)
+    assert wgrad_kernels._programs_at_once(2, None, shared) == expected
 
 
 @kernels

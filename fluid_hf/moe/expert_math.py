@@ -91,9 +91,15 @@ _PLACE = {"gate_up": 0, "gate": 0, "up": 1, "down": None}
 
 @dataclass(frozen=True)
 class GatedMath:
-    """`act(gate) * up` between two projections without bias."""
+    """`act(gate) * up` between two projections without bias.
+
+    Attributes:
+        act: activation of the gate.
+        shared: whether kernels that move messages may hold some of the multiprocessors.
+    """
 
     act: Activation
+    shared: bool = False
 
     def read(self, parameters: dict[str, torch.Tensor], dtype: torch.dtype) -> ExpertWeights:
         first = tuple([weight.detach() for name, weight in parameters.items() if name != "down"])
@@ -109,7 +115,7 @@ class GatedMath:
         finish_piece(piece, projected, weights, self.act, out_RH)
 
     def gradients(self, pieces: Sequence[Piece]) -> ExpertGradients:
-        return _GatedGradients(PieceGradients(pieces), self.act)
+        return _GatedGradients(PieceGradients(pieces, self.shared), self.act)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from fluid_hf.kernels import kernel_module, use_kernels
 from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad, is_one_kernel
-from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
+from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs, stacked
 
 if TYPE_CHECKING:  # needs Triton
     from fluid_hf.moe.row_kernels import JointPlaces
@@ -153,10 +153,11 @@ class PieceGradients:
 
     Args:
         pieces: all pieces of the layer, in the order in which `backward` will be called.
+        shared: whether kernels that move messages may hold some of the multiprocessors.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Sequence[Piece], shared: bool = False) -> None:
+        self._pieces, self._shared = pieces, shared
         self._grads: list[torch.Tensor] = []
         self._first: list[tuple[torch.Tensor, ...]] = []
         self._hidden: list[torch.Tensor] = []
@@ -248,9 +249,13 @@ class PieceGradients:
         wgrad_kernels = kernel_module("wgrad_kernels")
         joint, plan = self._joint, self._pieces[0].plan
         if joint is None or joint.addresses is None:
-            return wgrad_kernels.gathered_wgrad(first, plan.pair_row_S, 0, other, plan.offsets_E, which == 1)
+            return wgrad_kernels.gathered_wgrad(
+                first, plan.pair_row_S, 0, other, plan.offsets_E, which == 1, self._shared
+            )
         where_S = joint.addresses[which]
-        return wgrad_kernels.gathered_wgrad(first, where_S, joint.unit, other, joint.offsets_E, which == 1)
+        return wgrad_kernels.gathered_wgrad(
+            first, where_S, joint.unit, other, joint.offsets_E, which == 1, self._shared
+        )
 
     @property
     def held_bytes(self) -> int:
@@ -325,7 +330,7 @@ class JointOrder:
         sizes = [piece.plan.num_pairs for piece in pieces]
         self.num_pairs = sum(sizes)
         place_S, self.offsets_E = joint_kernels.joint_places(
-            _together([piece.plan.offsets_E for piece in pieces]), self.num_pairs
+            stacked([piece.plan.offsets_E for piece in pieces]), self.num_pairs
         )
         self.place_S: tuple[torch.Tensor, ...] = torch.split_with_sizes(place_S, sizes)
         self.addresses: torch.Tensor | None = None
@@ -359,17 +364,6 @@ class JointOrder:
         for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
             row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)
         return out
-
-
-def _together(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Vectors of one length [N, E]: as they are if they lie side by side, which costs no launch, else a copy."""
-    first, count, size = vectors[0], len(vectors), vectors[0].shape[0]
-    start, step = first.data_ptr(), first.nbytes
-    beside = all([vector.data_ptr() == start + at * step for at, vector in enumerate(vectors)])
-    # What lies inside the first one's memory is part of it: no other tensor's memory overlaps it.
-    if beside and first.untyped_storage().nbytes() >= (first.storage_offset() + count * size) * first.itemsize:
-        return first.as_strided((count, size), (size, 1))
-    return torch.stack(list(vectors))
 
 
 def _input_gradients(

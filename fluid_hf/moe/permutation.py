@@ -27,6 +27,7 @@ __all__ = [
     "reduce_pairs",
     "reduce_rows",
     "spread_rows",
+    "stacked",
     "sum_dtype",
 ]
 
@@ -183,3 +184,14 @@ def gather_weight_grads(
     row_TK = token_row_TP.gather(1, index_TK // num_local_experts)
     grad_TK = torch.nn.functional.pad(returned_RK, (0, 0, 0, 1)).gather(0, row_TK)
     return (grad_TK if own_TK is None else grad_TK + own_TK).to(dtype)
+
+
+def stacked(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Vectors of one length [N, E]: as they are if they lie side by side, which costs no launch, else a copy."""
+    first, count, size = vectors[0], len(vectors), vectors[0].shape[0]
+    start, step = first.data_ptr(), first.nbytes
+    beside = all([vector.data_ptr() == start + at * step for at, vector in enumerate(vectors)])
+    # What lies inside the first one's memory is part of it: no other tensor's memory overlaps it.
+    if beside and first.untyped_storage().nbytes() >= (first.storage_offset() + count * size) * first.itemsize:
+        return first.as_strided((count, size), (size, 1))
+    return torch.stack(list(vectors))

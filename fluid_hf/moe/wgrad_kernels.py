@@ -12,7 +12,6 @@ results do not depend on timing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fluid_hf.comm.spared import spared_now
 from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, power_of_two
 from fluid_hf.moe.gemm_kernels import product_tile, shared_bytes
 
@@ -34,10 +34,6 @@ ROUNDS, ROUNDS_BESIDE = 1, 4
 # Parts of a tile, side by side, that the copy engine writes after each other through one part's shared memory: with two
 # all loads of a tile keep their stages. 0: threads write, and products wait for that.
 PARTS = 2
-
-
-# Multiprocessors that torch's GEMMs leave to others, as `torch._C._set_sm_carveout_experimental` says; since torch 2.7.
-_carveout: Callable[[], int | None] | None = getattr(torch._C, "_get_sm_carveout_experimental", None)
 
 
 class _Tile(NamedTuple):
@@ -56,15 +52,14 @@ def _processors(device: int | None) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _programs_at_once(beside: int, device: int | None) -> tuple[int, int]:
-    """Programs that run at once, `beside` of them on a multiprocessor, and how many rounds of them there are to be.
+def _programs_at_once(each: int, device: int | None, shared: bool) -> tuple[int, int]:
+    """Programs that run at once, `each` of them on a multiprocessor, and how many rounds of them there are to be.
 
-    Multiprocessors that torch is told to leave to communication are left to it here too. Told to leave none (0, where
-    `None` is no word), communication takes those that it needs from the GEMMs.
+    Multiprocessors that torch's GEMMs leave to messages are left to them here too. Of those that are `shared` and not
+    left, the messages take what they need.
     """
-    left = _carveout() if _carveout is not None else None
-    at_once = beside * max(1, _processors(device) - (left or 0))
-    return at_once, ROUNDS_BESIDE if left == 0 else ROUNDS
+    spared = spared_now()
+    return each * max(1, _processors(device) - spared), ROUNDS_BESIDE if shared and not spared else ROUNDS
 
 
 def gathered_wgrad(
@@ -74,6 +69,7 @@ def gathered_wgrad(
     other_SN: torch.Tensor,
     offsets_E: torch.Tensor,
     rows_first: bool,
+    shared: bool = False,
 ) -> torch.Tensor:
     """Sum over each expert's pairs of the product of a gathered row and a row of `other_SN`.
 
@@ -83,6 +79,7 @@ def gathered_wgrad(
             elements from the first row (rows may lie in several buffers).
         other_SN: contiguous.
         rows_first: the result is [E, H, N], otherwise [E, N, H].
+        shared: whether kernels that move messages may hold some of the multiprocessors.
     """
     hidden, (pairs, width), experts = rows_RH.shape[1], other_SN.shape, offsets_E.shape[0]
     shape = (hidden, width) if rows_first else (width, hidden)
@@ -92,7 +89,8 @@ def gathered_wgrad(
     sizes = rows_RH.stride(0), unit, hidden, width, rows_first
     if can_describe(other_SN):
         parts = PARTS if can_describe(out) else 0
-        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes, _tile_of(out, rows_first, parts), parts)
+        tile = _tile_of(out, rows_first, parts)
+        _through_tiles(rows_RH, where_S, other_SN, offsets_E, out, sizes, tile, parts, shared)
         return out
     height, columns, depth, warps, stages = product_tile(other_SN, 128, 3 if rows_first else 2, warps=4)
     _wgrad(
@@ -125,12 +123,13 @@ def _through_tiles(
     sizes: tuple[int, int, int, int, bool],
     tile: _Tile,
     parts: int,
+    shared: bool,
 ) -> None:
     """Queue the kernel that goes through several tiles; with `parts` the copy engine can write `out`."""
     (experts, tall, wide), rows_first = out.shape, sizes[-1]
     height, columns, depth, warps, stages, beside = tile
     tiles = experts * blocks_of(tall, height) * blocks_of(wide, columns)
-    at_once, rounds = _programs_at_once(beside, out.device.index)
+    at_once, rounds = _programs_at_once(beside, out.device.index, shared)
     programs = min(tiles, at_once * max(1, min(rounds, tiles // (rounds * at_once))))
     described = [_ragged(other_SN, depth, columns if rows_first else height)]
     constants = (*sizes, experts, power_of_two(experts), programs, height, columns, depth, GROUP)
