@@ -200,11 +200,13 @@ class SliceRun:
             tokens = cell.part.batch * cell.part.sequence // cell.part.sp
             sizes = cell.bench.shape.sizes(tokens, exchange.size, torch.finfo(self.dtype).bits // 8)
             cell.data["link"] = {"bytes_per_second": float(link), **vars(link), "launch": launch}
+            cell.data["link"]["spared"] = exchange.spared
             cell.data["predicted_ms"] = {
                 waves: [predicted_seconds(sizes, hardware, waves, training=which) * 1e3 for which in (False, True)]
                 for waves in PREDICTED
             }
         costs = f"latency {link.latency * 1e6:.0f} us, post {link.post * 1e6:.0f} us, taken {link.taken:.0%}"
+        costs += f", {exchange.spared} multiprocessors left to it"
         return f"{link / 1e9:.0f} GB/s each way, {costs}, launch {launch * 1e6:.1f} us"
 
     def _note(self, cell: _Cell, name: str, mode: str, timing: Any, found: list[str]) -> None:
