@@ -17,7 +17,7 @@ __all__ = ["LinkSpeed", "measure_launch", "measure_link", "measure_spared"]
 # A message as large as a wave's: 8 MiB to one peer did not fill a link (NVLink, and PCIe both ways). The least size is
 # for many peers, whose buffers grow with their number.
 WAVE_BYTES, LEAST_BYTES, SMALL_BYTES = 32 << 20, 8 << 20, 16 << 10
-# Rows, inputs and outputs of the GEMM beside messages: one that is grouped, on a GPU, where a torch of ours has it.
+# Rows, inputs and outputs of the GEMM beside messages.
 GEMM_SIZE = {"cuda": (16384, 2048, 2048), "cpu": (32, 32, 32)}
 GROUPS = 4
 SPARED = (0, 2, 4, 8, 16)  # multiprocessors tried; NCCL took 2 over shared memory and 16 over NVLink
@@ -83,18 +83,21 @@ def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5)
 def measure_spared(exchange: PeerExchange, device: torch.device, repeats: int = 3) -> int:
     """Multiprocessors that GEMMs should leave to a message beside them; equal on all ranks. Collective over the group.
 
-    None where messages are short against GEMMs (NVLink) or no kernels move them.
+    None where messages are short against GEMMs (NVLink), no kernels move them, or torch's grouped GEMM is not one
+    persistent kernel.
     """
-    if not (exchange.shares_processors and can_spare()):
+    if not (exchange.shares_processors and can_spare() and _has_grouped(device)):
         return 0
+    most = torch.cuda.get_device_properties(device).multi_processor_count // 4
+    tried = [number for number in SPARED if number <= most]
     before = exchange.bytes_sent
     load = _Load(exchange, device)
     load.post(1, load.size)[0].wait()  # NCCL connects the ranks
-    times = [min(load.beside_one(number) for _ in range(repeats)) for number in SPARED]
+    times = [min(load.beside_one(number) for _ in range(repeats)) for number in tried]
     times = _agree(exchange, device, times)
     exchange.bytes_sent = before
     best = times.index(min(times))
-    return SPARED[best] if times[best] < times[0] * (1 - SPARED_GAIN) else 0
+    return tried[best] if times[best] < times[0] * (1 - SPARED_GAIN) else 0
 
 
 def measure_launch(exchange: PeerExchange | None, device: torch.device, repeats: int = 10) -> float:
@@ -119,8 +122,9 @@ class _Load:
         self._sent = torch.ones(exchange.size, self.size, dtype=torch.uint8, device=device)
         self._received = torch.empty_like(self._sent)
         self._meeting = torch.zeros(1, device=device)
-        rows, inputs, outputs = GEMM_SIZE[device.type]
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        rows, inputs, outputs = GEMM_SIZE.get(device.type, GEMM_SIZE["cpu"])
+        self._grouped = _has_grouped(device)
+        dtype = torch.bfloat16 if self._grouped else torch.float16 if device.type == "cuda" else torch.float32
         self._rows = torch.ones(rows, inputs, dtype=dtype, device=device)
         self._weight = torch.ones(GROUPS, inputs, outputs, dtype=dtype, device=device)
         ends = torch.arange(1, GROUPS + 1, dtype=torch.int32) * (rows // GROUPS)
@@ -182,7 +186,7 @@ class _Load:
 
     def _multiply(self, count: int) -> None:
         for _ in range(count):
-            if self._device.type == "cuda":
+            if self._grouped:
                 torch.nn.functional.grouped_mm(self._rows, self._weight, offs=self._ends)
             else:
                 torch.mm(self._rows, self._weight[0])
@@ -203,6 +207,11 @@ class _Load:
         end.record()
         end.synchronize()  # host synchronisation: a few times per model
         return start.elapsed_time(end) / 1e3
+
+
+def _has_grouped(device: torch.device) -> bool:
+    """Whether torch computes a grouped GEMM in one kernel there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _agree(exchange: PeerExchange | None, device: torch.device, values: Sequence[float]) -> list[float]:
