@@ -90,8 +90,38 @@ def test_torch_kernel_gives_the_same_as_the_loop(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(grouped_dgrad(grad, weight, ends).double(), dgrad, rtol=2e-2, atol=2e-2)
 
 
-def test_any_number_of_pairs_takes_torchs_kernel_on_a_gpu() -> None:
+def test_experts_without_pairs_are_zero_where_torch_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves_them(left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        """As on Blackwell: what the memory held."""
+        weight = torch.zeros(len(offs), left.shape[0], right.shape[1], dtype=left.dtype)
+        starts = [0, *offs.tolist()]
+        for expert, (low, high) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            product = left[:, low:high].float() @ right[low:high].float()
+            weight[expert] = product if high > low else float("nan")
+        return weight
+
+    grads, inputs, offsets, _ = pieces(torch.bfloat16)
+    expected = torch.stack(
+        [grads[1][low:high].float().t() @ inputs[1][low:high].float() for low, high in ((0, 1), (1, 5), (5, 5))]
+    )
+    monkeypatch.setattr(grouped_gemm, "_use_grouped_mm", lambda *tensors: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaves_them)
+    assert grouped_wgrad(grads[1:2], inputs[1:2], offsets[1:2])[2].isnan().all()
+    monkeypatch.setattr(grouped_gemm, "_writes_all", lambda device: False)
+    found = grouped_wgrad(grads[1:2], inputs[1:2], offsets[1:2])
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+    assert found[2].eq(0).all()
+
+
+def test_where_torch_writes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (device.index, 0))
+    asked = grouped_gemm._writes_all.__wrapped__
+    assert asked(torch.device("cpu")) and asked(torch.device("cuda", 9)) and not asked(torch.device("cuda", 10))
+
+
+def test_any_number_of_pairs_takes_torchs_kernel_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the loop over the experts reads the offsets on the host, which tensors without values refuse."""
+    monkeypatch.setattr(grouped_gemm, "_writes_all", lambda device: True)
     with FakeTensorMode():
         grads, even, odd = (torch.empty(5, width, dtype=torch.bfloat16, device="cuda") for width in (8, 16, 12))
         ends = torch.empty(3, dtype=torch.int32, device="cuda")

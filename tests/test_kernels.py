@@ -11,6 +11,7 @@ import torch
 from fluid_hf.comm.late_status import LateStatus
 from fluid_hf.errors import RoutingError
 from fluid_hf.moe.activation import glu_backward, glu_forward
+from fluid_hf.moe.grouped_gemm import grouped_wgrad
 from fluid_hf.moe.permutation import PairPlan, make_pair_plan, reduce_pairs, reduce_rows
 from fluid_hf.moe.routing_plan import count_rows, local_expert_ids, place_rows
 from fluid_hf.moe.rows import RowFormat
@@ -217,3 +218,25 @@ def test_sums_per_token(dtype: torch.dtype) -> None:
             owner = int(index[token, k]) // 3
             row = int(plan.token_row_TP[token, owner])
             assert found[token, k] == (own_grads[token, k] if owner == 1 else row_grads[row, k])
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (3, 130, 257), (1, 1, 1)])
+def test_matrices_of_experts_without_pairs_are_zero(shape: tuple[int, ...]) -> None:
+    for counts in ([2, 0, 1, 0, 4], [0, 3, 0, 0, 0], [0] * 5, [1] * 5):
+        offsets = torch.tensor(counts[: shape[0]]).cumsum(0).to(torch.int32).to(DEVICE)
+        weight = torch.full(shape, float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        row_kernels.zero_empty(weight, offsets)
+        for expert, count in enumerate(counts[: shape[0]]):
+            assert weight[expert].isnan().all() if count else weight[expert].eq(0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="about torch's kernel on a GPU")
+def test_torchs_weight_gradient_of_experts_without_pairs_is_zero() -> None:
+    counts = [0, 130, 0, 7, 0, 1, 64, 0]
+    offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(DEVICE)
+    grads, inputs = (torch.randn(sum(counts), width, dtype=torch.bfloat16, device=DEVICE) for width in (256, 512))
+    for _ in range(4):
+        torch.full((len(counts), 256, 512), float("nan"), dtype=torch.bfloat16, device=DEVICE)  # memory used again
+        found = grouped_wgrad([grads], [inputs], [offsets])
+        assert found.isfinite().all()
+        assert all(found[expert].eq(0).all() for expert, count in enumerate(counts) if not count)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+from fluid_hf.kernels import kernel_module, use_kernels
+
 __all__ = ["grouped_dgrad", "grouped_linear", "grouped_wgrad", "is_one_kernel"]
 
 
@@ -52,7 +54,10 @@ def grouped_wgrad(
             grad, input = torch.cat(list(grads))[order], torch.cat(list(inputs))[order]
         else:
             grad, input, joint = grads[0], inputs[0], offsets[0]
-        return torch.nn.functional.grouped_mm(grad.t(), input, offs=joint)
+        weight = torch.nn.functional.grouped_mm(grad.t(), input, offs=joint)
+        if not _writes_all(weight.device):
+            _zero_empty(weight, joint)
+        return weight
     experts = offsets[0].shape[0]
     weight = grads[0].new_zeros(experts, grads[0].shape[1], inputs[0].shape[1])
     if not pairs:  # without waiting for the device
@@ -84,6 +89,23 @@ def _use_grouped_mm(operand: torch.Tensor, *widths: int) -> bool:
     if not operand.is_cuda or operand.dtype not in (torch.bfloat16, torch.float16):
         return False
     return all([width % 8 == 0 for width in widths])
+
+
+@functools.cache
+def _writes_all(device: torch.device) -> bool:
+    """Whether torch's weight gradient of an expert without pairs is zero; on Blackwell it is what the memory held.
+
+    Seen by others with PyTorch 2.9 to 2.13 (pytorch issue 172439); on Hopper and where torch loops it is zero.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 10
+
+
+def _zero_empty(weight_ENM: torch.Tensor, offsets_E: torch.Tensor) -> None:
+    if use_kernels(weight_ENM) and weight_ENM.is_contiguous():
+        kernel_module("row_kernels").zero_empty(weight_ENM, offsets_E)
+    else:
+        empty = torch.diff(offsets_E, prepend=offsets_E.new_zeros(1)) == 0
+        weight_ENM.masked_fill_(empty[:, None, None], 0)
 
 
 def _spans(offsets_E: torch.Tensor) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fluid_hf.launch import Kernel, blocks_of
 
-__all__ = ["JointPlaces", "expand", "glu_backward", "glu_forward", "reduce_pairs", "reduce_rows", "tile"]
+__all__ = ["JointPlaces", "expand", "glu_backward", "glu_forward", "reduce_pairs", "reduce_rows", "tile", "zero_empty"]
 
 
 @functools.cache
@@ -59,6 +59,13 @@ def expand(
             warps,
         )
     return out
+
+
+def zero_empty(weight_ENM: torch.Tensor, offsets_E: torch.Tensor) -> None:
+    """Fill the matrices of experts without pairs with zeros; the others are not touched. `weight_ENM` is contiguous."""
+    experts, size = weight_ENM.shape[0], weight_ENM[0].numel()
+    if experts and size:
+        _zero_empty((experts, min(64, blocks_of(size, 4096)), 1), (weight_ENM, offsets_E), (), (size, 4096), 4)
 
 
 def glu_forward(
@@ -333,8 +340,20 @@ def _reduce_rows_kernel(
     tl.store(out + token * hidden + at, total.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _zero_empty_kernel(weight, offsets, size: tl.constexpr, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    start = tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    if tl.load(offsets + expert) == start:
+        first = weight + expert.to(tl.int64) * size
+        for low in range(tl.program_id(1) * BLOCK, size, tl.num_programs(1) * BLOCK):
+            at = low + tl.arange(0, BLOCK)
+            tl.store(first + at, tl.zeros((BLOCK,), weight.dtype.element_ty), mask=at < size)
+
+
 _expand = Kernel(_expand_kernel)
 _glu_forward = Kernel(_glu_forward_kernel)
 _glu_backward = Kernel(_glu_backward_kernel)
 _reduce_pairs = Kernel(_reduce_pairs_kernel)
 _reduce_rows = Kernel(_reduce_rows_kernel)
+_zero_empty = Kernel(_zero_empty_kernel)
