@@ -103,7 +103,8 @@ class _Peer(nn.Module):
         self.module = module
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self._call[0](hidden, index, weights)
+        # transformers' all-to-all returns the type of the routing weights, which is float32 in Mixtral.
+        return self._call[0](hidden, index, weights).to(hidden.dtype)
 
 
 def _one_row_per_expert(call: Callable[..., Any]) -> Callable[..., Any]:
