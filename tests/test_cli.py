@@ -204,7 +204,7 @@ def test_files_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_table_of_the_published_results(capsys: pytest.CaptureFixture[str]) -> None:
-    for path in sorted((ROOT / "examples/benchmarks/results").glob("*layer*.json")):
+    for path in sorted((ROOT / "examples/benchmarks/results").glob("*_layer_*.json")):
         assert cli.main(["bench", "table", "--json", str(path)]) == 0
         lines = capsys.readouterr().out.split("\n\n")[0].splitlines()  # a report of where the time goes may follow
         assert len(lines) == 2 + len(json.loads(path.read_text())["cells"])
