@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"models"},
     {"moe", "attention"},
     {"overlap", "comm"},
-    {"process_groups", "config", "errors", "ranges", "kernels", "launch"},
+    {"process_groups", "config", "errors", "ranges", "kernels", "launch", "nodes"},
 ]
 LEVEL = {unit: level for level, layer in enumerate(LAYERS) for unit in layer}
 OUTSIDE_CORE = LAYERS[0]

@@ -20,9 +20,9 @@ parts) is written and read on the one stream, and may be freed as soon as its la
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -66,13 +66,15 @@ class AttentionContext:
         """Record an event, if anybody listens."""
         if self.record is not None:
             self.record(name)
-        mark(name)
+        if torch.autograd._profiler_enabled():
+            mark(name)
 
     def plan(self, chunks: int) -> HeadPlan:
         """How the heads are cut into at most so many chunks."""
-        if chunks not in self.plans:
-            self.plans[chunks] = HeadPlan(self.layout, self.head_dim, chunks)
-        return self.plans[chunks]
+        plan = self.plans.get(chunks)
+        if plan is None:
+            plan = self.plans[chunks] = HeadPlan(self.layout, self.head_dim, chunks)
+        return plan
 
 
 class AttentionCall:
@@ -105,7 +107,7 @@ class AttentionCall:
         tokens = self.batch * self.length
         sent = context.layout.bytes_sent(tokens, context.head_dim, dtype.itemsize)
         self.in_pieces = travels_in_pieces(sent, self.num_chunks, self.size)
-        self._piece = -(-tokens // 2)  # rows
+        self._even = [1] * self.size
         self._handles: list[list[ExchangeHandle]] = []
         self._received: list[torch.Tensor] = []
         self._own_results: list[torch.Tensor] = []
@@ -132,9 +134,8 @@ class AttentionCall:
         plan, rows = self.plan, self.plan.travelling(projections.weights)
         rights = plan.by_rank(rows) if self.peer is None else plan.apart(rows)
         sums = plan.apart(plan.travelling(biases)) if biases else None
-        self._own_results = []
         self._at("forward heads")
-        self._post_products(x_MH, rights, sums, range(self.num_chunks), "post heads", self.in_pieces)
+        self._post_products(x_MH, rights, sums, plan.columns, range(self.num_chunks), "post heads", self.in_pieces)
 
     @ranged("forward attention")
     def arrive(self, index: int) -> torch.Tensor:
@@ -202,23 +203,23 @@ class AttentionCall:
         rights = self.plan.results_by_rank(weight) if self.peer is None else self.plan.results_apart(weight)
         self._returns = [None] * self.num_chunks
         self._at("backward result gradients")
-        self._post_products(grad_MH, rights, None, range(self.num_chunks - 1, -1, -1), "post result grads")
+        order = range(self.num_chunks - 1, -1, -1)
+        self._post_products(grad_MH, rights, None, self.plan.results, order, "post result grads")
 
     @ranged("backward attention")
     def arrive_grad(self, index: int) -> torch.Tensor:
         """Wait for the result gradients of a chunk: [B, T, n, D]."""
         received = self._wait(index)
         self.context.event(f"wait result grads {index}")
-        shape = (self.size, self.batch, self.length, -1, self.context.head_dim)
         if self.batch == 1:  # without a copy
-            return received.view(1, self.size * self.length, *shape[3:])
+            return received.view(1, self.size * self.length, -1, self.context.head_dim)
+        shape = (self.size, self.batch, self.length, -1, self.context.head_dim)
         return received.view(shape).transpose(0, 1).flatten(1, 2)
 
     def new_return(self, index: int) -> torch.Tensor:
         """Room for the gradients of a chunk's heads by rank: [S, M, C]."""
-        chunk, like = self.plan.chunks[index], self._received[index]
-        columns = (chunk.num_q + 2 * chunk.num_kv) * self.context.head_dim
-        return like.new_empty(self.size, self.batch * self.length, columns, dtype=self.dtype)
+        rows = self.batch * self.length
+        return self._received[index].new_empty(self.size, rows, self.plan.columns[index], dtype=self.dtype)
 
     @ranged("backward attention")
     def post_return(self, index: int, grad_SMC: torch.Tensor) -> None:
@@ -328,6 +329,7 @@ class AttentionCall:
         x_MK: torch.Tensor,
         rights: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]],
         sums: Sequence[Sequence[torch.Tensor]] | None,
+        columns: Sequence[int],
         order: range,
         event: str,
         in_pieces: bool = False,
@@ -337,13 +339,13 @@ class AttentionCall:
         Args:
             rights: right-hand sides of each chunk: [S, K, C], or of two ranks [K, C] each.
             sums: what is added, [C] of each chunk's ranks.
+            columns: C of each chunk.
             in_pieces: whether each message travels in two.
         """
         self._handles = [[] for _ in range(self.num_chunks)]
         peer, x_SMK = self.peer, x_MK if self.peer is not None else x_MK.expand(self.size, *x_MK.shape)
-        counts = [right.shape[2] if isinstance(right, torch.Tensor) else right[0].shape[1] for right in rights]
-        self._received = [x_MK.new_empty(self.size, len(x_MK), count) for count in counts]
-        own: list[Callable[[], torch.Tensor]] = []
+        self._received = [x_MK.new_empty(self.size, x_MK.shape[0], count) for count in columns]
+        own: list[tuple[Any, ...]] = []
         for index in order:
             right, received = rights[index], self._received[index]
             added = None if sums is None else sums[index]
@@ -354,25 +356,24 @@ class AttentionCall:
                 arriving = received.unbind(0)
                 for rows, room in self._pieces(in_pieces, x_MK, arriving[peer]):
                     self._handles[index].append(self._exchange(product(rows, right, added, peer), room))
-                own.append(functools.partial(product, x_MK, right, added, self.own, arriving[self.own]))
+                own.append((x_MK, right, added, self.own, arriving[self.own]))
             self.context.event(f"{event} {index}")
-        for compute in own:
-            compute()
+        for arguments in own:
+            product(*arguments)
 
     def _at(self, step: str, index: int = 0) -> None:
         self.context.exchange.at(self.context.name, step, index)
 
     def _exchange(self, sent: torch.Tensor, received: torch.Tensor) -> ExchangeHandle:
         """Post an all-to-all: of [S, ...], or with one peer only."""
-        if self.peer is None:
-            ones = [1] * self.size
-            return self.context.exchange.all_to_all(received, sent, ones, ones)
-        rows = [0 if rank == self.own else len(sent) for rank in range(2)]
-        return self.context.exchange.all_to_all(received, sent, rows, rows)
+        splits = self._even
+        if self.peer is not None:
+            splits = [0, sent.shape[0]] if self.peer else [sent.shape[0], 0]
+        return self.context.exchange.all_to_all(received, sent, splits, splits)
 
     def _pieces(self, wanted: bool, *rows_MC: torch.Tensor) -> Sequence[Sequence[torch.Tensor]]:
         """What goes with one message each, if wanted; contiguous rows of contiguous ones."""
-        return list(zip(*(rows.split(self._piece) for rows in rows_MC), strict=True)) if wanted else [rows_MC]
+        return list(zip(*[rows.chunk(2) for rows in rows_MC], strict=True)) if wanted else [rows_MC]
 
     def _post(self, index: int, sent: torch.Tensor, received: torch.Tensor) -> None:
         pieces = self._pieces(self.in_pieces, sent, received)

@@ -58,6 +58,7 @@ class HeadPlan:
         self.rows = (layout.num_heads * head_dim, kv_rows, kv_rows)
         self.columns = [(chunk.num_q + 2 * chunk.num_kv) * head_dim for chunk in self.chunks]
         self.results = [chunk.num_q * head_dim for chunk in self.chunks]
+        self._parts = [count for count in self.columns for _ in range(layout.sp_size)]
         self._order: dict[torch.device, torch.Tensor] = {}
         self._back: dict[torch.device, torch.Tensor] = {}
 
@@ -79,7 +80,7 @@ class HeadPlan:
             order = self._travel_order()
             back = sorted(range(len(order)), key=order.__getitem__)
             index = self._back[rows.device] = torch.tensor(back, device=rows.device)
-        return order_rows(rows.split(self.rows), index)
+        return order_rows(rows.split_with_sizes(self.rows), index)
 
     def by_rank(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """What `travelling` gave, [rows, H], as right-hand sides [S, H, C] of each chunk."""
@@ -93,17 +94,18 @@ class HeadPlan:
         """What `travelling` gave as right-hand sides [H, C] (of biases: [C]) of each chunk's ranks, in few views."""
         size = self.layout.sp_size
         parts = rows.mT if rows.dim() == 2 else rows
-        found = parts.split([count for count in self.columns for _ in range(size)], dim=-1)
+        found = parts.split_with_sizes(self._parts, -1)
         return [found[first : first + size] for first in range(0, len(found), size)]
 
     def results_by_rank(self, weight_HN: torch.Tensor) -> Sequence[torch.Tensor]:
         """o_proj's columns as right-hand sides [S, H, E] of each chunk, as views."""
-        return weight_HN.unflatten(1, (self.layout.sp_size, -1)).transpose(0, 1).split(self.results, dim=2)
+        by_rank = weight_HN.view(weight_HN.shape[0], self.layout.sp_size, -1).transpose(0, 1)
+        return by_rank.split_with_sizes(self.results, 2) if len(self.results) > 1 else (by_rank,)
 
     def results_apart(self, weight_HN: torch.Tensor) -> list[Sequence[torch.Tensor]]:
         """o_proj's columns as right-hand sides [H, E] of each chunk's ranks, as views."""
         count = len(self.chunks)
-        found = weight_HN.split(self.results * self.layout.sp_size, dim=1)
+        found = weight_HN.split_with_sizes(self.results * self.layout.sp_size, 1)
         return [found[index::count] for index in range(count)]
 
     def new_packed(self, like: torch.Tensor, complete: bool) -> torch.Tensor:
@@ -124,7 +126,7 @@ class HeadPlan:
 
     def split(self, rows_N: torch.Tensor) -> dict[str, torch.Tensor]:
         """What [N, ...] has of q, k and v."""
-        return dict(zip(NAMES, rows_N.split(self.rows), strict=True))
+        return dict(zip(NAMES, rows_N.split_with_sizes(self.rows), strict=True))
 
     def _travel_order(self) -> list[int]:
         """Rows of q, k and v, one after the other, in the order of `travelling`."""

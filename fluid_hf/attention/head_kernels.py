@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fluid_hf.attention.head_layouts import HeadNorms, NormSums
-from fluid_hf.attention.heads import HeadChunk, HeadLayout
+from fluid_hf.attention.heads import HeadChunk, HeadLayout, heads_at, wide_steps
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
@@ -22,7 +22,6 @@ __all__ = ["heads_from_wire", "heads_to_wire", "num_blocks", "order_rows", "pack
 
 ROWS = 32
 ROW_BLOCK = 2048  # elements of a row that are copied at a time
-VECTOR = 8  # elements of one wide access
 
 
 def heads_from_wire(
@@ -41,14 +40,8 @@ def heads_from_wire(
         (size * rows, batch, rows // batch, _table_step(tables, tokens)),
         (chunk.num_q, chunk.num_kv, dim, power_of_two(dim // 2), norms is not None, eps, ROWS),
     )
-    step = tokens * columns
-
-    def part(first: int, count: int) -> torch.Tensor:
-        return target.as_strided((batch, count, tokens, dim), (step, dim, columns, 1), first * dim)
-
-    if not chunk.num_kv:
-        return (part(0, chunk.num_q),)
-    return part(0, chunk.num_q), part(chunk.num_q, chunk.num_kv), part(rotated, chunk.num_kv)
+    places = heads_at(batch, tokens, columns, dim, chunk.num_q, chunk.num_kv)
+    return tuple([target.as_strided(*place) for place in places])
 
 
 def heads_to_wire(
@@ -65,11 +58,11 @@ def heads_to_wire(
     size, rows, columns = sent_SMC.shape
     heads = chunk.num_q + 2 * chunk.num_kv
     dim, tokens = columns // heads, size * rows // batch
-    given = [grad if grad.stride(3) == 1 else grad.contiguous() for grad in grads]
-    q, k, v = given if chunk.num_kv else given * 3
-    steps = [step for grad in (q, k, v) for step in grad.stride()[:3]]
-    # Triton loads wide what it knows to be aligned; the steps are run-time values, so it is told their divisor.
-    unit = VECTOR if dim % (2 * VECTOR) == 0 and all(step % VECTOR == 0 for step in steps) else 1
+    q, k, v = grads if chunk.num_kv else grads * 3
+    unit, steps = wide_steps(dim, q.stride(), k.stride(), v.stride())
+    if not unit:
+        q, k, v = (grad if grad.stride(3) == 1 else grad.contiguous() for grad in (q, k, v))
+        unit, steps = wide_steps(dim, q.stride(), k.stride(), v.stride())
     q_weight, k_weight, eps = _norms(norms, sent_SMC)
     starts = (0, 0) if sums is None else sums.starts(chunk)
     _to_wire(
@@ -80,7 +73,8 @@ def heads_to_wire(
         ),
         (
             *(size * rows, batch, rows // batch, _table_step(tables, tokens)),
-            *(*(step // unit for step in steps), *starts),
+            *steps,
+            *starts,
         ),
         (chunk.num_q, chunk.num_kv, dim, power_of_two(dim // 2), norms is not None, eps, unit, ROWS),
     )

@@ -11,7 +11,7 @@ wire: a chunk's query, key and value heads, N columns of the gradients of all he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ from fluid_hf.kernels import use_kernels
 __all__ = ["HeadNorms", "NormSums", "heads_from_wire", "heads_to_wire", "order_rows", "pack_gradient"]
 
 
-@dataclass(frozen=True)
-class HeadNorms:
+class HeadNorms(NamedTuple):
     """RMSNorm of queries and of keys.
 
     Attributes:
@@ -63,7 +62,7 @@ class NormSums:
 
     def total(self, norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of the weights."""
-        q, k = self.rows.split(self._sizes)
+        q, k = self.rows.split_with_sizes(self._sizes)
         return q.sum(0).to(norms.q.dtype), k.sum(0).to(norms.k.dtype)
 
 
@@ -132,7 +131,7 @@ def heads_to_wire(
 
 def order_rows(tensors: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
     """Rows of three matrices (or entries of vectors), one after the other, in the order of `index`."""
-    if use_kernels(tensors[0]) and tensors[0].dim() == 2 and all(tensor.is_contiguous() for tensor in tensors):
+    if use_kernels(tensors[0]) and tensors[0].dim() == 2 and all([tensor.is_contiguous() for tensor in tensors]):
         from fluid_hf.attention import head_kernels
 
         return head_kernels.order_rows(tensors, index)

@@ -6,12 +6,15 @@ key/value heads as ranks these are split too, with fewer they are replicated (gr
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["HeadChunk", "HeadLayout", "plan_heads"]
+__all__ = ["HeadChunk", "HeadLayout", "heads_at", "plan_heads", "wide_steps"]
+
+VECTOR = 8  # elements of one wide access of a kernel
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,12 @@ class HeadChunk:
     kv: tuple[int, int]
     used: tuple[int, int]
 
-    @property
+    @functools.cached_property
     def num_q(self) -> int:
         """Query heads of the chunk on one rank."""
         return self.q[1] - self.q[0]
 
-    @property
+    @functools.cached_property
     def num_kv(self) -> int:
         """Key/value heads that travel with the chunk to one rank."""
         return self.kv[1] - self.kv[0]
@@ -54,22 +57,22 @@ class HeadLayout:
     sp_size: int
     kv_heads: tuple[tuple[int, ...], ...]
 
-    @property
+    @functools.cached_property
     def local_q(self) -> int:
         """Query heads per rank."""
         return self.num_heads // self.sp_size
 
-    @property
+    @functools.cached_property
     def local_kv(self) -> int:
         """Key/value heads per rank, replicas included."""
         return len(self.kv_heads[0])
 
-    @property
+    @functools.cached_property
     def group(self) -> int:
         """Query heads that share one key/value head on a rank."""
         return self.local_q // self.local_kv
 
-    @property
+    @functools.cached_property
     def replicated(self) -> bool:
         """Whether a key/value head goes to more than one place."""
         return self.sp_size * self.local_kv != self.num_kv_heads
@@ -129,6 +132,35 @@ def plan_heads(num_heads: int, num_kv_heads: int, sp_size: int) -> HeadLayout:
     )
     # Where a rank's query heads do not share key/value heads evenly, each query head gets a replica of its own.
     return HeadLayout(num_heads, num_kv_heads, sp_size, tuple(distinct if even else per_q))
+
+
+@functools.lru_cache(maxsize=256)
+def heads_at(
+    batch: int, tokens: int, columns: int, dim: int, num_q: int, num_kv: int
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]:
+    """Sizes, strides and first element of a chunk's queries, keys and values on the wire, as the core takes them.
+
+    Args:
+        columns: of a chunk for one rank.
+        dim: of a head.
+    """
+    counts, starts = (num_q, num_kv, num_kv), (0, num_q, num_q + num_kv)
+    strides = (tokens * columns, dim, columns, 1)
+    found = [((batch, n, tokens, dim), strides, start * dim) for n, start in zip(counts, starts, strict=True)]
+    return tuple(found if num_kv else found[:1])
+
+
+@functools.lru_cache(maxsize=256)
+def wide_steps(dim: int, *strides: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Divisor of gradients' strides, and those of sequences, heads and tokens divided by it; 0 if heads are no vectors.
+
+    Triton loads wide what it knows to be aligned; the steps are run-time values, so it is told their divisor.
+    """
+    if any(of[3] != 1 for of in strides):
+        return 0, ()
+    steps = [step for of in strides for step in of[:3]]
+    unit = VECTOR if dim % (2 * VECTOR) == 0 and all(step % VECTOR == 0 for step in steps) else 1
+    return unit, tuple(step // unit for step in steps)
 
 
 def _repeat(heads: tuple[int, ...], times: int) -> tuple[int, ...]:

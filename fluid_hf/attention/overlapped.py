@@ -38,12 +38,12 @@ from fluid_hf.attention.head_layouts import HeadNorms, NormSums, heads_from_wire
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.ulysses import CoreAttention
 from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
+from fluid_hf.nodes import apply_or_run
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_tokens
 
 __all__ = ["overlapped_attention"]
 
-QKV = ("q", "k", "v", "q.bias", "k.bias", "v.bias")
-OUTPUT = ("o", "o.bias")
+QKV, OUTPUT = ("q", "k", "v"), ("o",)
 
 
 class _Token:
@@ -51,7 +51,7 @@ class _Token:
 
     Args:
         parameters: the projections.
-        names: of those that the token may be for; it is for the trainable ones.
+        names: of those whose weights and biases the token may be for; it is for the trainable ones.
         context: the layer's context.
     """
 
@@ -62,14 +62,15 @@ class _Token:
         self._context = context
         if not torch.is_grad_enabled():
             return
-        weights = {}
-        for name in names:
-            weight = parameters.biases[name[0]] if "." in name else parameters.weights[name]
-            if weight is not None and weight.requires_grad:
-                weights[name] = weight
-        self.names, self._dtypes = list(weights), [weight.dtype for weight in weights.values()]
-        if weights:
-            self.inputs = (wgrad_tokens(list(weights.values()), self._take),)
+        weights, biases = parameters.weights, parameters.biases
+        found: list[tuple[str, torch.Tensor | None]] = [(name, weights[name]) for name in names]
+        found += [(f"{name}.bias", biases[name]) for name in names]
+        trained = [(name, tensor) for name, tensor in found if tensor is not None and tensor.requires_grad]
+        self.names = [name for name, _ in trained]
+        tensors = [tensor for _, tensor in trained]
+        self._dtypes = [tensor.dtype for tensor in tensors]
+        if tensors:
+            self.inputs = (wgrad_tokens(tensors, self._take),)
 
     def leave(self, work: WgradWork) -> None:
         """Leave the gradients to the token's node, or compute them now, as the scheduler says."""
@@ -112,7 +113,7 @@ class _Scatter(torch.autograd.Function):
         return grad, None, None, *([None] * ctx.num_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Arrival:
     """A chunk on its way from the wire to the core, and its gradients back."""
 
@@ -237,19 +238,19 @@ def overlapped_attention(
     arrivals = [_Arrival(call, index, rotary, norms) for index in range(call.num_chunks)]
     with plain:
         qkv = _Token(parameters, QKV, context)
-        link = _Scatter.apply(hidden_BLH, call, qkv, *qkv.inputs)  # type: ignore[no-untyped-call]
+        link = apply_or_run(_Scatter, hidden_BLH, call, qkv, *qkv.inputs)
         call.returns_wanted = link.requires_grad
         output_token = _Token(parameters, OUTPUT, context)
-        arrived = _Arrive.apply(link, arrivals[0], *weights)  # type: ignore[no-untyped-call]
+        arrived = apply_or_run(_Arrive, link, arrivals[0], *weights)
     keys = arrived[1:]
     for arrival in arrivals[1:]:
         output = core(arrived[0], *keys)
         with plain:
-            arrived = _Turn.apply(output, arrival)  # type: ignore[no-untyped-call]
+            arrived = apply_or_run(_Turn, output, arrival)
         keys = arrived[1:] or keys
     output = core(arrived[0], *keys)
     with plain:
-        return _Gather.apply(output, call, output_token, *output_token.inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return apply_or_run(_Gather, output, call, output_token, *output_token.inputs)  # type: ignore[no-any-return]
 
 
 def _rows(hidden: torch.Tensor, call: AttentionCall) -> torch.Tensor:

@@ -169,13 +169,17 @@ class PeerExchange:
         num_bytes = row_bytes * (sum(input_splits) - input_splits[self.rank])
         self.num_posted += 1
         self.bytes_sent += num_bytes
-        with self._posting(num_bytes):
-            assert self.group is not None
-            # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
-            try:
-                work = self.group.alltoall_base(output, input, output_splits, input_splits, self._all_to_all_options)
-            except RuntimeError as error:
-                raise self._posting_error(error) from error
+        assert self.group is not None
+        # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
+        arguments = (output, input, output_splits, input_splits, self._all_to_all_options)
+        try:
+            if torch.autograd._profiler_enabled():
+                with self._posting(num_bytes):
+                    work = self.group.alltoall_base(*arguments)
+            else:
+                work = self.group.alltoall_base(*arguments)
+        except RuntimeError as error:
+            raise self._posting_error(error) from error
         return self._track([work], [output, input])
 
     def all_gather(self, tensor: torch.Tensor, place: str) -> list[torch.Tensor]:

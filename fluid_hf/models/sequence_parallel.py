@@ -167,12 +167,12 @@ class OverlappedForward:
         sequence = kwargs.get(KEYWORD)
         if args or not isinstance(sequence, ShardedSequence) or sequence.rotary is None or not self.is_plain():
             return self._own(hidden_states, *args, **kwargs)
-        module, form = self.module, self._form
-        tokens, size = hidden_states.shape[0] * hidden_states.shape[1], module.q_proj.weight.element_size()
-        sent = self.context.layout.bytes_sent(tokens, self.context.head_dim, size)
-        chunks = self._chunks or choose_head_chunks(sent)
+        module, form, chunks = self.module, self._form, self._chunks
+        if not chunks:
+            tokens, size = hidden_states.shape[0] * hidden_states.shape[1], module.q_proj.weight.element_size()
+            chunks = choose_head_chunks(self.context.layout.bytes_sent(tokens, self.context.head_dim, size))
         extra = {name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS}
-        extra |= {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
+        extra["scaling"], extra["dropout"] = module.scaling, module.attention_dropout if module.training else 0.0
         extra |= form.window(module)
 
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -186,16 +186,22 @@ class OverlappedForward:
 
     def is_plain(self) -> bool:
         """Whether the projections are plain: no adapters, no computed weights, no hooks that would not be called."""
-        layers = [getattr(self.module, name) for name in PROJECTIONS]
-        inside = [*layers, self.module.q_norm, self.module.k_norm] if self._form.normed else layers
-        if any(type(x) is not nn.Linear or not isinstance(x.weight, nn.Parameter) for x in layers):
-            return False
-        return not any(getattr(x, kind) for x in inside for kind in HOOKS)
+        modules = self.module._modules  # not by attribute: `nn.Module.__getattr__` costs the host a microsecond
+        for name in PROJECTIONS:
+            if type(modules[name]) is not nn.Linear or not isinstance(
+                modules[name]._parameters.get("weight"), nn.Parameter
+            ):
+                return False
+        for name in (*PROJECTIONS, "q_norm", "k_norm") if self._form.normed else PROJECTIONS:
+            if any([getattr(modules[name], kind) for kind in HOOKS]):
+                return False
+        return True
 
     def _read(self) -> Projections:
-        layers = {name[0]: getattr(self.module, name) for name in PROJECTIONS}
+        modules = self.module._modules
+        parameters = [(name[0], modules[name]._parameters) for name in PROJECTIONS]
         return Projections(
-            {name: layer.weight for name, layer in layers.items()}, {name: layer.bias for name, layer in layers.items()}
+            {key: found["weight"] for key, found in parameters}, {key: found["bias"] for key, found in parameters}
         )
 
 

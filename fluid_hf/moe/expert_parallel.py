@@ -27,6 +27,7 @@ from fluid_hf.moe.expert_math import ExpertGradients
 from fluid_hf.moe.layer_call import LayerCall
 from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.moe.saved_pieces import pack_pieces, unpack_pieces
+from fluid_hf.nodes import apply_inner
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 from fluid_hf.ranges import span
 
@@ -34,12 +35,6 @@ __all__ = ["expert_parallel"]
 
 Tensors = tuple[torch.Tensor | None, ...]
 _AS_IT_IS = contextlib.nullcontext()
-
-
-def _apply(node: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
-    """`node.apply` on tensors made here: past torch's search of the arguments for what a transform left (3 us)."""
-    output: torch.Tensor = super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
-    return output
 
 
 class _Dispatch(torch.autograd.Function):
@@ -143,11 +138,11 @@ def expert_parallel(
         _offer_window(call, parameters, 1)
         works: list[WgradWork] = []
         names, tokens = _wgrad_tokens(parameters, works, context)
-        computed = _apply(_Experts, dispatched, call, works, names, *tokens)
+        computed = apply_inner(_Experts, dispatched, call, works, names, *tokens)
         _offer_window(call, parameters, 0)
     shared = _compute_between(between, context.name)
     with _without_autocast(hidden_TH.device.type):
-        output = _apply(_Combine, computed, call)
+        output: torch.Tensor = apply_inner(_Combine, computed, call)
     return output if shared is None else (output, shared)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fluid_hf.errors import WgradPendingError
+from fluid_hf.nodes import apply_inner
 
 __all__ = ["WgradScheduler", "WgradStats", "WgradWork", "wgrad_token", "wgrad_tokens"]
 
@@ -192,4 +193,4 @@ def wgrad_tokens(weights: Sequence[torch.Tensor], take: Callable[[], Sequence[to
         weights: the parameters, one at least.
         take: called in backward, returns their gradients in order.
     """
-    return _WgradTokens.apply(take, *weights)  # type: ignore[no-any-return, no-untyped-call]
+    return apply_inner(_WgradTokens, take, *weights)  # type: ignore[no-any-return]
