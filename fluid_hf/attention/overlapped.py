@@ -5,9 +5,9 @@ the reverse order of their creation:
 
 | created           | forward                                       | backward                                        |
 |-------------------|-----------------------------------------------|-------------------------------------------------|
-| q, k, v token     | nothing                                       | their weight gradients                          |
 | Scatter           | projects, posts chunk after chunk             | waits per chunk, computes the input gradient;   |
-|                   |                                               | of two ranks with one chunk, own heads first    |
+|                   |                                               | of two ranks with one chunk, own heads first;   |
+|                   |                                               | then the weight gradients of q, k and v         |
 | o token           | nothing                                       | its weight gradient, while the returns travel   |
 | Arrive            | waits for chunk 0; norms, rotary embedding    | their gradients, posts the return of chunk 0    |
 | ... the core      | the model's own attention function            | its backward                                    |
@@ -35,6 +35,7 @@ import torch
 from fluid_hf.attention.attention_call import AttentionCall, AttentionContext
 from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.head_layouts import HeadNorms, NormSums, heads_from_wire, heads_to_wire
+from fluid_hf.attention.products import in_type
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.ulysses import CoreAttention
 from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
@@ -46,18 +47,18 @@ __all__ = ["overlapped_attention"]
 QKV, OUTPUT = ("q", "k", "v"), ("o",)
 
 
-class _Token:
-    """One token for some of the projections' parameters, and what its backward is to compute.
+class _Trained:
+    """The trainable ones of some projections' parameters, and the work that gives their gradients.
 
     Args:
         parameters: the projections.
-        names: of those whose weights and biases the token may be for; it is for the trainable ones.
+        names: of those whose weights and biases may be among them.
         context: the layer's context.
     """
 
     def __init__(self, parameters: Projections, names: tuple[str, ...], context: AttentionContext) -> None:
         self.names: list[str] = []
-        self.inputs: tuple[torch.Tensor, ...] = ()
+        self.tensors: list[torch.Tensor] = []
         self.work: WgradWork | None = None
         self._context = context
         if not torch.is_grad_enabled():
@@ -67,22 +68,25 @@ class _Token:
         found += [(f"{name}.bias", biases[name]) for name in names]
         trained = [(name, tensor) for name, tensor in found if tensor is not None and tensor.requires_grad]
         self.names = [name for name, _ in trained]
-        tensors = [tensor for _, tensor in trained]
-        self._dtypes = [tensor.dtype for tensor in tensors]
-        if tensors:
-            self.inputs = (wgrad_tokens(tensors, self._take),)
+        self.tensors = [tensor for _, tensor in trained]
+        self._dtypes = [tensor.dtype for tensor in self.tensors]
 
     def leave(self, work: WgradWork) -> None:
-        """Leave the gradients to the token's node, or compute them now, as the scheduler says."""
+        """Leave the gradients to the node that takes them, or compute them now, as the scheduler says."""
         self.work = work
         self._context.scheduler.add(work)
 
-    def _take(self) -> list[torch.Tensor]:
+    def token(self) -> tuple[torch.Tensor, ...]:
+        """A token whose node takes the gradients, if there are any to take."""
+        return (wgrad_tokens(self.tensors, self.take),) if self.tensors else ()
+
+    def take(self) -> list[torch.Tensor]:
+        """The gradients, in order."""
         work, self.work = self.work, None
         assert work is not None, "backward of the layer runs before its weight gradients"
         found = []
         for name, dtype in zip(self.names, self._dtypes, strict=True):
-            found.append(self._context.scheduler.take(work, name).to(dtype))
+            found.append(in_type(self._context.scheduler.take(work, name), dtype))
             self._context.event(f"wgrad {name}")
         return found
 
@@ -90,10 +94,11 @@ class _Token:
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, call: AttentionCall, token: _Token, *tokens: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, call: AttentionCall, trained: _Trained, *weights: torch.Tensor
     ) -> torch.Tensor:
+        # `weights` get their gradients here, and are read from the layer.
         ctx.set_materialize_grads(False)  # the link's gradient is nothing but a sign that the rest is done
-        ctx.call, ctx.token, ctx.num_tokens = call, token, len(tokens)
+        ctx.call, ctx.trained = call, trained
         ctx.save_for_backward(hidden)
         call.scatter(_rows(hidden, call))
         return hidden.new_empty(0)
@@ -102,15 +107,16 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         call: AttentionCall = ctx.call
-        token: _Token = ctx.token
-        x = _rows(hidden, call) if token.names else None
-        now = call.context.scheduler.defers and any("." not in name for name in token.names)
+        trained: _Trained = ctx.trained
+        x = _rows(hidden, call) if trained.names else None
+        now = call.context.scheduler.defers and any(["." not in name for name in trained.names])
         grad, gradients = call.finish_input_grad(ctx.needs_input_grad[0], x if now else None)
-        if x is not None:
-            token.leave(call.input_work(gradients, x, token.names))
         if grad is not None:
-            grad = grad.view_as(hidden).to(hidden.dtype)
-        return grad, None, None, *([None] * ctx.num_tokens)
+            grad = in_type(grad.view(hidden.shape), hidden.dtype)
+        if x is None:
+            return grad, None, None
+        trained.leave(call.input_work(gradients, x, trained.names))
+        return grad, None, None, *trained.take()
 
 
 @dataclass(slots=True)
@@ -167,23 +173,23 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, context: torch.Tensor, arrival: _Arrival) -> Any:
         ctx.arrival, ctx.dtype = arrival, context.dtype
-        arrival.call.post_context(arrival.index - 1, context.to(arrival.call.dtype))
+        arrival.call.post_context(arrival.index - 1, in_type(context, arrival.call.dtype))
         return arrival.heads(ctx)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         arrival: _Arrival = ctx.arrival
         arrival.send_back(ctx, grads)
-        return arrival.call.arrive_grad(arrival.index - 1).to(ctx.dtype), None
+        return in_type(arrival.call.arrive_grad(arrival.index - 1), ctx.dtype), None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, context: torch.Tensor, call: AttentionCall, token: _Token, *tokens: torch.Tensor
+        ctx: Any, context: torch.Tensor, call: AttentionCall, trained: _Trained, *tokens: torch.Tensor
     ) -> torch.Tensor:
-        ctx.call, ctx.token, ctx.dtype, ctx.num_tokens = call, token, context.dtype, len(tokens)
-        call.post_context(call.num_chunks - 1, context.to(call.dtype))
+        ctx.call, ctx.trained, ctx.dtype, ctx.num_tokens = call, trained, context.dtype, len(tokens)
+        call.post_context(call.num_chunks - 1, in_type(context, call.dtype))
         output, results = call.gather()
         ctx.save_for_backward(*results)
         return output.view(call.batch, call.length, -1)
@@ -192,14 +198,14 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: AttentionCall = ctx.call
         refuse_second_derivatives(call.context.name)
-        token: _Token = ctx.token
-        grad = grads[0].flatten(0, 1).to(call.dtype).contiguous()
+        trained: _Trained = ctx.trained
+        grad = in_type(grads[0].flatten(0, 1), call.dtype).contiguous()
         wanted = ctx.needs_input_grad[0]
         if wanted:
             call.post_result_grads(grad)
-        if token.names:
-            token.leave(call.output_work(grad, ctx.saved_tensors, token.names))
-        arrived = call.arrive_grad(call.num_chunks - 1).to(ctx.dtype) if wanted else None
+        if trained.names:
+            trained.leave(call.output_work(grad, ctx.saved_tensors, trained.names))
+        arrived = in_type(call.arrive_grad(call.num_chunks - 1), ctx.dtype) if wanted else None
         return arrived, None, None, *([None] * ctx.num_tokens)
 
 
@@ -237,10 +243,10 @@ def overlapped_attention(
     weights = () if norms is None else (norms.q, norms.k)
     arrivals = [_Arrival(call, index, rotary, norms) for index in range(call.num_chunks)]
     with plain:
-        qkv = _Token(parameters, QKV, context)
-        link = apply_or_run(_Scatter, hidden_BLH, call, qkv, *qkv.inputs)
+        qkv, output_weights = _Trained(parameters, QKV, context), _Trained(parameters, OUTPUT, context)
+        link = apply_or_run(_Scatter, hidden_BLH, call, qkv, *qkv.tensors)
         call.returns_wanted = link.requires_grad
-        output_token = _Token(parameters, OUTPUT, context)
+        token = output_weights.token()
         arrived = apply_or_run(_Arrive, link, arrivals[0], *weights)
     keys = arrived[1:]
     for arrival in arrivals[1:]:
@@ -250,8 +256,8 @@ def overlapped_attention(
         keys = arrived[1:] or keys
     output = core(arrived[0], *keys)
     with plain:
-        return apply_or_run(_Gather, output, call, output_token, *output_token.inputs)  # type: ignore[no-any-return]
+        return apply_or_run(_Gather, output, call, output_weights, *token)  # type: ignore[no-any-return]
 
 
 def _rows(hidden: torch.Tensor, call: AttentionCall) -> torch.Tensor:
-    return hidden.reshape(-1, call.hidden).to(call.dtype)
+    return in_type(hidden.reshape(-1, call.hidden), call.dtype)
