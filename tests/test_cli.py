@@ -136,7 +136,7 @@ def test_json_alone_prints_and_eats_no_argument() -> None:
         "doctor",
         "models",
         "profile",
-        *(f"bench {w}" for w in ("layer", "attention", "model", "metrics")),
+        *(f"bench {w}" for w in ("layer", "attention", "model", "train", "metrics")),
     }
     assert kinds.keys() - prints == {"errors", "bench table"} and kinds["errors"][0] == 0
 

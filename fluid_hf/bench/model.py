@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fluid_hf.bench.shapes import SHAPES, LayerShape
+from fluid_hf.bench.shapes import SHAPES
 
-__all__ = ["ALLOWED", "MODELS", "ModelBench", "ModelSlice", "StepTime", "clear", "start_engine"]
+__all__ = ["ALLOWED", "MODELS", "ModelBench", "ModelSlice", "StepTime", "clear", "model_config", "start_engine"]
 
 # Attention heads, key-value heads, size of the shared expert (0 for none).
 MODELS = {
@@ -96,7 +96,7 @@ class ModelBench:
 
     def build(self) -> nn.Module:
         """The unpatched slice on the device; the same weights each time and on all ranks."""
-        return _build(self.part, self.shape, self.device, self.dtype)
+        return _build(self.part, self.device, self.dtype)
 
     def make_reference(self, model: nn.Module) -> None:
         """Output and embedding gradient of the unpatched model on whole sequences, all its experts on this device."""
@@ -233,30 +233,35 @@ def _embedding(model: nn.Module) -> Any:
     return model.get_input_embeddings().weight  # type: ignore[operator, union-attr]
 
 
-def _build(part: ModelSlice, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The slice with random weights, equal on all ranks, made where and as they are used."""
-    from transformers import AutoModel, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+def model_config(name: str, layers: int, positions: int, vocabulary: int = VOCABULARY) -> Any:
+    """The transformers configuration of a model of `MODELS`, with so many layers, positions and tokens."""
+    from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-    heads, kv_heads, shared = MODELS[part.name]
+    shape, (heads, kv_heads, shared) = SHAPES[name], MODELS[name]
     base: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": shape.hidden,
-        "num_hidden_layers": part.layers,
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "max_position_embeddings": part.sequence,
+        "max_position_embeddings": positions,
         "num_experts_per_tok": shape.top_k,
         "use_cache": False,
     }
     experts: dict[str, Any] = {"num_experts": shape.experts, "moe_intermediate_size": shape.inner}
-    config: Any
-    if part.name.startswith("mixtral"):
-        config = MixtralConfig(**base, intermediate_size=shape.inner, num_local_experts=shape.experts)
-    elif shared:
-        config = Qwen2MoeConfig(**base, **experts, shared_expert_intermediate_size=shared)
-    else:
-        experts["head_dim"] = 128 if shape.hidden > 64 else 16
-        config = Qwen3MoeConfig(**base, **experts)
+    if name.startswith("mixtral"):
+        return MixtralConfig(**base, intermediate_size=shape.inner, num_local_experts=shape.experts)
+    if shared:
+        return Qwen2MoeConfig(**base, **experts, shared_expert_intermediate_size=shared)
+    experts["head_dim"] = 128 if shape.hidden > 64 else 16
+    return Qwen3MoeConfig(**base, **experts)
+
+
+def _build(part: ModelSlice, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The slice with random weights, equal on all ranks, made where and as they are used."""
+    from transformers import AutoModel
+
+    config = model_config(part.name, part.layers, part.sequence)
     torch.manual_seed(0)
     how = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm", "dtype": dtype}
     with device:

@@ -19,7 +19,7 @@ from fluid_hf.overlap.wgrad import WgradScheduler
 from fluid_hf.patching import patch_model
 from fluid_hf.process_groups import release_exchange_groups
 
-__all__ = ["PEERS", "Way", "patched", "peer_model", "release", "select", "ways"]
+__all__ = ["PEERS", "PeerExperts", "Way", "patched", "peer_model", "release", "select", "ways"]
 
 PEERS: dict[str, Callable[..., tuple[Any, nn.Module]]] = {"AutoEP": autoep_layer, "AllToAllEP": transformers_layer}
 
@@ -90,11 +90,11 @@ def peer_model(bench: ModelBench, name: str) -> nn.Module:
     blocks: list[Any] = [module for module in model.modules() if hasattr(module, "experts")]
     for block in blocks:
         weights = (block.experts.gate_up_proj.data[held].clone(), block.experts.down_proj.data[held].clone())
-        block.experts = _Peer(*PEERS[name](bench.shape, *weights))
+        block.experts = PeerExperts(*PEERS[name](bench.shape, *weights))
     return model
 
 
-class _Peer(nn.Module):
+class PeerExperts(nn.Module):
     """Experts of a peer in the place of the block's own."""
 
     def __init__(self, call: Callable[..., torch.Tensor], module: nn.Module) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fluid_hf.commands import bench_attention, bench_layer, bench_metrics, bench_model, bench_table
+from fluid_hf.commands import bench_attention, bench_layer, bench_metrics, bench_model, bench_table, bench_train
 
 BENCHMARKS: dict[str, Any] = {
     "layer": bench_layer,
     "attention": bench_attention,
     "model": bench_model,
+    "train": bench_train,
     "metrics": bench_metrics,
     "table": bench_table,
 }
@@ -24,7 +25,7 @@ BENCHMARKS: dict[str, Any] = {
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its benchmarks."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "bench", help="time a layer or a slice of a model beside DeepSpeed AutoEP and transformers"
+        "bench", help="time a layer, a slice of a model or its training beside DeepSpeed AutoEP and transformers"
     )
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for benchmark in BENCHMARKS.values():

@@ -1,4 +1,4 @@
-"""`fluid-hf bench table`: results of `fluid-hf bench layer`, `attention` or `model` as a table in Markdown."""
+"""`fluid-hf bench table`: results of `fluid-hf bench layer`, `attention`, `model` or `train` as a table in Markdown."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.model_report import draw_pictures, model_table
 from fluid_hf.bench.report import markdown_table
 from fluid_hf.bench.sequence_memory import memory_table
+from fluid_hf.bench.train_report import train_table
 from fluid_hf.errors import ConfigError
 
-TABLES = {"attention": attention_table, "memory": memory_table, "model": model_table}
+TABLES = {"attention": attention_table, "memory": memory_table, "model": model_table, "train": train_table}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -44,8 +45,8 @@ def _read(path: str) -> dict[str, Any]:
         assert isinstance(report["cells"], list)
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
         raise ConfigError(
-            f"--json ({path}) must be a file that `fluid-hf bench layer`, `attention` or `model` wrote with its --json "
-            f"({type(error).__name__}: {error})."
+            f"--json ({path}) must be a file that `fluid-hf bench` (layer, attention, model or train) wrote with its "
+            f"--json ({type(error).__name__}: {error})."
         ) from error
     found: dict[str, Any] = report
     return found
