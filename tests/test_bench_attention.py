@@ -168,6 +168,31 @@ def test_gradients_of_one_part_alone(mirror: int, trained: str, least: int, monk
         torch.testing.assert_close(ours[0], found[0][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("least", [0, 1 << 60])
+def test_steps_on_each_gradient_as_it_comes(mirror: int, least: int, chunks: int, monkeypatch: Any) -> None:
+    """An optimizer in the backward pass changes o_proj's weight before the gradient of the input is computed."""
+    monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
+    shape = dataclasses.replace(ATTENTION_SHAPES["tiny"], heads=8)
+    bench = AttentionBench(shape, mirror, 8 * mirror, CPU, dtype=torch.float32, layers=1)
+    layer, module = bench.ours(overlap=True, chunks=chunks)
+    wanted = bench.gradients(layer, module)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    def step(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        with torch.no_grad():
+            parameter.sub_(parameter.grad)
+
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    hidden = bench.hidden.detach().requires_grad_()
+    layer(hidden).backward(bench.grad)
+    torch.testing.assert_close(hidden.grad, wanted["hidden"], rtol=1e-5, atol=1e-5)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - wanted[name], rtol=1e-5, atol=1e-5)
+
+
 def test_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Outputs and gradients of all variants, DeepSpeed's UlyssesSPAttentionHF among them, on mirror worlds."""
     file = tmp_path / "attention.json"

@@ -21,60 +21,22 @@ parts) is written and read on the one stream, and may be freed as soon as its la
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fluid_hf.attention.fused_projection import HeadPlan, Projections
+from fluid_hf.attention.attention_context import AttentionContext
+from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.head_gradients import HeadGradients, PackedGradients, PartedGradients
 from fluid_hf.attention.head_layouts import NormSums
-from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.attention.planner import travels_in_pieces
 from fluid_hf.attention.products import add_product, batched_product, beside, mm_float, product
 from fluid_hf.comm.gradients import check_versions
-from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
-from fluid_hf.overlap.wgrad import WgradScheduler, WgradWork
-from fluid_hf.ranges import mark, ranged
+from fluid_hf.comm.peer_exchange import ExchangeHandle
+from fluid_hf.overlap.wgrad import WgradWork
+from fluid_hf.ranges import ranged
 
-__all__ = ["AttentionCall", "AttentionContext"]
-
-
-@dataclass
-class AttentionContext:
-    """What stays the same between calls of one layer.
-
-    Attributes:
-        exchange: exchange of the sequence-parallel group, of size 2 or more.
-        layout: heads over ranks.
-        head_dim: D.
-        scheduler: weight gradient scheduler.
-        record: called with the name of each event, for tests and timelines; `None` for nothing.
-        name: of the layer, in the ranges of a profile.
-        plans: plans made so far, by the number of chunks.
-    """
-
-    exchange: PeerExchange
-    layout: HeadLayout
-    head_dim: int
-    scheduler: WgradScheduler
-    record: Callable[[str], None] | None = None
-    name: str = "attention"
-    plans: dict[int, HeadPlan] = field(default_factory=dict)
-
-    def event(self, name: str) -> None:
-        """Record an event, if anybody listens."""
-        if self.record is not None:
-            self.record(name)
-        if torch.autograd._profiler_enabled():
-            mark(name)
-
-    def plan(self, chunks: int) -> HeadPlan:
-        """How the heads are cut into at most so many chunks."""
-        plan = self.plans.get(chunks)
-        if plan is None:
-            plan = self.plans[chunks] = HeadPlan(self.layout, self.head_dim, chunks)
-        return plan
+__all__ = ["AttentionCall"]
 
 
 class AttentionCall:
@@ -117,11 +79,18 @@ class AttentionCall:
         self.returns_in_flight = False
         self._versions: list[int] | None = None
 
-    def projections(self) -> Projections:
-        """The weights in the type the call computes in; called inside autograd nodes, without gradients."""
+    def projections(self, only_inputs: bool = False) -> Projections:
+        """The weights in the type the call computes in; called inside autograd nodes, without gradients.
+
+        With `only_inputs` what o_proj has may have changed: an optimizer may step on each gradient as it comes.
+        """
         found = self._read()
-        tensors = [tensor for tensor in (*found.weights.values(), *found.biases.values()) if tensor is not None]
-        self._versions = check_versions(self._versions, tensors, self.context.name)
+        tensors = [found.weights[name] for name in ("q", "k", "v")]
+        if not only_inputs:
+            tensors += [tensor for tensor in (found.weights["o"], *found.biases.values()) if tensor is not None]
+        before = None if self._versions is None else self._versions[: len(tensors)]
+        versions = check_versions(before, tensors, self.context.name)
+        self._versions = self._versions or versions
         return found.to(self.dtype)
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -243,7 +212,7 @@ class AttentionCall:
         Returns:
             The input's gradient [M, H], and what the weights get of the gradients of q, k and v.
         """
-        weights = self.projections().weights
+        weights = self.projections(only_inputs=True).weights
         returns, self._returns = self._returns, []
         if self.in_pieces and not self.context.layout.replicated and returns[0] is not None:
             found = self._finish_own_first(weights if wanted else None, x_MH, *returns[0])

@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from fluid_hf.attention.attention_call import AttentionCall, AttentionContext
+from fluid_hf.attention.attention_call import AttentionCall
+from fluid_hf.attention.attention_context import AttentionContext
 from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.head_layouts import HeadNorms, NormSums, heads_from_wire, heads_to_wire
 from fluid_hf.attention.products import in_type

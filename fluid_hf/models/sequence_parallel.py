@@ -16,7 +16,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from fluid_hf.attention.attention_call import AttentionContext
+from fluid_hf.attention.attention_context import AttentionContext
 from fluid_hf.attention.fused_projection import Projections
 from fluid_hf.attention.head_layouts import HeadNorms
 from fluid_hf.attention.heads import HeadLayout
@@ -80,6 +80,7 @@ class LayerAttention:
         self.kind = site.kind
         self.exchange = exchange
         self.config: Any = site.module.config
+        self._has_sinks = hasattr(site.module, "sinks")
         # Fixed now: whatever later replaces the function for the whole process (DeepSpeed's Ulysses) stays outside.
         module: Any = inspect.getmodule(type(site.module))
         self._functions = dict(ALL_ATTENTION_FUNCTIONS) | {"eager": getattr(module, "eager_attention_forward", None)}
@@ -124,7 +125,7 @@ class LayerAttention:
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """The core on some heads of the whole sequence: [B, n, T, D] to [B, T, n, D]."""
-        sinks = getattr(module, "sinks", None)
+        sinks: Any = module.sinks if self._has_sinks else None
         if sinks is not None:  # one of each query head; only layers that exchange all heads at once have them
             first = self.exchange.rank * self.layout.local_q
             sinks = sinks[first : first + self.layout.local_q]
