@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import signal
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fluid_hf import cli
+from fluid_hf.bench import train_work
 from fluid_hf.bench.train_plan import DEPTHS, TrainPlan
 from fluid_hf.bench.train_report import largest_difference, train_table
 from fluid_hf.bench.train_work import flops_per_token, read_blocks, state_bytes, write_blocks, write_checkpoint
 from fluid_hf.commands import bench_train
+from fluid_hf.errors import ConfigError
 
 SMALL = ["--model", "tiny", "--ranks", "2", "--steps", "6", "--batch", "1", "--sequence", "32", "--lr", "3e-3"]
 TOLERANCE = 1e-4
@@ -138,18 +144,19 @@ def test_wrong_input_is_named_before_anything_starts(
 def test_ranks_must_have_gpus_and_no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options = cli.build_parser().parse_args(["bench", "train", *SMALL, "--work", str(tmp_path)])
     monkeypatch.setattr(bench_train.torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(bench_train.ConfigError, match=r"--ranks \(2\) must be at most the number of GPUs \(1\)"):
+    with pytest.raises(ConfigError, match=r"--ranks \(2\) must be at most the number of GPUs \(1\)"):
         bench_train.run(options)
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(bench_train.ConfigError, match=r"RANK \(0\) must not be set"):
+    with pytest.raises(ConfigError, match=r"RANK \(0\) must not be set"):
         bench_train.run(options)
 
 
 def test_refused_variants_are_results(tmp_path: Path) -> None:
-    assert "AutoEP" in str(plan(tmp_path, variant="AutoEP", ep=1).refusal())
-    assert "sp (2)" in str(plan(tmp_path, variant="transformers", sp=2).refusal())
-    assert plan(tmp_path, sp=2).refusal() is None and plan(tmp_path, variant="AutoEP").refusal() is None
-    cell = bench_train._run(plan(tmp_path, variant="AutoEP", ep=1), 1.0)
+    for name in ("AutoEP", "transformers"):
+        assert "sp (2) must be 1" in str(plan(tmp_path, variant=name, sp=2).refusal())
+        assert plan(tmp_path, variant=name).refusal() is None
+    assert plan(tmp_path, sp=2).refusal() is None
+    cell = bench_train._run(plan(tmp_path, variant="AutoEP", sp=2), 1.0)
     assert cell["status"] == "refused" and "result" not in cell
 
 
@@ -158,6 +165,10 @@ def run_instead(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str, timeou
     (folder / "out").mkdir(exist_ok=True)
     monkeypatch.setattr(bench_train, "_command", lambda plan: [sys.executable, "-c", code])
     return bench_train._run(plan(folder), timeout)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_variant_that_fails_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,8 +186,25 @@ def test_a_variant_that_hangs_is_ended_with_its_ranks(monkeypatch: pytest.Monkey
     begin = time.monotonic()
     cell = run_instead(monkeypatch, tmp_path, code, timeout=3.0)
     assert cell["status"] == "ended after 3 s" and time.monotonic() - begin < 30
-    pid = int(cell["lines"][0])
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not alive(int(cell["lines"][0]))
+
+
+def test_ranks_end_with_the_command_and_with_their_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sleep = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], "
+    sleep += "start_new_session=True); print(p.pid, flush=True); import time; time.sleep({seconds})"
+    cell = run_instead(monkeypatch, tmp_path, sleep.format(seconds=2))
+    assert cell["status"] == "failed (0)" and not alive(int(cell["lines"][0])), "the launcher left a rank behind"
+    Path(plan(tmp_path).out, "log.txt").unlink()
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(SystemExit):
+        run_instead(monkeypatch, tmp_path, sleep.format(seconds=600))
+    assert not alive(int(Path(plan(tmp_path).out, "log.txt").read_text()))
+
+
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train_work.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"--work \(.*\) must have 0.0 GB free"):
+        write_checkpoint(plan(tmp_path))
 
 
 def result(**changes: Any) -> dict[str, Any]:

@@ -87,8 +87,13 @@ def transformers_layer(
     return layer, experts
 
 
-def autoep_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[Layer, nn.Module]:
-    """DeepSpeed AutoEP's layer over the default group, its router replaced by the given routing."""
+def autoep_layer(
+    shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor, ep_size: int | None = None
+) -> tuple[Layer, nn.Module]:
+    """DeepSpeed AutoEP's layer over the default group, its router replaced by the given routing.
+
+    With fewer ranks, `ep_size`, it works once DeepSpeed's engine has given it its group.
+    """
     import deepspeed
     from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
@@ -97,7 +102,7 @@ def autoep_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -
 
     if not deepspeed.comm.is_initialized():
         init_communication()
-    size = dist.get_world_size()
+    size = ep_size or dist.get_world_size()
     names = {"moe_module_name": "m", "model_family": "qwen3_moe", "router_name": "gate", "experts_name": "experts"}
     weights = {"expert_storage": "fused_3d", "expert_w1_name": "gate_up_proj", "expert_w2_name": "down_proj"}
     sizes = {"num_experts": shape.experts, "top_k": shape.top_k, "hidden_size": shape.hidden}
@@ -125,10 +130,10 @@ def autoep_layer(shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor) -
     full = [w.expand(size, *w.shape).reshape(-1, *w.shape[1:]) if size > 1 else w for w in (gate_up, down)]
     source.experts.gate_up_proj, source.experts.down_proj = (nn.Parameter(w) for w in full)
     layer = AutoEPMoELayer(
-        spec, source, size, dist.get_rank(), AutoEPConfig(enabled=True, autoep_size=size, gate_up_impl="fused")
+        spec, source, size, dist.get_rank() % size, AutoEPConfig(enabled=True, autoep_size=size, gate_up_impl="fused")
     )
     layer.to(gate_up.device)
-    layer.ep_group = dist.group.WORLD
+    layer.ep_group = dist.group.WORLD if size == dist.get_world_size() else None
     router = _FixedRouter(shape.experts)
     layer.router = router
 

@@ -29,7 +29,6 @@ from fluid_hf.bench.train_models import load_model
 from fluid_hf.bench.train_plan import AUTOEP, PROGRESS, TRANSFORMERS, WARM_UP, TrainPlan
 from fluid_hf.bench.train_work import flops_per_token, read_blocks
 from fluid_hf.comm.calibration import measure_launch, measure_link
-from fluid_hf.errors import FluidError
 from fluid_hf.metrics import peak_tflops
 from fluid_hf.overlap.cost_model import SERIAL, hardware_of
 from fluid_hf.overlap.intervals import length, subtract
@@ -285,15 +284,15 @@ def _number(norm: Any) -> float | None:
 def _read_trace(plan: TrainPlan, path: Path) -> dict[str, Any]:
     """Where the time of the traced step went, in milliseconds; of ours also each layer's, and a timeline's picture.
 
-    Messages of all variants count alike: kernels of NCCL, with their waits for other ranks. On a CPU only ours are
-    known.
+    Messages of all variants count alike: kernels of NCCL, with their waits for other ranks, and copies between GPUs. On
+    a CPU only ours are known.
     """
     found = _device_time(path)
     if not plan.ours:
         return found
     try:
         summary, files = write_report(path, Path(plan.out) / "timeline")
-    except FluidError as error:
+    except Exception as error:  # times and losses stand without it
         return {**found, "error": f"{type(error).__name__}: {error}"}
     layers = list(summary["layers"].values())
     middle = layers[len(layers) // 2]
@@ -307,7 +306,8 @@ def _device_time(path: Path) -> dict[str, Any]:
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in events:
         if event.get("cat") in DEVICE_WORK and "dur" in event:
-            spans["nccl" in event["name"].lower()].append((event["ts"], event["ts"] + event["dur"]))
+            message = any(part in event["name"].lower() for part in ("nccl", "memcpy ptop"))
+            spans[message].append((event["ts"], event["ts"] + event["dur"]))
     if not spans[False]:
         return {}
     every = [*spans[True], *spans[False]]

@@ -49,8 +49,8 @@ def _autoep(plan: TrainPlan, device: torch.device) -> nn.Module:
     with init_empty_weights():
         config = AutoConfig.from_pretrained(plan.checkpoint)
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=plan.torch_dtype)
-    shape, rank = SHAPES[plan.model], dist.get_rank()
-    held = shape.experts // plan.ranks
+    shape, rank = SHAPES[plan.model], dist.get_rank() % plan.ep
+    held = shape.experts // plan.ep
     dense, experts = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     for file in sorted(plan.checkpoint.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
@@ -60,8 +60,8 @@ def _autoep(plan: TrainPlan, device: torch.device) -> nn.Module:
                 else:
                     dense[name] = opened.get_tensor(name)
     for name, block in [found for found in model.named_modules() if hasattr(found[1], "experts")]:
-        weights = [experts.pop(f"{name}.experts.{part}") for part in ("gate_up_proj", "down_proj")]
-        block.experts = PeerExperts(*autoep_layer(shape, *weights))
+        gate_up, down = (experts.pop(f"{name}.experts.{part}") for part in ("gate_up_proj", "down_proj"))
+        block.experts = PeerExperts(*autoep_layer(shape, gate_up, down, plan.ep))
     missing, unexpected = model.load_state_dict(dense, strict=False, assign=True)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not unexpected and not left, (missing, unexpected, left)

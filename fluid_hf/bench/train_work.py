@@ -37,7 +37,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def write_checkpoint(plan: TrainPlan) -> Path:
-    """The checkpoint's folder; written unless an equal one is there already."""
+    """The checkpoint's folder; written unless an equal one is there already.
+
+    Raises:
+        ConfigError: the disk is too full for it.
+    """
     from transformers import AutoModelForCausalLM
 
     config = plan.config
@@ -47,6 +51,13 @@ def write_checkpoint(plan: TrainPlan) -> Path:
     if done.is_file() and done.read_text(encoding="utf-8") == key:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
+    needed = sum(weight.numel() for weight in _without_memory(plan).parameters()) * config.dtype.itemsize
+    free = shutil.disk_usage(plan.shared).free
+    if needed > free:
+        raise ConfigError(
+            f"--work ({plan.shared}) must have {needed / 1e9:.1f} GB free for the weights, it has {free / 1e9:.1f}; "
+            "name a folder on another disk, or fewer --layers."
+        )
     folder.mkdir(parents=True)
     places: dict[str, str] = {}
     for layer in tqdm(range(plan.layers), desc="writing random weights", unit="layer", disable=None):

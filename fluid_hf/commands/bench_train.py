@@ -8,10 +8,12 @@ import datetime
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ VARIANTS = ("fluid_hf", "serial", AUTOEP, TRANSFORMERS)
 LAST_LINES, LINE_LENGTH = 60, 300
 ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception)\b")
 LAUNCHERS = ("ChildFailedError", "CalledProcessError")
-POLL_SECONDS = 0.2
+POLL_SECONDS, LOOK_SECONDS, GONE_SECONDS = 0.2, 1.0, 30.0
 DTYPES = ("auto", "bfloat16", "float32")
 ALLOWED = 1e-4  # relative difference of float32 losses
 
@@ -87,7 +89,12 @@ def run(options: argparse.Namespace) -> int:
     cells: list[dict[str, Any]] = []
     for plan in plans:
         print(f"{plan.variant}, {plan.ranks} ranks", flush=True)
-        cell = {"variant": plan.variant, "model": plan.model, "layers": plan.layers, "batch": plan.batch}
+        cell: dict[str, Any] = {
+            "variant": plan.variant,
+            "model": plan.model,
+            "layers": plan.layers,
+            "batch": plan.batch,
+        }
         cells.append({**cell, "sp": plan.sp, "sequence": plan.sequence, "timeline": {}, **_run(plan, options.timeout)})
         _compare(cells)
         if options.json:
@@ -180,10 +187,12 @@ def _run(plan: TrainPlan, timeout: float) -> dict[str, Any]:
         process = subprocess.Popen(
             _command(plan), env=_environment(plan), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
+    ranks: set[psutil.Process] = set()
     try:
-        ended = _follow(process, log, begin + timeout)
+        with _stopped_by_a_signal():
+            ended = _follow(process, log, begin + timeout, ranks)
     finally:
-        _kill_tree(process)
+        _kill(process, ranks)
     seconds = time.monotonic() - begin
     lines = [line.rstrip()[:LINE_LENGTH] for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     try:
@@ -223,8 +232,19 @@ def _environment(plan: TrainPlan) -> dict[str, str]:
     return found
 
 
-def _follow(process: subprocess.Popen[bytes], log: Path, until: float) -> bool:
-    """Show the ranks' progress until the launcher ends; False if it did not in time."""
+@contextlib.contextmanager
+def _stopped_by_a_signal() -> Iterator[None]:
+    """A request to end is an exception, so that the ranks, in a session of their own, end with this process."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _follow(process: subprocess.Popen[bytes], log: Path, until: float, ranks: set[psutil.Process]) -> bool:
+    """Show the ranks' progress until the launcher ends, and note its processes; False if it did not end in time."""
+    look = time.monotonic()
     with log.open(encoding="utf-8", errors="replace") as lines:
         while True:
             ended = process.poll() is not None
@@ -233,17 +253,36 @@ def _follow(process: subprocess.Popen[bytes], log: Path, until: float) -> bool:
                     print("  " + line.removeprefix(PROGRESS).rstrip(), flush=True)
             if ended or time.monotonic() > until:
                 return ended
+            if time.monotonic() >= look:
+                ranks |= _below(process)
+                look += LOOK_SECONDS
             time.sleep(POLL_SECONDS)
 
 
-def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a launcher and all below it; torchrun puts each rank in a session of its own, out of a group's reach."""
+def _below(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
+    """What a launcher has started; torchrun puts each rank in a session of its own, out of a group's reach."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        launcher = psutil.Process(process.pid)
-        for found in [*launcher.children(recursive=True), launcher]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found.kill()
+        return set(psutil.Process(process.pid).children(recursive=True))
+    return set()
+
+
+def _kill(process: subprocess.Popen[bytes], ranks: set[psutil.Process]) -> None:
+    """End a launcher and its processes, also those that outlived it, and wait for them: the next ones need the GPUs."""
+    left = ranks | _below(process)
+    for found in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.kill()
+    process.kill()
     process.wait()
+    until = time.monotonic() + GONE_SECONDS
+    while any(map(_alive, left)) and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+
+
+def _alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _cause(lines: list[str]) -> str:
