@@ -179,6 +179,7 @@ def test_a_run_that_is_cut_keeps_what_is_finished(
     assert [cell["number"] for cell in report["cells"]] == [1, 2]
     assert report["link"] == "mirror" and report["command"]["repeats"] == 20
     assert list(tmp_path.iterdir()) == [out]
+    assert not torch.distributed.is_initialized()
 
 
 def test_files_are_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
-from fluid_hf.bench.mirror import init_mirror
+from fluid_hf.bench.links import link_world
 from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
 from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.errors import ConfigError
@@ -87,20 +87,13 @@ def _write(options: argparse.Namespace, what: str, cells: list[dict[str, Any]]) 
 
 
 def _bench(options: Any, sp_size: int, cells: list[dict[str, Any]]) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if sp_size > 1:
-        init_mirror(sp_size)
-    for name in options.shapes:
-        for tokens in options.tokens:
-            if ATTENTION_SHAPES[name].heads % sp_size == 0 and tokens % sp_size == 0:
-                bench = AttentionBench(
-                    ATTENTION_SHAPES[name], sp_size, tokens, device, dtype=dtype, layers=options.layers
-                )
-                cells.append(_cell(options, bench, name))
+    with link_world("mirror", sp_size) as device:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        for name, tokens in itertools.product(options.shapes, options.tokens):
+            shape, how = ATTENTION_SHAPES[name], {"dtype": dtype, "layers": options.layers}
+            if shape.heads % sp_size == 0 and tokens % sp_size == 0:
+                cells.append(_cell(options, AttentionBench(shape, sp_size, tokens, device, **how), name))
                 _write(options, "attention", cells)
-    if sp_size > 1:
-        dist.destroy_process_group()
 
 
 def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
