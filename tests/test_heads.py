@@ -96,9 +96,20 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
         torch.testing.assert_close(into[name], leaf.grad)
 
 
-@pytest.mark.parametrize(("num_bytes", "chunks"), [(0, 1), (18 << 20, 1), (40 << 20, 1), (70 << 20, 3), (1 << 30, 3)])
-def test_chunks_where_they_pay(num_bytes: int, chunks: int) -> None:
-    assert choose_head_chunks(num_bytes) == chunks
+@pytest.mark.parametrize(
+    ("num_bytes", "size", "chunks"),
+    [
+        (0, 2, 1),
+        (18 << 20, 8, 1),
+        (18 << 20, 2, 1),
+        (40 << 20, 8, 1),
+        (40 << 20, 2, 2),
+        (70 << 20, 8, 3),
+        (1 << 30, 2, 3),
+    ],
+)
+def test_chunks_where_they_pay(num_bytes: int, size: int, chunks: int) -> None:
+    assert choose_head_chunks(num_bytes, size) == chunks
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,8 @@ class OverlappedForward:
         module, form, chunks = self.module, self._form, self._chunks
         if not chunks:
             tokens, size = hidden_states.shape[0] * hidden_states.shape[1], module.q_proj.weight.element_size()
-            chunks = choose_head_chunks(self.context.layout.bytes_sent(tokens, self.context.head_dim, size))
+            layout = self.context.layout
+            chunks = choose_head_chunks(layout.bytes_sent(tokens, self.context.head_dim, size), layout.sp_size)
         extra = {name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS}
         extra["scaling"], extra["dropout"] = module.scaling, module.attention_dropout if module.training else 0.0
         extra |= form.window(module)
