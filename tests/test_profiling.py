@@ -170,6 +170,16 @@ def test_picture_compares_durations(tmp_path: Path) -> None:
     assert text.count("(40% less)") == 1 and "more)" not in text
 
 
+def test_messages_in_flight_together_share_the_lane() -> None:
+    works = [
+        Work(0.0, 4.0, "dispatch 0"),
+        Work(1.0, 5.0, "dispatch 1"),
+        Work(4.5, 6.0, "counts"),
+        Work(6.0, 9.0, "combine 0"),
+    ]
+    assert [picture._overlapping(works, work) for work in works] == [(0, 2), (1, 2), (0, 2), (0, 1)]
+
+
 class MirrorRun(LayerRun):
     """On one process that plays all ranks, also without a GPU."""
 
@@ -204,7 +214,8 @@ def test_layer_is_traced_on_a_mirror_link(
     assert cli.main(["profile", "--shape", "tiny", "--tokens", "16", "--waves", "2", "--out", out]) == 0
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"layer.png", "layer.svg", "layer.json", "layer_overlapped.json.gz"}
-    assert "layer_overlapped.json.gz" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "layer_overlapped.json.gz" in told and told.count(f" {2 * TRACED} passes: communication") == 2
     for name, summary in json.loads((tmp_path / "layer.json").read_text()).items():
         assert summary["layers"]["tiny"]["forward"]["calls"] == summary["layers"]["tiny"]["backward"]["calls"] == TRACED
         assert (summary["wgrad_in_windows"] > 0.5) == (name == "overlapped")

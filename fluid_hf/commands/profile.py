@@ -76,9 +76,12 @@ def run(options: argparse.Namespace) -> int:
         print(text)
         return 0
     for name, summary in summaries.items():
+        # The picture shows one of these passes, so its numbers are smaller.
+        passes = sum(layer[way]["calls"] for layer in summary["layers"].values() for way in ("forward", "backward"))
         print(
-            f"{name:<11} communication {summary['communication_ms']:.2f} ms, exposed {summary['exposed_ms']:.2f} ms, "
-            f"{summary['overlap_ratio']:.0%} hidden; weight gradients {summary['wgrad_in_windows']:.0%} in windows; "
+            f"{name:<11} {passes} passes: communication {summary['communication_ms']:.2f} ms, "
+            f"exposed {summary['exposed_ms']:.2f} ms, {summary['overlap_ratio']:.0%} hidden; "
+            f"weight gradients {summary['wgrad_in_windows']:.0%} in windows; "
             f"{summary['bytes_sent'] / 1e6:.2f} MB sent"
         )
     print("wrote " + ", ".join(str(path) for path in [*pictures, numbers, *kept]))

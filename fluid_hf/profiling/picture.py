@@ -155,6 +155,10 @@ def _overlapping(works: Sequence[Work], work: Work) -> tuple[int, int]:
     rows: list[float] = []
     placed: dict[int, int] = {}
     for other in works:
+        if rows and max(rows) <= other.start:  # nothing is in flight any more: the whole height is free again
+            if id(work) in placed:
+                break
+            rows = []
         row = next((index for index, end in enumerate(rows) if end <= other.start), len(rows))
         rows[row:] = [other.end] if row == len(rows) else [other.end, *rows[row + 1 :]]
         placed[id(other)] = row
