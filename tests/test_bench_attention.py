@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluid_hf import cli
-from fluid_hf.bench.attention import AttentionBench
+from fluid_hf.bench.attention import AttentionBench, AttentionLayer
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.mirror import MirrorGroup, init_mirror
 
@@ -95,6 +96,17 @@ def as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MirrorGroup, "all_to_all_single", all_to_all)
 
 
+def count_operations(bench: AttentionBench, layer: AttentionLayer, module: nn.Module) -> tuple[int, int]:
+    """Operations of one forward and one backward, after a first one."""
+    bench.gradients(layer, module)
+    hidden = bench.hidden.detach().requires_grad_()
+    with Operations() as forward:
+        output = layer(hidden)
+    with Operations() as backward:
+        output.backward(bench.grad)
+    return forward.count, backward.count
+
+
 LIMITS = {("tiny", 1): (26, 34), ("tiny", 2): (42, 48), ("tiny-normed", 1): (26, 40), ("tiny-normed", 2): (40, 56)}
 MORE_IN_PIECES = (10, 16)
 
@@ -107,14 +119,7 @@ def test_operations_of_a_call(mirror: int, monkeypatch: pytest.MonkeyPatch) -> N
         bench = AttentionBench(sizes, mirror, 8 * mirror, CPU, dtype=torch.float32, layers=1)
         counts = {}
         for name, build in bench.variants([1, 2]).items():
-            layer, module = build()
-            bench.gradients(layer, module)
-            hidden = bench.hidden.detach().requires_grad_()
-            with Operations() as forward:
-                output = layer(hidden)
-            with Operations() as backward:
-                output.backward(bench.grad)
-            counts[name] = (forward.count, backward.count)
+            counts[name] = count_operations(bench, *build())
         theirs = counts["UlyssesSPAttentionHF"]
         for chunks in (1, 2):
             found, limits = counts[f"overlap {chunks}"], LIMITS[shape, chunks]
@@ -134,14 +139,7 @@ def test_operations_of_a_call_in_pieces(monkeypatch: pytest.MonkeyPatch, shape: 
     for least in (1 << 60, 0):
         monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
         bench = AttentionBench(ATTENTION_SHAPES[shape], 2, 16, CPU, dtype=torch.float32, layers=1)
-        layer, module = bench.ours(overlap=True)
-        bench.gradients(layer, module)
-        hidden = bench.hidden.detach().requires_grad_()
-        with Operations() as forward:
-            output = layer(hidden)
-        with Operations() as backward:
-            output.backward(bench.grad)
-        found.append((forward.count, backward.count))
+        found.append(count_operations(bench, *bench.ours(overlap=True)))
     dist.destroy_process_group()
     more = [pieces - whole for whole, pieces in zip(*found, strict=True)]
     assert all(a <= b for a, b in zip(more, MORE_IN_PIECES, strict=True)), (more, found)
