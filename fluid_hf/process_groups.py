@@ -212,7 +212,11 @@ def release_exchange_groups(groups: ParallelGroups) -> None:
             dist.destroy_process_group(group)
 
 
-def set_group_timeout(group: dist.ProcessGroup | None, seconds: float) -> None:
-    """How long a collective of the group may take; NCCL's watchdog ends the process after it."""
+def set_group_timeout(group: dist.ProcessGroup | None, seconds: float, watchdog: float = 0.0) -> None:
+    """How long a collective of the group may take; NCCL's watchdog ends the process `watchdog` seconds after that.
+
+    Whoever waits on the host raises a named error after `seconds`, and needs the time between to say so.
+    """
     if group is not None and group is not dist.group.WORLD:
+        seconds += watchdog if dist.get_backend(group) == "nccl" else 0.0
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)

@@ -29,6 +29,8 @@ from fluid_hf.process_groups import ParallelGroups, set_group_timeout
 
 __all__ = ["FluidState"]
 
+WATCHDOG_SECONDS = 10.0  # what a rank that has waited in vain needs to ask who is missing, and to say it
+
 
 class FluidState:
     """Groups, scheduler and statistics of one patched model.
@@ -71,7 +73,7 @@ class FluidState:
         self.sequence_exchange = PeerExchange(groups.sp_exchange, groups.sp_rank, groups.sp_size)
         for exchange in (self.exchange, self.sequence_exchange):
             exchange.timeout_seconds = config.timeout_seconds
-            set_group_timeout(exchange.group, config.timeout_seconds)
+            set_group_timeout(exchange.group, config.timeout_seconds, WATCHDOG_SECONDS)
         self.sequence: SequenceParallel | None = None
         self.sequence_router: RouterGather | None = None
         self.cross_layer: CrossLayerWgrad | None = None

@@ -32,6 +32,7 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
+from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
@@ -296,12 +297,14 @@ def _clip_gradients(engine: Any, model: nn.Module, state: FluidState) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             squares[is_moe_param(parameter)] += parameter.grad.double().square().sum()
-    dist.all_reduce(squares[1], group=state.groups.ep_group)
+    place = "the norm of the gradients"
+    all_reduce_in_time(squares[1], state.groups.ep_group, state.config.timeout_seconds, place)
     norm = (squares[0] + squares[1]).sqrt()
     scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale.to(gradient.dtype))
-    engine._global_grad_norm = float(norm)  # host synchronisation, once a step, as in the other stages
+    # Host synchronisation, once a step, as in the other stages.
+    (engine._global_grad_norm,) = state.exchange.read(norm[None], place)
 
 
 def _refuse_autoep(config: Any) -> None:

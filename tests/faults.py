@@ -28,6 +28,8 @@ from torch import nn
 
 import fluid_hf
 from fluid_hf import FluidConfig
+from fluid_hf.comm import calibration
+from fluid_hf.moe import layer as moe_layer
 from fluid_hf.moe.layer import WaveChoice
 
 TIMEOUT = 4.0  # seconds a rank waits for another one
@@ -140,6 +142,24 @@ def die_after(model: Any, what: str) -> None:
     model.model.layers[1].mlp.experts.context.record = lambda event: die() if event == what else None
 
 
+def run_calibration(rank: int, world: int, name: str, settings: dict[str, Any]) -> None:
+    """The first call of a layer measures the link, as on a GPU; go wrong on one rank meanwhile."""
+    moe_layer.MEASURED = ("cpu",)
+    model = build(world, **settings)
+    if rank == BAD:
+        method, action = CALIBRATION_FAULTS[name.partition(",")[0]]
+        setattr(calibration._Load, method, lambda *args: action())
+    step(model, rank)
+
+
+CALIBRATION_FAULTS: dict[str, tuple[str, Callable[[], None]]] = {
+    "out of memory in calibration": ("__init__", out_of_memory),
+    "raises in calibration": ("message", complain),
+    "killed in calibration": ("share_taken", die),
+    "hangs in calibration": ("_multiply", linger),
+}
+
+
 def run_patch(rank: int, world: int, name: str, settings: dict[str, Any]) -> None:
     """Ranks that differ at patch time."""
     family, overrides, config = "qwen3_moe", {}, {"ep_size": world}
@@ -235,6 +255,7 @@ UNSPLIT = ("top-k index out of range", "NaN in router logits", "killed in backwa
 SEQUENCE = ("raises in forward", "killed in forward", "killed in backward", "hangs in backward")
 FAULTS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **{name: (run_step, {}) for name in STEP_FAULTS},
+    **{name: (run_calibration, {}) for name in CALIBRATION_FAULTS},
     "killed in forward, serial exchange": (run_step, {"overlap": False}),
     **{f"{name}, ep_size 1": (run_step, {"ep_size": 1}) for name in UNSPLIT},
     **{name: (run_patch, {}) for name in PATCH_FAULTS},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
 import faults
 import pytest
 import torch
-from distributed import Failure, RankPool, rank_pool
+from distributed import Failure, RankError, RankPool, rank_pool
 from families import batch, tiny_model
 
 import fluid_hf
@@ -17,12 +18,17 @@ from fluid_hf import ConfigError, FluidConfig, PeerError, RankMismatchError, Rou
 from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
+from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.comm.reduce import meet_in_time
+from fluid_hf.process_groups import set_group_timeout
 
 LIMIT = f"{faults.TIMEOUT:g} s"
 TRIED = {
     "NaN in router logits": ("RoutingError", ["rank 1", "model.layers.1.mlp.experts", "NaN"]),
     "raises in backward": ("PeerError", ["rank 1", "backward", "round 0", "model.layers.0.mlp.experts", LIMIT]),
     "killed between counts and rows": ("PeerError", ["rank 1", "forward", ", round ", "model.layers.1.mlp.experts"]),
+    "out of memory in calibration": ("PeerError", ["rank 1", "calibration", "model.layers.0.mlp.experts", LIMIT]),
+    "killed in calibration": ("PeerError", ["rank 1", "calibration", "model.layers.0.mlp.experts", LIMIT]),
     "top-k index out of range, ep_size 1": ("PeerError", ["rank 1", "gradient of model.embed_tokens.weight", LIMIT]),
     "saves on one rank only": ("PeerError", ["rank 1", LIMIT]),
 }
@@ -99,6 +105,7 @@ def test_all_faults_are_in_the_table() -> None:
     assert set(faults.STEP_FAULTS) <= set(faults.FAULTS)
     for name, (function, _) in faults.FAULTS.items():  # a name that is not found would be the fault itself
         known = {faults.run_step: faults.STEP_FAULTS, faults.run_patch: faults.PATCH_FAULTS}
+        known |= {faults.run_calibration: faults.CALIBRATION_FAULTS}
         known |= {faults.run_unlike: {**faults.UNLIKE, **faults.SEQUENCE_UNLIKE}}
         assert name.partition(",")[0] in known.get(function, name)
     assert Failure  # the table's cells are failures of the pool
@@ -164,6 +171,68 @@ def test_reading_from_the_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         read(0.2)
     monkeypatch.setattr(NeverDone, "query", lambda self: True)
     assert read(0.2) == [[0, 0], [0, 0]]
+
+
+def test_waiting_for_the_device_ends_with_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    exchange = PeerExchange(None, 0, 2)
+    exchange.ranks, exchange.timeout_seconds = [0, 3], 0.1
+    exchange.at("layer x", "calibration")
+    with pytest.raises(PeerError, match=r"rank 3 did not take part in calibration, .* did not arrive on the device"):
+        exchange.wait_for(NeverDone())  # type: ignore[arg-type]
+    with pytest.raises(PeerError, match=r"rank 3 did not take part in the norm of"):
+        exchange.wait_for(NeverDone(), "the norm of")  # type: ignore[arg-type]
+
+
+def run_meetings(rank: int, world: int, late: float) -> float:
+    """As before NCCL's first call; seconds that this rank waited in the second meeting."""
+    group = torch.distributed.group.WORLD
+    meet_in_time(group, 60.0, "calibration")
+    time.sleep(late * rank)
+    start = time.monotonic()
+    meet_in_time(group, 60.0, "calibration")
+    return time.monotonic() - start
+
+
+def run_first_exchange(rank: int, world: int) -> list[float]:
+    """As over NCCL: the first all-to-all begins with a meeting, and no other one does."""
+    exchange = PeerExchange(torch.distributed.group.WORLD, rank, world)
+    exchange._met = False
+    received = torch.empty(world)
+    for _ in range(2):
+        exchange.all_to_all(received, torch.full((world,), float(rank)), [1] * world, [1] * world).wait()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    torch.distributed.barrier()
+    return [*received.tolist(), store.add("fluid_meeting/0-1", 0)]
+
+
+def run_lone_meeting(rank: int, world: int) -> None:
+    if rank == 0:
+        meet_in_time(torch.distributed.group.WORLD, 0.5, "calibration of layer x")
+
+
+def test_ranks_meet_before_they_connect() -> None:
+    with contextlib.closing(RankPool(2)) as pool:
+        first, second = pool.run(run_meetings, 1.0)
+        assert first > 0.5 > second
+        assert pool.run(run_first_exchange) == [[0.0, 1.0, 6.0]] * 2, "two ranks have met three times"
+        with pytest.raises(RankError) as caught:
+            pool.run(run_lone_meeting)
+        assert set(caught.value.failures) == {0}
+        assert "rank 1 did not take part in calibration of layer x" in caught.value.failures[0].message
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("nccl", 14.0), ("gloo", 4.0)])
+def test_the_named_error_comes_before_the_watchdog(
+    backend: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: backend)
+    monkeypatch.setattr(
+        torch.distributed.distributed_c10d, "_set_pg_timeout", lambda time, group: found.append(time.total_seconds())
+    )
+    set_group_timeout(object(), 4.0, 10.0)  # type: ignore[arg-type]
+    assert found == [expected]
 
 
 def test_silent_ranks_are_named_when_there_is_no_store(monkeypatch: pytest.MonkeyPatch) -> None:

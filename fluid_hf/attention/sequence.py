@@ -154,7 +154,8 @@ def _check_equal_batches(ids: torch.Tensor, exchange: PeerExchange) -> None:
         return
     own = torch.tensor([*ids.shape, int(checksum)], device=_wire_device(ids, exchange))
     values = exchange.all_gather(own, "shard_batch")
-    shapes = [tuple(value.tolist()) for value in values]  # host synchronisation: compared here
+    found = exchange.read(torch.stack(values), "shard_batch")  # host synchronisation: compared here
+    shapes = [tuple(value) for value in found]
     for rank, value in enumerate(shapes):
         if value != shapes[0]:
             raise RankMismatchError(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import TensorSpec
+from fluid_hf.comm.reduce import in_time
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.state import FluidState
 
@@ -133,8 +134,14 @@ def _gather_weight(layer: ExpertParallelLayer, state: FluidState, name: str, *, 
         share = layer.named_weights(layer.expert_parameters())[name].contiguous()
         whole = share.new_empty((share.shape[0] * size, *share.shape[1:])) if to_all or rank == 0 else None
         parts = None if whole is None else list(whole.chunk(size))
-        if to_all:
-            dist.all_gather(parts, share, group=group)
-        else:
-            dist.gather(share, parts, dst=0, group=group)
+        in_time(
+            lambda: (
+                dist.all_gather(parts, share, group=group, async_op=True)
+                if to_all
+                else dist.gather(share, parts, dst=0, group=group, async_op=True)
+            ),
+            group,
+            state.config.timeout_seconds,
+            f"the gathering of {name} of layer {layer.context.name}",
+        )
     return whole if to_all or whole is None else whole.cpu()

@@ -20,6 +20,7 @@ WAVE_BYTES, LEAST_BYTES, SMALL_BYTES = 32 << 20, 8 << 20, 16 << 10
 # Rows, inputs and outputs of the GEMM beside messages.
 GEMM_SIZE = {"cuda": (16384, 2048, 2048), "cpu": (32, 32, 32)}
 GROUPS = 4
+STEP = "calibration"  # what a rank was doing, for errors
 SPARED = (0, 2, 4, 8, 16)  # multiprocessors tried; NCCL took 2 over shared memory and 16 over NVLink
 # Share of the time that GEMMs must gain: over shared memory half, as the blocks that NCCL delays come last. Over NVLink
 # sparing 16 gained a tenth here and lost 2% in layers, whose GEMMs are longer than the messages.
@@ -65,9 +66,13 @@ def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5)
 
     It also connects every pair of ranks: NCCL would do so inside the first layer. What computing loses is measured with
     the multiprocessors spared that `measure_spared` finds.
+
+    Raises:
+        PeerError: a rank did not take part in time, here and in what else is measured.
     """
     if exchange.spared is None:
         exchange.spared = measure_spared(exchange, device)
+    exchange.at(exchange.place[0], STEP)
     before = exchange.bytes_sent
     load = _Load(exchange, device)
     load.post(1, load.size)[0].wait()
@@ -90,6 +95,7 @@ def measure_spared(exchange: PeerExchange, device: torch.device, repeats: int = 
         return 0
     most = torch.cuda.get_device_properties(device).multi_processor_count // 4
     tried = [number for number in SPARED if number <= most]
+    exchange.at(exchange.place[0], STEP)
     before = exchange.bytes_sent
     load = _Load(exchange, device)
     load.post(1, load.size)[0].wait()  # NCCL connects the ranks
@@ -103,9 +109,14 @@ def measure_spared(exchange: PeerExchange, device: torch.device, repeats: int = 
 def measure_launch(exchange: PeerExchange | None, device: torch.device, repeats: int = 10) -> float:
     """Seconds of the host for one small operation: the slowest rank's. Collective over the group, if there is one."""
     value = torch.zeros(8, device=device)
+    if exchange is not None:
+        exchange.at(exchange.place[0], STEP)
     fastest = float("inf")  # of several tries: a host that does something else meanwhile says nothing
     for _ in range(repeats):
-        torch.cuda.synchronize(device)  # host synchronisation: once per model
+        if exchange is not None:
+            exchange.read(value)  # what peers take part in first, which may not end
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # host synchronisation: once per model
         start = time.perf_counter()
         for _ in range(20):
             value.add_(1.0)
@@ -129,6 +140,7 @@ class _Load:
         self._weight = torch.ones(GROUPS, inputs, outputs, dtype=dtype, device=device)
         ends = torch.arange(1, GROUPS + 1, dtype=torch.int32) * (rows // GROUPS)
         self._ends = ends.to(device)
+        exchange.meet()  # a rank may have lacked the memory, and the others would connect with it
 
     def post(self, count: int, size: int) -> list[ExchangeHandle]:
         """Post waves of `size` bytes to every peer."""
@@ -201,11 +213,14 @@ class _Load:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._multiply(FILLER)
         # The devices meet too: one that is ahead would count its wait for the other as time of the message.
-        dist.all_reduce(self._meeting, dist.ReduceOp.MAX, group=self._exchange.group)
+        try:
+            dist.all_reduce(self._meeting, dist.ReduceOp.MAX, group=self._exchange.group)
+        except RuntimeError as error:
+            raise self._exchange.fault(error) from error
         start.record()
         run()
         end.record()
-        end.synchronize()  # host synchronisation: a few times per model
+        self._exchange.wait_for(end)  # host synchronisation: a few times per model
         return start.elapsed_time(end) / 1e3
 
 
@@ -217,7 +232,8 @@ def _has_grouped(device: torch.device) -> bool:
 def _agree(exchange: PeerExchange | None, device: torch.device, values: Sequence[float]) -> list[float]:
     """The largest of each value over the ranks of the group, where there is one."""
     largest = torch.tensor(values, device=device, dtype=torch.float64)
-    if exchange is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=exchange.group)
-    found: list[float] = largest.tolist()
-    return found
+    if exchange is None:
+        found: list[float] = largest.tolist()
+        return found
+    exchange.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return exchange.read(largest)

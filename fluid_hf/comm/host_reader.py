@@ -12,7 +12,7 @@ import torch
 
 from fluid_hf.comm.side_stream import record
 
-__all__ = ["HostReader", "let_others_run"]
+__all__ = ["HostReader", "let_others_run", "wait_in_time"]
 
 
 def let_others_run() -> None:
@@ -21,6 +21,19 @@ def let_others_run() -> None:
     About 1 us. `time.sleep(0)` arms a timer before Python 3.13, which Linux rounds up to 50 us and more.
     """
     select.select((), (), (), 0)
+
+
+def wait_in_time(event: torch.cuda.Event, seconds: float, what: str) -> None:
+    """Wait on the host until an event has passed on the device; polled, so that it can end.
+
+    Raises:
+        TimeoutError: it has not passed after `seconds`; says that `what` did not arrive.
+    """
+    deadline = time.monotonic() + seconds
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} did not arrive on the device within {seconds:.0f} s")
+        let_others_run()
 
 
 class Waitable(Protocol):
@@ -61,12 +74,7 @@ class HostReader:
         record(done, tensor.device)
 
         def read(seconds: float) -> list[Any]:
-            # The one host synchronisation of the layer: receives need their sizes. Polled, so that it can end.
-            deadline = time.monotonic() + seconds
-            while not done.query():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"counts did not arrive on the device within {seconds:.0f} s")
-                let_others_run()
+            wait_in_time(done, seconds, "counts")  # the one host synchronisation of the layer: receives need sizes
             return pinned.tolist()
 
         return read

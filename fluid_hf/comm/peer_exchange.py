@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from fluid_hf.comm.call_form import NUM_WORDS, check_forms
 from fluid_hf.comm.faults import peer_error, raise_flagged
-from fluid_hf.comm.host_reader import HostReader
-from fluid_hf.comm.reduce import all_gather_in_time, all_reduce_in_time
-from fluid_hf.comm.side_stream import SideStream
+from fluid_hf.comm.host_reader import HostReader, wait_in_time
+from fluid_hf.comm.reduce import all_gather_in_time, all_reduce_in_time, meet_first, meet_in_time
+from fluid_hf.comm.side_stream import SideStream, record
 from fluid_hf.comm.spared import AS_IT_IS, Spared
 from fluid_hf.errors import PeerError
 from fluid_hf.overlap.sampler import OverlapSampler
@@ -27,6 +27,7 @@ from fluid_hf.ranges import span
 __all__ = ["ExchangeHandle", "PeerExchange", "PeerTensor"]
 
 PeerTensor = tuple[int, torch.Tensor]
+Place = tuple[str, str, int]
 
 
 class ExchangeHandle:
@@ -116,11 +117,12 @@ class PeerExchange:
         self._all_to_all_options = dist.AllToAllOptions()
         self._all_to_all_options.asyncOp = True
         self.timeout_seconds = 600.0
-        self.place = ("experts", "exchange", 0)
+        self.place: Place = ("experts", "exchange", 0)
         self.host_waits = group is not None and dist.get_backend(group) == "gloo"
         self._in_flight: set[ExchangeHandle] = set()
         self.ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self._batched = group is not None and dist.get_backend(group) == "nccl"
+        self._met = not self._batched
         self.spared: int | None = None
 
     @property
@@ -170,6 +172,9 @@ class PeerExchange:
         self.num_posted += 1
         self.bytes_sent += num_bytes
         assert self.group is not None
+        if not self._met:
+            meet_first(self.group, self.timeout_seconds, self._where(self.place))
+            self._met = True
         # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
         arguments = (output, input, output_splits, input_splits, self._all_to_all_options)
         try:
@@ -186,10 +191,37 @@ class PeerExchange:
         """The tensors of all ranks of the group, of equal shapes; `place` says what for, in errors."""
         return all_gather_in_time(tensor, self.group, self.timeout_seconds, place) if self.size > 1 else [tensor]
 
-    def all_reduce(self, tensor: torch.Tensor, place: str) -> None:
-        """Sum a tensor in place over the group; `place` says what for, in errors."""
+    def all_reduce(
+        self, tensor: torch.Tensor, place: str = "", op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> None:
+        """Sum a tensor in place over the group, or what else `op` says; `place` (or `at`) says what for, in errors."""
         if self.size > 1:
-            all_reduce_in_time(tensor, self.group, self.timeout_seconds, place)
+            all_reduce_in_time(tensor, self.group, self.timeout_seconds, place or self._where(self.place), op)
+
+    def meet(self) -> None:
+        """Over NCCL, ahead of a call that connects the ranks: wait until all of them are here. Collective."""
+        if self._batched and self.group is not None:
+            meet_in_time(self.group, self.timeout_seconds, self._where(self.place))
+
+    def read(self, tensor: torch.Tensor, place: str = "") -> list[Any]:
+        """The values, on the host, of a tensor that peers have part in; waits at most `timeout_seconds` for them."""
+        if tensor.is_cuda:
+            event = torch.cuda.Event()
+            record(event, tensor.device)
+            self.wait_for(event, place)
+        values: list[Any] = tensor.tolist()
+        return values
+
+    def wait_for(self, event: torch.cuda.Event, place: str = "", peers: Sequence[int] = ()) -> None:
+        """Wait on the host, at most `timeout_seconds`, for what the device does until an event.
+
+        Raises:
+            PeerError: it did not end: a peer (of `peers`, if known) is missing.
+        """
+        try:
+            wait_in_time(event, self.timeout_seconds, "what peers send")
+        except TimeoutError as error:
+            raise self.fault(error, peers, place) from error
 
     def drain(self) -> None:
         """Wait for communication that nobody waited for (a recomputation that stopped early leaves some behind)."""
@@ -205,13 +237,19 @@ class PeerExchange:
         gone = self.host_waits or isinstance(error, dist.DistBackendError)
         return self.fault(error) if gone else error
 
-    def fault(self, cause: object, peers: Sequence[int] = (), place: tuple[str, str, int] | None = None) -> PeerError:
+    def fault(self, cause: object, peers: Sequence[int] = (), place: Place | str | None = None) -> PeerError:
         """The error for an exchange that did not end: names peers (group ranks; all if not known), layer and round."""
-        layer, step, index = place or self.place
         suspects = peers or [rank for rank in range(self.size) if rank != self.rank]
-        where = f"{step}, round {index}, of layer {layer}"
+        where = self._where(place or self.place)
         named = [self.ranks[rank] for rank in suspects]
         return peer_error(self.ranks, named, where, self.timeout_seconds, cause)
+
+    @staticmethod
+    def _where(place: Place | str) -> str:
+        if isinstance(place, str):
+            return place
+        layer, step, index = place
+        return f"{step}, round {index}, of layer {layer}"
 
     def start_reading(self, counts_2PC: torch.Tensor, handle: ExchangeHandle) -> Callable[[float], list[Any]]:
         """Bring the peers' counts to the host as soon as they have arrived, past what the current stream holds."""

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import datetime
+import weakref
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from fluid_hf.comm.faults import peer_error
+from fluid_hf.errors import PeerError
 
-__all__ = ["all_gather_in_time", "all_reduce_in_time"]
+__all__ = ["all_gather_in_time", "all_reduce_in_time", "in_time", "meet_first", "meet_in_time"]
+
+_MET: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def all_reduce_in_time(
-    tensor: torch.Tensor, group: dist.ProcessGroup | None, timeout_seconds: float, place: str
+    tensor: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    timeout_seconds: float,
+    place: str,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> None:
-    """Sum a tensor in place over the ranks of a group; collective.
+    """Sum a tensor in place over the ranks of a group, or what else `op` says; collective.
 
     Over gloo no rank waits longer than asked for. Over NCCL the current stream waits, and NCCL's watchdog ends the
     process after the group's own timeout.
 
     Args:
-        tensor: summed in place.
+        tensor: reduced in place.
         group: `None` is the default group.
         timeout_seconds: how long to wait for the other ranks.
         place: what it belongs to, for the error.
+        op: how the ranks' values are joined.
 
     Raises:
         PeerError: a rank did not take part in time; names it and the place.
     """
-    _in_time(lambda: dist.all_reduce(tensor, group=group, async_op=True), group, timeout_seconds, place)
+    in_time(lambda: dist.all_reduce(tensor, op, group=group, async_op=True), group, timeout_seconds, place)
 
 
 def all_gather_in_time(
@@ -39,22 +48,60 @@ def all_gather_in_time(
     """The tensors of all ranks, of equal shapes, in rank order; see `all_reduce_in_time`."""
     own = tensor.contiguous()
     values = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    _in_time(lambda: dist.all_gather(values, own, group=group, async_op=True), group, timeout_seconds, place)
+    in_time(lambda: dist.all_gather(values, own, group=group, async_op=True), group, timeout_seconds, place)
     return values
 
 
-def _in_time(
+def meet_first(group: dist.ProcessGroup, timeout_seconds: float, place: str) -> None:
+    """`meet_in_time`, once for each group: before its first exchange."""
+    if group not in _MET:
+        meet_in_time(group, timeout_seconds, place)
+        _MET.add(group)
+
+
+def meet_in_time(group: dist.ProcessGroup, timeout_seconds: float, place: str) -> None:
+    """Wait on the host until all ranks of a group are here; collective.
+
+    For NCCL, which connects ranks inside a first call: the host stays in there for as long as one of them is missing,
+    and no watchdog ends it. The ranks meet at the store, which needs no connections between them.
+
+    Raises:
+        PeerError: as `all_reduce_in_time`.
+    """
+    ranks = dist.get_process_group_ranks(group)
+    key = "fluid_meeting/" + "-".join(map(str, ranks))
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        number = store.add(key, 1)  # counts on from meeting to meeting
+        meeting = (number - 1) // len(ranks)
+        if number % len(ranks) == 0:
+            store.set(f"{key}/{meeting}", "all are here")
+        store.wait([f"{key}/{meeting}"], datetime.timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        raise _error(group, timeout_seconds, place, error) from error
+
+
+def in_time(
     start: Callable[[], dist.Work | None], group: dist.ProcessGroup | None, timeout_seconds: float, place: str
 ) -> None:
+    """Start a collective without waiting and wait for it; see `all_reduce_in_time`."""
     group = dist.group.WORLD if group is None else group
+    assert group is not None
+    backend = dist.get_backend(group)
+    if backend == "nccl":
+        meet_first(group, timeout_seconds, place)
     try:
         work = start()
         assert work is not None
-        if dist.get_backend(group) == "gloo":
+        if backend == "gloo":
             work.wait(datetime.timedelta(seconds=timeout_seconds))
         else:
             work.wait()
     except RuntimeError as error:
-        ranks = dist.get_process_group_ranks(group)
-        others = [rank for rank in ranks if rank != dist.get_rank()]
-        raise peer_error(ranks, others, place, timeout_seconds, error) from error
+        raise _error(group, timeout_seconds, place, error) from error
+
+
+def _error(group: dist.ProcessGroup, timeout_seconds: float, place: str, cause: object) -> PeerError:
+    ranks = dist.get_process_group_ranks(group)
+    others = [rank for rank in ranks if rank != dist.get_rank()]
+    return peer_error(ranks, others, place, timeout_seconds, cause)

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fluid_hf.comm.host_reader import let_others_run
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.tournament import num_rounds, round_peer
 from fluid_hf.commands.doctor_checks import (
@@ -310,11 +309,7 @@ def _seconds(exchange: PeerExchange, peer: int, sent: torch.Tensor, received: to
     start.record()
     exchange.post([(peer, sent)], [(peer, received)]).wait()
     end.record()
-    deadline = time.monotonic() + exchange.timeout_seconds
-    while not end.query():  # host synchronisation, polled so that it ends
-        if time.monotonic() > deadline:
-            raise exchange.fault("nothing arrived", [peer])
-        let_others_run()
+    exchange.wait_for(end, peers=[peer])
     return start.elapsed_time(end) / 1e3
 
 

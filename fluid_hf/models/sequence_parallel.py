@@ -326,8 +326,9 @@ class SequenceParallel:
         own = [*tokens.shape[:2], positions.shape[0], 0 if mask is None else mask.shape[0]]
         own += CallForm(dtype or self._dtype(), 0, 0, 0, 0).words
         own.append(sum(not forward.is_plain() for forward in self.overlapped.values()))
-        values = self.exchange.all_gather(torch.tensor(own, device=tokens.device), "the forward pass of sequences")
-        calls = torch.stack(values).tolist()  # host synchronisation, once per forward pass
+        place = "the forward pass of sequences"
+        values = self.exchange.all_gather(torch.tensor(own, device=tokens.device), place)
+        calls = self.exchange.read(torch.stack(values), place)  # host synchronisation, once per forward pass
         check_forms([call[4:-1] for call in calls], self.exchange.ranks, "attention")
         changed = {rank: call[-1] for rank, call in zip(self.exchange.ranks, calls, strict=True)}
         if len(set(changed.values())) > 1:

@@ -23,6 +23,7 @@ from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["ExpertParallelExperts", "ExpertParallelLayer", "WaveChoice"]
 
+MEASURED = ("cuda",)  # devices whose links are measured; elsewhere the planner takes one wave
 # Names in `expert_parameters()` of the first projection, whole or in parts.
 FIRST = ("gate_up", "gate", "up", "first", "first.0", "first.1")
 
@@ -47,21 +48,20 @@ class WaveChoice:
             return self._fixed or 1
         if self._fixed is not None:
             if exchange.spared is None:
+                exchange.at(layer.context.name, "calibration")
                 exchange.spared = measure_spared(exchange, device)
             return self._fixed
         if layer.training not in self._chosen:
             total = torch.tensor([tokens], dtype=torch.int64, device=device)
             exchange.at(layer.context.name, "the choice of waves")
-            try:
-                dist.all_reduce(total, group=exchange.group)
-            except RuntimeError as error:
-                raise exchange.fault(error) from error
-            if self._measured is None and device.type == "cuda":
+            exchange.all_reduce(total)
+            (all_tokens,) = exchange.read(total)
+            if self._measured is None and device.type in MEASURED:
                 self._measured = measure_link(exchange, device), measure_launch(exchange, device)
             down = layer.expert_parameters()["down"]
             shape = getattr(down, "ds_shape", down.shape)  # an engine may have partitioned it
             sizes = LayerSizes(
-                tokens=int(total.item()) // exchange.size,
+                tokens=all_tokens // exchange.size,
                 top_k=top_k,
                 num_experts=layer.num_experts,
                 ep_size=exchange.size,
