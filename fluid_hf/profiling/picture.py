@@ -95,7 +95,8 @@ def draw_expert_load(
     mesh = axis.pcolormesh(edges, experts, rows, cmap="RdBu_r", norm=norm, rasterized=True)
     bar = figure.colorbar(mesh, ax=axis, pad=0.015)
     bar.set_label("tokens over the mean", color=TEXT, fontsize=9)
-    axis.set_title(f"Load of each expert {title} (1: balanced)", loc="left", color=TEXT, fontsize=11, weight="bold")
+    head = f"Load of each expert of {title}" if title else "Load of each expert"
+    axis.set_title(f"{head} (1: balanced)", loc="left", color=TEXT, fontsize=11, weight="bold")
     axis.set_xlabel("optimizer step", color=TEXT, fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel("expert", color=TEXT, fontsize=9)
