@@ -20,6 +20,7 @@ from torch import nn
 from fluid_hf.checkpoint.files import sync_folder
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.errors import CheckpointError
+from fluid_hf.integrations.optimizer_groups import fit_schedules
 from fluid_hf.integrations.safe_files import check_files, read_tag
 from fluid_hf.integrations.shared_folder import check_found_alike, check_node_local, check_shared
 from fluid_hf.integrations.universal import convert_universal
@@ -171,6 +172,7 @@ def _wrap_load(
                 error = failure if isinstance(failure, CheckpointError) else CheckpointError(f"{folder}: {failure}")
         tag = next(iter(state.control.gather(tag, "engine.load_checkpoint")))
         state.control.agree(error, None, "engine.load_checkpoint")
+        fit_schedules(engine.basic_optimizer)
         result = load(load_dir, tag, *args, **kwargs)
         _repair_optimizer(engine, options)
         return result

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import fluid_hf
 from fluid_hf import FluidConfig
+from fluid_hf.integrations.optimizer_groups import fit_schedules
 
 pool1 = rank_pool(1)
 pool2 = rank_pool(2)
@@ -123,6 +124,93 @@ def test_resume_at_other_layouts(
     for pool, ep_sizes in ((pool2, (2, 1)), (pool4, (4,)), (pool1, (1,))):
         for ep_size in ep_sizes:
             assert_near(pool.run(run_resume, folder, stage, ep_size, family)[0], expected)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's around an engine's optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+
+def run_scheduled(rank: int, world: int, folder: str, ep_size: int, given: bool, steps: range) -> list[list[float]]:
+    """Learning rates of all groups after each step; from the second time on, resumed from the universal checkpoint.
+
+    Args:
+        given: the engine gets a maker of the schedule, as the Trainer gives it with an optimizer in the JSON; else, as
+            the Trainer does, it is built on what wraps the engine's optimizer, and its state is a file of its own.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=ep_size))
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "lr": 1e-2}, {"params": others, "lr": 1e-2}])
+
+    def make(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    settings = {
+        "train_micro_batch_size_per_gpu": ROWS // world,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": steps.start > 0},
+    }
+    maker = make if given else None
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=maker, config=settings)[0]
+    own = None if given else make(Wrapper(engine.optimizer))
+    if steps.start:
+        engine.load_checkpoint(folder)
+        if own is not None:
+            own.load_state_dict(torch.load(f"{folder}/schedule.pt", weights_only=True))
+    rates = []
+    for step in steps:
+        train(engine, rank, world, range(step, step + 1))
+        if own is not None:
+            own.step()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    if not steps.start:
+        engine.save_checkpoint(folder)
+        if own is not None and rank == 0:
+            torch.save(own.state_dict(), f"{folder}/schedule.pt")
+    schedule = own if own is not None else engine.lr_scheduler
+    assert type(schedule) is torch.optim.lr_scheduler.LambdaLR and len(schedule.base_lrs) == len(rates[0])
+    engine.destroy()
+    return rates
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["engine's schedule", "own schedule"])
+@pytest.mark.parametrize("ep_sizes", [(2, 1), (1, 2)], ids=str)
+def test_schedule_resumes_with_other_groups(
+    pool2: RankPool, tmp_path: Path, ep_sizes: tuple[int, int], given: bool
+) -> None:
+    """Split experts have optimizer groups of their own, and a schedule holds a learning rate for each group."""
+    before = pool2.run(run_scheduled, str(tmp_path), ep_sizes[0], given, range(4))[0]
+    to_universal(tmp_path)
+    after = pool2.run(run_scheduled, str(tmp_path), ep_sizes[1], given, range(4, 6))[0]
+    assert len(before[0]) != len(after[0]), "the case at hand"
+    for step, rates in enumerate(before + after):
+        assert rates == pytest.approx([1e-2 / (2 + step)] * len(rates)), step
+
+
+def test_schedule_with_several_rates_keeps_its_own() -> None:
+    def schedule_of(*rates: float) -> torch.optim.lr_scheduler.LambdaLR:
+        groups = [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates]
+        return torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(groups), [lambda step: 1 / (1 + step)] * len(rates))
+
+    saved, schedule = schedule_of(3.0, 4.0), schedule_of(1.0, 2.0, 2.0)
+    saved.step()
+    fit_schedules(schedule.optimizer)
+    schedule.load_state_dict(saved.state_dict())
+    assert schedule.base_lrs == schedule.get_last_lr() == [1.0, 2.0, 2.0] and schedule.last_epoch == 1
+    assert type(schedule) is torch.optim.lr_scheduler.LambdaLR
 
 
 @pytest.mark.parametrize("stage", [1, 3])
