@@ -23,6 +23,7 @@ from transformers import GPT2Config
 
 from fluid_hf import cli
 from fluid_hf.bench.parity_cells import FACTORS
+from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.shapes import shape_of
 from fluid_hf.commands import bench_attention, bench_layer, doctor_checks, models
 from fluid_hf.commands.arguments import write_whole
@@ -111,7 +112,13 @@ def test_results_can_be_printed(end: str, capsys: pytest.CaptureFixture[str]) ->
     options = f"--shapes tiny --ep 1 --tokens 16 --repeats 1 --layers 1 --variants grouped {end}"
     assert cli.main(["bench", "layer", *options.split()]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["cells"][0]["shape"] == "tiny" and "limits" in printed.err
+    assert json.loads(printed.out)["cells"][0]["shape"] == "tiny" and "no times" in printed.err
+
+
+def test_limits_as_text() -> None:
+    timed = {"gemm": 1.0, "gemm_both": 3.0, "link": 2.0, "link_both": 4.0, "limit": 2.0, "limit_both": 4.0}
+    assert limits_text(timed) == "ms alone: gemm 1.000 / 3.000, link 2.000 / 4.000, limit 2.000 / 4.000"
+    assert limits_text(dict.fromkeys(timed, 0.0)) == "(no GPU: no times)"
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["breakdown_table", "markdown_table"]
+__all__ = ["breakdown_table", "limits_text", "markdown_table"]
 
 
 def markdown_table(report: dict[str, Any]) -> str:
@@ -70,3 +70,11 @@ def _ratio(over: dict[str, float] | None, under: dict[str, float] | None) -> str
     if over is None or under is None or not under["forward"] or not under["both"]:
         return "-"
     return f"{over['forward'] / under['forward']:.2f}x / {over['both'] / under['both']:.2f}x"
+
+
+def limits_text(limits: dict[str, float]) -> str:
+    """A cell's limits, forward / forward and backward; `limits` holds milliseconds, zeros where nothing was timed."""
+    if not limits["limit"]:
+        return "(no GPU: no times)"
+    pairs = [f"{name} {limits[name]:.3f} / {limits[name + '_both']:.3f}" for name in limits if name + "_both" in limits]
+    return "ms alone: " + ", ".join(pairs)

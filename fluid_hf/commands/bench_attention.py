@@ -18,6 +18,7 @@ from fluid_hf.bench.attention import AttentionBench
 from fluid_hf.bench.attention_peers import ATTENTION_SHAPES
 from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.links import link_world
+from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
 from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.errors import ConfigError
@@ -102,8 +103,7 @@ def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
     cell: dict[str, Any] = {"shape": name, "sp_size": bench.sp_size, "tokens": bench.tokens, "layers": bench.layers}
     cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}
     cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}}
-    limits = {key: round(value, 3) for key, value in cell["limits"].items()}
-    _say(f"\n{name} SP{bench.sp_size} T={bench.tokens} planned chunks {planned} limits {limits}")
+    _say(f"\n{name} SP{bench.sp_size} T={bench.tokens} planned chunks {planned} {limits_text(cell['limits'])}")
     reference: dict[str, torch.Tensor] = {}
     for variant, build in tqdm(bench.variants(chunks).items(), leave=False, disable=None):
         if options.variants and not any(part in variant for part in options.variants):
@@ -135,12 +135,15 @@ def _difference(found: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def _print(variant: str, timing: dict[str, float], cell: dict[str, Any]) -> None:
-    parts = []
+    parts, differs = [], f"differs {cell['errors'][variant]:.1e}"
+    if not cell["limits"]["limit"]:
+        _say(f"  {variant:<24} {differs}")  # without a GPU nothing is timed
+        return
     for label, key, limit in (("fwd", "forward", "limit"), ("fwd+bwd", "both", "limit_both")):
         share = timing[key] / max(cell["limits"][limit], 1e-9)
         spread, host = timing[f"{key}_spread"], timing[f"host_{key}"]
         parts.append(f"{label} {timing[key]:7.3f} (+-{spread:.3f}) {share:5.2f}x limit, host {host:.3f}")
-    parts.append(f"peak {timing['peak_mib']:.0f} MiB   differs {cell['errors'][variant]:.1e}")
+    parts.append(f"peak {timing['peak_mib']:.0f} MiB   {differs}")
     _say(f"  {variant:<24} {'   '.join(parts)}")
 
 

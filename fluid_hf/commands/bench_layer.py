@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fluid_hf.bench.layer import LayerBench, Timing
 from fluid_hf.bench.links import LINKS, is_first, link_world, several_processes, world_sizes
+from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.commands.arguments import add_json, positive, write_whole
@@ -95,7 +96,7 @@ def _cell(options: Any, name: str, bench: LayerBench) -> dict[str, Any]:
     waves = _plan(bench, cell, options.waves or [])
     cell |= {"variants": {}, "errors": {}, "report": {}}
     routing = f" Zipf {bench.skew}" if bench.skew else ""
-    _say(f"\n{name} EP{bench.ep_size} T={bench.tokens}{routing} limits {_rounded(cell['limits'])}")
+    _say(f"\n{name} EP{bench.ep_size} T={bench.tokens}{routing} {limits_text(cell['limits'])}")
     if "predicted_ms" in cell:
         _say(f"  planned waves {cell['planned_waves']}, predicted ms (forward, both) {cell['predicted_ms']}")
     reference: dict[str, torch.Tensor] = {}
@@ -171,12 +172,15 @@ def _worst(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], d
 
 
 def _print(variant: str, timing: Timing, cell: dict[str, Any]) -> None:
-    limits = cell["limits"]
+    limits, differs = cell["limits"], f"differs {cell['errors'][variant]:.1e}"
+    if not limits["limit"]:
+        _say(f"  {variant:<24} {differs}")  # without a GPU nothing is timed
+        return
     share = (timing.forward / max(limits["limit"], 1e-9), timing.both / max(limits["limit_both"], 1e-9))
     _say(
         f"  {variant:<24} fwd {timing.forward:7.2f} (+-{timing.forward_spread:.2f}) {share[0]:5.2f}x limit   "
         f"fwd+bwd {timing.both:7.2f} (+-{timing.both_spread:.2f}) {share[1]:5.2f}x limit   "
-        f"differs {cell['errors'][variant]:.1e}",
+        f"{differs}",
     )
 
 
@@ -185,7 +189,3 @@ def _say(text: str) -> None:
     if is_first():
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 2) for name, value in values.items()}
