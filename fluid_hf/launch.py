@@ -14,9 +14,23 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Kernel", "blocks_of", "can_describe", "describe", "new_int32", "power_of_two", "together"]
+__all__ = [
+    "RAGGED",
+    "Kernel",
+    "blocks_of",
+    "can_describe",
+    "describe",
+    "describe_ragged",
+    "distance_between",
+    "new_int32",
+    "power_of_two",
+    "together",
+]
+
+RAGGED = tl.constexpr(2**30)  # see `describe_ragged`
 
 # Versions whose compiled kernels take (grid, stream, function, metadata, hooks, arguments); others are launched through
 # the public `compiled[grid](...)`, at twice the time.
@@ -63,6 +77,28 @@ def describe(
     made: TensorDescriptor = object.__new__(TensorDescriptor)
     vars(made).update(_checked_fields(base.dtype, shape, strides, block), base=base)
     return made
+
+
+def describe_ragged(tensor_SN: torch.Tensor, rows: int, columns: int, distance: int | None = None) -> TensorDescriptor:
+    """Descriptor of the rows before any `end`, in blocks; what is read behind it is zero.
+
+    Its first two places are `RAGGED` and `end`, its third counts rows from `RAGGED` before `end`: the strides bring
+    `RAGGED` twice to nothing, as addresses wrap at 2**64, and the bound of the third place is the bound of the rows.
+    The way of Triton's `ragged_tma`. With `distance` a second tensor lies so many elements behind; a place before the
+    others says which one is read.
+    """
+    stride, most = tensor_SN.stride(0), 0x7FFF0000
+    # The launcher takes nothing but plain integers.
+    shape, strides = (most, most, RAGGED.value, tensor_SN.shape[1]), (2**34 - stride, stride, stride, 1)
+    if distance is None:
+        return describe(tensor_SN, shape, strides, (1, 1, rows, columns))
+    return describe(tensor_SN, (2, *shape), (distance, *strides), (1, 1, 1, rows, columns))
+
+
+def distance_between(first: torch.Tensor, second: torch.Tensor) -> int | None:
+    """Elements from one tensor to another, where a descriptor can take it as a stride, which has 40 bits of bytes."""
+    apart = second.data_ptr() - first.data_ptr()
+    return apart // first.element_size() if abs(apart) < 2**40 else None
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,7 +20,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
 kernels = pytest.mark.skipif(not AVAILABLE, reason="needs Triton and a GPU, or its interpreter")
 if AVAILABLE:
-    from fluid_hf.moe import gemm_kernels, wgrad_kernels
+    from fluid_hf import launch
+    from fluid_hf.moe import gemm_kernels, linear_kernels, wgrad_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -87,17 +88,79 @@ def test_projections(size: tuple[int, ...], dtype: torch.dtype) -> None:
                 assert [tensor.shape[1] for tensor in kept] == [w.shape[1] for w in first] * keep
                 if keep:
                     assert case.near(torch.cat(kept, 1)[:known], case.first[:known])
-    ours = gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.gate_up, False)
+    ours = linear_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.gate_up, False)
     assert case.near(ours, case.first)
     pairs = case.pairs.to(dtype)
-    assert case.near(gemm_kernels.gathered_linear(pairs, None, plan.offsets_E, case.gate_up, False), case.first)
+    assert case.near(linear_kernels.gathered_linear(pairs, None, plan.offsets_E, case.gate_up, False), case.first)
     gate, up = (weight.transpose(1, 2).contiguous() for weight in separate)
-    both = gemm_kernels.gathered_linear(pairs, None, plan.offsets_E, separate[0], False, (pairs, separate[1]))
+    both = linear_kernels.gathered_linear(pairs, None, plan.offsets_E, separate[0], False, (pairs, separate[1]))
     assert case.near(both, case.first[:, :inner] + case.first[:, inner:])
-    both = gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, gate, True, (case.rows, up))
+    both = linear_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, gate, True, (case.rows, up))
     assert case.near(both, case.first[:, :inner] + case.first[:, inner:])
-    ours = gemm_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.down, True)
+    ours = linear_kernels.gathered_linear(case.rows, plan.pair_row_S, plan.offsets_E, case.down, True)
     assert case.near(ours, torch.einsum("sh,shi->si", case.pairs, case.down[case.expert].float()))
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_projections_by_the_copy_engine(
+    size: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as by threads; a row that is not finite reaches no other expert's."""
+    case = Case(size, dtype)
+    linear, plan, inner, experts_held = linear_kernels.gathered_linear, case.plan, case.inner, size[3]
+    pairs, index = case.pairs.to(dtype), case.expert
+    gate, up = case.gate_up[:, :inner].contiguous(), case.gate_up[:, inner:].contiguous()
+    turned = [weight.transpose(1, 2).contiguous() for weight in (gate, up)]
+    more = pairs.flip(0).contiguous()
+    order = (pairs, gate, more, up), (torch.stack([more, pairs]), torch.stack([up, gate]))
+    behind = order[1][0][1], order[1][1][1], order[1][0][0], order[1][1][0]  # the second ones lie before the first ones
+
+    def found() -> list[torch.Tensor]:
+        results = [
+            linear(case.rows, plan.pair_row_S, plan.offsets_E, weight, of) for weight, of in ((gate, 0), (case.down, 1))
+        ]
+        for rows, weight, rows2, weight2 in (order[0], behind):
+            results += [
+                linear(rows, None, plan.offsets_E, weight, False),
+                linear(more, None, plan.offsets_E, weight2, False),
+            ]
+            results.append(linear(rows, None, plan.offsets_E, weight, False, (rows2, weight2)))
+        results.append(linear(pairs, None, plan.offsets_E, turned[0], True, (more, turned[1])))
+        return results
+
+    by_threads = found()
+    monkeypatch.setattr(linear_kernels, "LONG", 0)
+    monkeypatch.setattr(linear_kernels, "MIN_DEEP", 1)
+    by_engine = found()
+    for ours, theirs in zip(by_engine, by_threads, strict=True):
+        assert case.near(ours, theirs.float())
+    assert torch.equal(by_engine[4], by_engine[7]), "the order of a sum does not depend on where its operands lie"
+    if experts_held > 1 and pairs.shape[0]:
+        poisoned = pairs.clone()
+        poisoned[-1] = torch.inf
+        result = linear(poisoned, None, plan.offsets_E, gate, False)
+        elsewhere = index != index[-1]
+        assert torch.equal(result[elsewhere], by_engine[2][elsewhere])
+
+
+@kernels
+def test_long_products_are_left_to_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(pairs: int, deep: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(1, dtype=dtype, device=DEVICE).expand(pairs, deep)
+
+    weight = torch.empty(1, dtype=torch.bfloat16, device=DEVICE).expand(4, 2048, 2048)
+    monkeypatch.setattr(linear_kernels, "can_describe", lambda tensor: tensor.dtype != torch.float32)
+    monkeypatch.setattr(torch.Tensor, "is_contiguous", lambda tensor: True)
+    assert linear_kernels.prefers_linear(rows(100, 2048), weight), "short ones take the host less"
+    assert linear_kernels.prefers_linear(rows(20000, 2048), weight)
+    assert not linear_kernels.prefers_linear(rows(100_000, 768), weight[:, :, :768]), "torch's is as fast"
+    assert not linear_kernels.prefers_linear(rows(100, 2048), weight.float())
+    for pairs, deep, expected in ((100, 2048, False), (20000, 768, False), (20000, 2048, True)):
+        way = linear_kernels._Engine.of(rows(pairs, deep), None, weight[:, :, :deep], None)
+        assert (way is not None and linear_kernels._is_long(pairs, weight)) == expected
 
 
 @kernels
@@ -244,7 +307,11 @@ def test_tiles_fit_results_and_shared_memory(monkeypatch: pytest.MonkeyPatch) ->
 def test_descriptors_hold_plain_integers() -> None:
     """Triton's launcher takes no others; its interpreter takes what it gets."""
     pairs, gate_up = (torch.empty(*shape, dtype=torch.float16, device=DEVICE) for shape in ((6, 16), (2, 16, 8)))
-    made = [wgrad_kernels._ragged(pairs, 64, 128), wgrad_kernels._tiles_of(gate_up, 128, 64)]
+    made = [
+        launch.describe_ragged(pairs, 64, 128),
+        launch.describe_ragged(pairs, 64, 128, 96),
+        wgrad_kernels._tiles_of(gate_up, 128, 64),
+    ]
     for of in (*made, gemm_kernels._gate_and_up(gate_up, gate_up, 8, 128, 64)[0]):
         assert {type(number) for number in (*of.shape, *of.strides, *of.block_shape)} == {int}
 

@@ -125,7 +125,8 @@ def project_piece(piece: Piece, weights: ExpertWeights, act: Activation, keep: b
     places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
     if by_index.fused:
         return Projected(*gemm_kernels.gated_linear(piece.rows_RH, *places, first, piece.weights_RK, keep))
-    kept = [gemm_kernels.gathered_linear(piece.rows_RH, plan.pair_row_S, plan.offsets_E, w, False) for w in first]
+    gathered_linear = kernel_module("linear_kernels").gathered_linear
+    kept = [gathered_linear(piece.rows_RH, plan.pair_row_S, plan.offsets_E, weight, False) for weight in first]
     return Projected(tuple(kept))
 
 
@@ -204,8 +205,8 @@ class PieceGradients:
         if not by_index.forward:
             pairs_SH = expand_rows(grad_RH, plan)
             return grouped_dgrad(pairs_SH, weights.down, plan.offsets_E), pairs_SH
-        gemm_kernels = kernel_module("gemm_kernels")
-        return gemm_kernels.gathered_linear(grad_RH, plan.pair_row_S, plan.offsets_E, weights.down, True), None
+        gathered_linear = kernel_module("linear_kernels").gathered_linear
+        return gathered_linear(grad_RH, plan.pair_row_S, plan.offsets_E, weights.down, True), None
 
     def weight_gradient(self, index: int | None) -> torch.Tensor:
         """Gradient of `ExpertWeights.first[index]`, or of the down projection for `None`; once each.
@@ -371,19 +372,18 @@ def _input_gradients(
 ) -> list[torch.Tensor]:
     """Gradients of the pairs' rows through the first projection, to be added: of gate and up together, or of each."""
     if len(grads) == 2 and use_kernels(grads[0]) and all(weight.is_contiguous() for weight in weights):
-        gemm_kernels = kernel_module("gemm_kernels")
-        small = grads[0].dtype != torch.float32 or gemm_kernels.serves_float32(weights[0].shape)
-        if small and gemm_kernels.prefers_one_sum(grads[0].shape[1]):
-            return [gemm_kernels.gathered_linear(grads[0], None, offsets_E, weights[0], True, (grads[1], weights[1]))]
+        linear_kernels = kernel_module("linear_kernels")
+        if linear_kernels.prefers_one_sum(grads[0], weights[0]):
+            return [linear_kernels.gathered_linear(grads[0], None, offsets_E, weights[0], True, (grads[1], weights[1]))]
     return [_linear(grad, weight, offsets_E, True) for grad, weight in zip(grads, weights, strict=True)]
 
 
 def _linear(input_SM: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """Projection of pairs: small ones by the kernel that costs the host least."""
+    """Projection of pairs."""
     if use_kernels(input_SM) and weight.is_contiguous():
-        gemm_kernels = kernel_module("gemm_kernels")
-        if gemm_kernels.prefers_quick_launch(input_SM.shape[0], weight):
-            return gemm_kernels.gathered_linear(input_SM, None, offsets_E, weight, transposed)
+        linear_kernels = kernel_module("linear_kernels")
+        if linear_kernels.prefers_linear(input_SM, weight):
+            return linear_kernels.gathered_linear(input_SM, None, offsets_E, weight, transposed)  # type: ignore[no-any-return]
     return (grouped_dgrad if transposed else grouped_linear)(input_SM, weight, offsets_E)
 
 

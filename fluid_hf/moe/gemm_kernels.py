@@ -3,8 +3,9 @@
 Legend: R rows, K experts per token, S pairs sorted by expert, E experts held here, H hidden, I intermediate. Against a
 copy and `torch.nn.functional.grouped_mm` they save the copy's time and memory, a launch and most of the host's time;
 large experts hide the copy, and torch's kernel is the faster one there: the functions that begin with `prefers_` say
-which to take, from what was measured on an H100 and an H200. Gathering inside the GEMM follows ScatterMoE (Tan et al.,
-2024), the activation in its epilogue MegaBlocks and SonicMoE.
+which to take, from what was measured on an H100 and an H200. Here is the one with an activation behind it, products
+alone are in `fluid_hf.moe.linear_kernels`. Gathering inside the GEMM follows ScatterMoE (Tan et al., 2024), the
+activation in its epilogue MegaBlocks and SonicMoE.
 
 One program computes one tile; a tile of at most half the rows, of which every expert has one at its end, costs half.
 Nothing but the result is allocated, and a result may have more places than there are pairs: `offsets_E` is read on the
@@ -21,16 +22,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluid_hf.kernels import MAX_INNER_FUSED, MAX_INNER_GATHERED_WGRAD
-from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, power_of_two
+from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, distance_between, power_of_two
 
 __all__ = [
     "gated_linear",
-    "gathered_linear",
     "prefers_fused",
     "prefers_gathered",
     "prefers_gathered_wgrad",
-    "prefers_one_sum",
-    "prefers_quick_launch",
     "product_tile",
     "serves_float32",
     "shared_bytes",
@@ -54,21 +52,9 @@ def prefers_gathered(inner: int, top_k: int) -> bool:
     return inner <= 4096 and top_k >= 4
 
 
-def prefers_one_sum(inner: int) -> bool:
-    """Whether the input gradients of separate gate and up are one sum: that saves writing and reading one of them."""
-    return inner <= 4096
-
-
 def serves_float32(weight: tuple[int, ...]) -> bool:
     """Float32 needs exact products, slow here: only small experts (of the shape [E, N, M]) gain by fewer launches."""
     return weight[1] * weight[2] <= 2**16
-
-
-def prefers_quick_launch(pairs: int, weight: torch.Tensor) -> bool:
-    """Whether torch's grouped GEMM takes the host longer (56 us against 21 on an H100's host) than it gains."""
-    if weight.dtype == torch.float32:  # torch has no grouped GEMM for it
-        return serves_float32(weight.shape)
-    return 2 * pairs * weight.shape[1] * weight.shape[2] < 1.2e11
 
 
 @functools.cache
@@ -142,52 +128,16 @@ def _gate_and_up(
 ) -> tuple[TensorDescriptor | None, bool]:
     """Describes blocks of columns of gate with the same ones of up, and whether up comes first; what is beyond reads 0.
 
-    In one tensor or in two: the distance between them is a stride, which must not be negative and has 40 bits.
+    In one tensor or in two: the distance between them is a stride, which must not be negative.
     """
     if not (can_describe(gate) and can_describe(up)):
         return None, False
     experts, width, hidden = gate.shape
-    distance = inner * hidden if gate is up else (up.data_ptr() - gate.data_ptr()) // gate.element_size()
-    if abs(distance) * gate.element_size() >= 2**40:
+    distance = inner * hidden if gate is up else distance_between(gate, up)
+    if distance is None:
         return None, False
     base, strides = (up if distance < 0 else gate), (width * hidden, abs(distance), hidden, 1)
     return describe(base, (experts, 2, inner, hidden), strides, (1, 2, columns, depth)), distance < 0
-
-
-def gathered_linear(
-    rows_RH: torch.Tensor,
-    pair_row_S: torch.Tensor | None,
-    offsets_E: torch.Tensor,
-    weight: torch.Tensor,
-    transposed: bool,
-    second: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """`weight[expert] @ row` of every pair: [S, N].
-
-    Args:
-        rows_RH: any row stride, elements of a row side by side.
-        pair_row_S: row of each pair, or `None` if there is a row for each.
-        weight: contiguous [E, N, H], or with `transposed` [E, H, N].
-        second: rows and a weight of the same layouts, whose product is added (before rounding).
-    """
-    experts, (pairs, hidden) = weight.shape[0], rows_RH.shape
-    if pair_row_S is not None:
-        pairs = pair_row_S.shape[0]
-    width = weight.shape[2 if transposed else 1]
-    out = rows_RH.new_empty(pairs, width)
-    if pairs:
-        height, columns, depth, warps, stages = product_tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
-        more = second if second is not None else (rows_RH, weight)
-        _linear(
-            ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
-            (rows_RH, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, weight, *more, out),
-            (pairs,),
-            (rows_RH.stride(0), hidden, width, transposed, pair_row_S is not None, second is not None, experts)
-            + (power_of_two(experts), height, columns, depth, GROUP),
-            warps,
-            stages,
-        )
-    return out
 
 
 @triton.jit
@@ -340,61 +290,4 @@ def _gated_kernel(
             )  # fmt: skip
 
 
-@triton.jit
-def _linear_tile(
-    rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    TWO: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    pair = low + tl.arange(0, HEIGHT)
-    known = pair < end
-    row = tl.load(pair_row + pair, mask=known, other=0) if GATHER else tl.where(known, pair, 0)
-    row = row.to(tl.int64)[:, None] * row_stride
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    deep = tl.arange(0, DEPTH)
-    EVEN: tl.constexpr = hidden % DEPTH == 0
-    STEPS: tl.constexpr = (hidden + DEPTH - 1) // DEPTH
-    STEP: tl.constexpr = width if TRANSPOSED else 1
-    ACROSS: tl.constexpr = 1 if TRANSPOSED else hidden
-    at = expert.to(tl.int64) * (width * hidden) + column.to(tl.int64)[None, :] * ACROSS + deep[:, None] * STEP
-    total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
-    for step in range(0, STEPS * (1 + TWO)):
-        start, from_rows, from_weight = step * DEPTH, rows, weight
-        if TWO:  # one loop over both: two would be compiled, and filled and drained, one after the other
-            behind = step >= STEPS
-            start = tl.where(behind, start - STEPS * DEPTH, start)
-            from_rows = tl.where(behind, rows2, rows)
-            from_weight = tl.where(behind, weight2, weight)
-        left = deep + start < hidden
-        value = _row_at(from_rows + row, (deep + start)[None, :], left[None, :], EVEN)
-        weights = _weight_at(from_weight + start * STEP, at, left[:, None] & inside[None, :], width, COLUMNS, EVEN)
-        total = tl.dot(value, weights, total, input_precision="ieee")
-    mask = known[:, None] & inside[None, :]
-    tl.store(out + pair.to(tl.int64)[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["limit"])
-def _linear_kernel(
-    rows, pair_row, offsets, weight, rows2, weight2, out, limit,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
-    TWO: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    ACROSS: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
-    expert, low, end, block = _find_tile(offsets, limit, EXPERTS, PADDED, ACROSS, HEIGHT, GROUP)
-    if (expert < EXPERTS) & (low < end):
-        if end - low > HEIGHT // 2:
-            _linear_tile(
-                rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, GATHER, TWO, HEIGHT, COLUMNS, DEPTH,
-            )  # fmt: skip
-        else:
-            _linear_tile(
-                rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, GATHER, TWO, HEIGHT // 2, COLUMNS, DEPTH,
-            )  # fmt: skip
-
-
 _gated = Kernel(_gated_kernel)
-_linear = Kernel(_linear_kernel)

@@ -20,12 +20,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fluid_hf.comm.spared import spared_now
-from fluid_hf.launch import Kernel, blocks_of, can_describe, describe, power_of_two
+from fluid_hf.launch import RAGGED, Kernel, blocks_of, can_describe, describe, describe_ragged, power_of_two
 from fluid_hf.moe.gemm_kernels import product_tile, shared_bytes
 
 __all__ = ["gathered_wgrad"]
 
-RAGGED = tl.constexpr(2**30)
 GROUP = 8  # rows of tiles whose columns are computed together
 # Programs that follow each other on a multiprocessor, if each has as many tiles. One fills and drains its pipeline
 # once, and was 5 to 20% faster than four. Beside communication that nobody leaves multiprocessors to there are four:
@@ -131,7 +130,7 @@ def _through_tiles(
     tiles = experts * blocks_of(tall, height) * blocks_of(wide, columns)
     at_once, rounds = _programs_at_once(beside, out.device.index, shared)
     programs = min(tiles, at_once * max(1, min(rounds, tiles // (rounds * at_once))))
-    described = [_ragged(other_SN, depth, columns if rows_first else height)]
+    described = [describe_ragged(other_SN, depth, columns if rows_first else height)]
     constants = (*sizes, experts, power_of_two(experts), programs, height, columns, depth, GROUP)
     if parts:
         described.append(_tiles_of(out, height, columns // parts))
@@ -145,19 +144,6 @@ def _tiles_of(out: torch.Tensor, height: int, columns: int) -> TensorDescriptor:
     """Descriptor of an expert's result in blocks; what lies outside of the expert's is not written."""
     experts, tall, wide = out.shape
     return describe(out, (experts, tall, wide), (tall * wide, wide, 1), (1, height, columns))
-
-
-def _ragged(tensor_SN: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Descriptor of the rows before any `end`, in blocks; what is read behind it is zero.
-
-    Its first two places are `RAGGED` and `end`, its third counts rows from `RAGGED` before `end`: the strides bring
-    `RAGGED` twice to nothing, as addresses wrap at 2**64, and the bound of the third place is the bound of the rows.
-    The way of Triton's `ragged_tma`.
-    """
-    stride, most = tensor_SN.stride(0), 0x7FFF0000
-    # The launcher takes nothing but plain integers.
-    shape = (most, most, RAGGED.value, tensor_SN.shape[1])
-    return describe(tensor_SN, shape, (2**34 - stride, stride, stride, 1), (1, 1, rows, columns))
 
 
 @triton.jit
