@@ -25,6 +25,8 @@ def build_model() -> Qwen3MoeForCausalLM:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Expert-parallel training with accelerate.")
+    # Passed by the deepspeed launcher; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=4, help="passes over the data (default: 4)")
     parser.add_argument("--stage", type=int, default=2, help="ZeRO stage, 0 to 3 (default: 2)")
     parser.add_argument("--output", help="folder for a plain Hugging Face checkpoint; nothing is saved without it")

@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher; LOCAL_RANK says the same
     add("--sp", type=int, default=2, help="ranks that share one sequence")
     add("--seq-len", type=int, default=1024, help="tokens in a sequence, divisible by --sp")
     add("--steps", type=int, default=20, help="optimizer steps")

@@ -25,6 +25,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher; LOCAL_RANK says the same
     add("--data", help="a text file, a folder of text files, or a Hugging Face dataset (NAME or NAME:CONFIG, its split"
         " `train`); without it, the sources of Python's own standard library on this machine")  # fmt: skip
     add("--max-mb", type=float, default=4.0, help="megabytes of text to use at most")
@@ -44,9 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("--no-fluid", action="store_true", help="train the unpatched model, to compare")
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        parser.error(
-            "start this with a distributed launcher: `bash examples/quickstart.sh` or `deepspeed --num_gpus 2`"
-        )
+        parser.error("start this with a launcher: `bash examples/quickstart.sh` or `deepspeed --num_gpus 2`")
     if args.lr is None:
         args.lr = 3e-3 if args.model in FAMILIES else 1e-5
     return args

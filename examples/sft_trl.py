@@ -24,6 +24,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher; LOCAL_RANK says the same
     add("--model", default="qwen3_moe", help=f"a family ({', '.join(FAMILIES)}), built tiny, or a Hugging Face model")
     add("--data", help="a text file, folder or Hugging Face dataset; Python's standard library if not given")
     add("--max-mb", type=float, default=1.0, help="megabytes of text to use at most")

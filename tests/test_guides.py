@@ -86,7 +86,9 @@ def check_command(words: list[str]) -> None:
         cli.build_parser().parse_args(words[1:])  # exits if an option or a choice is unknown
     elif words[0] == "deepspeed":
         options = runner.parse_args(words[1:])
-        check_script([options.user_script, *options.user_args])
+        # The launcher passes the local rank to a script, unless it is told not to.
+        rank = [] if options.no_local_rank else ["--local_rank=0"]
+        check_script([options.user_script, *rank, *options.user_args])
     elif words[0] == "torchrun":
         options = get_args_parser().parse_args(words[1:])
         check_script([options.training_script, *options.training_script_args])

@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
     cells: list[dict[str, Any]] = []
     if options.memory:
         return _memory(options, cells)
+    if not torch.cuda.is_available():
+        print("no GPU: times say nothing; --shapes tiny --tokens 64 compares the variants at once", file=sys.stderr)
     for sp_size in options.sp or [2, 8]:
         _bench(options, sp_size, cells)
     if not cells:
