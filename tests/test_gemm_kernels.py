@@ -151,16 +151,17 @@ def test_long_products_are_left_to_the_copy_engine(monkeypatch: pytest.MonkeyPat
     def rows(pairs: int, deep: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(1, dtype=dtype, device=DEVICE).expand(pairs, deep)
 
-    weight = torch.empty(1, dtype=torch.bfloat16, device=DEVICE).expand(4, 2048, 2048)
+    weight = torch.empty(1, dtype=torch.bfloat16, device=DEVICE).expand(4, 2048, 4096)
     monkeypatch.setattr(linear_kernels, "can_describe", lambda tensor: tensor.dtype != torch.float32)
     monkeypatch.setattr(torch.Tensor, "is_contiguous", lambda tensor: True)
-    assert linear_kernels.prefers_linear(rows(100, 2048), weight), "short ones take the host less"
-    assert linear_kernels.prefers_linear(rows(20000, 2048), weight)
-    assert not linear_kernels.prefers_linear(rows(100_000, 768), weight[:, :, :768]), "torch's is as fast"
-    assert not linear_kernels.prefers_linear(rows(100, 2048), weight.float())
-    for pairs, deep, expected in ((100, 2048, False), (20000, 768, False), (20000, 2048, True)):
+    for pairs, deep, expected in ((100, 4096, False), (20000, 768, False), (20000, 4096, True)):
         way = linear_kernels._Engine.of(rows(pairs, deep), None, weight[:, :, :deep], None)
         assert (way is not None and linear_kernels._is_long(pairs, weight)) == expected
+        assert linear_kernels.prefers_linear(rows(pairs, deep), weight)
+    assert not linear_kernels.prefers_linear(rows(100, 2048), weight.float())
+    monkeypatch.setattr(linear_kernels, "can_describe", lambda tensor: False)
+    assert linear_kernels.prefers_linear(rows(100, 4096), weight), "a short one takes the host less than torch's"
+    assert not linear_kernels.prefers_linear(rows(20000, 4096), weight)
 
 
 @kernels
