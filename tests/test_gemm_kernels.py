@@ -158,6 +158,9 @@ def test_long_products_are_left_to_the_copy_engine(monkeypatch: pytest.MonkeyPat
         way = linear_kernels._Engine.of(rows(pairs, deep), None, weight[:, :, :deep], None)
         assert (way is not None and linear_kernels._is_long(pairs, weight)) == expected
         assert linear_kernels.prefers_linear(rows(pairs, deep), weight)
+    half = rows(20000, 1536), weight[:, :, :1536]
+    assert linear_kernels._Engine.of(half[0], None, half[1], None) is None
+    assert linear_kernels._Engine.of(half[0], None, half[1], half) is not None, "two short sums are a long one"
     assert not linear_kernels.prefers_linear(rows(100, 2048), weight.float())
     monkeypatch.setattr(linear_kernels, "can_describe", lambda tensor: False)
     assert linear_kernels.prefers_linear(rows(100, 4096), weight), "a short one takes the host less than torch's"

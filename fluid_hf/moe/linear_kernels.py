@@ -34,7 +34,8 @@ __all__ = ["gathered_linear", "prefers_linear", "prefers_one_sum"]
 
 # Products of a launch from which the copy engine gains more than describing the operands costs the host (about 10 us).
 LONG = 1.2e11
-# Input features from which it gains: 4 to 6% from 2560 to 5120; it lost 2 to 8% with 768 to 2048.
+# Input features (of both, where two are added) from which it gains: 4 to 6% from 2560 to 5120; it lost 2 to 8% with 768
+# to 2048.
 MIN_DEEP = 2560
 
 
@@ -119,7 +120,7 @@ class _Engine(NamedTuple):
         second: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> _Engine | None:
         """`None` where it cannot load them, or gains nothing."""
-        if rows_RH.shape[1] < MIN_DEEP:
+        if rows_RH.shape[1] * (2 if second is not None else 1) < MIN_DEEP:
             return None
         if pair_row_S is not None:  # it loads no rows by an index
             return cls((rows_RH,), (weight,)) if second is None and can_describe(weight) else None
