@@ -27,6 +27,8 @@ def run_cases(description: str | None, rounds: int, compare: Compare) -> None:
     parser.add_argument("--rounds", type=int, default=rounds, help="random cases")
     parser.add_argument("--cpu", action="store_true", help="on the CPU with gloo")
     options = parser.parse_args()
+    if not (options.cpu or torch.cuda.is_available()):
+        parser.error("needs a GPU; --cpu runs the same cases with gloo")
     faulthandler.dump_traceback_later(FIRST_SECONDS, exit=True)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _start(rank, options.cpu)
