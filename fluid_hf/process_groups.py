@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
@@ -42,6 +42,7 @@ class ParallelGroups:
     """The process groups of a patched model; every group is `None` when its size is 1 without torch.distributed.
 
     `exchange_groups` are communicators of their own for the exchanges, over the ranks of `ep_group` (and `sp_group`).
+    `met` names the groups whose ranks have met (`fluid_hf.comm.reduce.meet_first`).
     """
 
     ep_size: int
@@ -53,6 +54,7 @@ class ParallelGroups:
     sp_rank: int = 0
     sp_group: dist.ProcessGroup | None = None
     exchange_groups: tuple[dist.ProcessGroup, ...] = ()
+    met: set[str] = field(default_factory=set, compare=False)
 
     @property
     def ep_exchange(self) -> dist.ProcessGroup | None:

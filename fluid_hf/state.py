@@ -209,7 +209,7 @@ class FluidState:
                 parameter.grad /= self.groups.world_size
 
     def _sum(self, tensor: torch.Tensor, group: dist.ProcessGroup | None, place: str) -> None:
-        all_reduce_in_time(tensor, group, self.config.timeout_seconds, place)
+        all_reduce_in_time(tensor, group, self.config.timeout_seconds, place, self.groups.met)
 
     @torch.no_grad()
     def clip_grad_norm_(self, model: nn.Module, max_norm: float) -> torch.Tensor:

@@ -297,8 +297,8 @@ def _clip_gradients(engine: Any, model: nn.Module, state: FluidState) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
             squares[is_moe_param(parameter)] += parameter.grad.double().square().sum()
-    place = "the norm of the gradients"
-    all_reduce_in_time(squares[1], state.groups.ep_group, state.config.timeout_seconds, place)
+    groups, place = state.groups, "the norm of the gradients"
+    all_reduce_in_time(squares[1], groups.ep_group, state.config.timeout_seconds, place, groups.met)
     norm = (squares[0] + squares[1]).sqrt()
     scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

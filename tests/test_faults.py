@@ -19,7 +19,7 @@ from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
 from fluid_hf.comm.peer_exchange import PeerExchange
-from fluid_hf.comm.reduce import meet_in_time
+from fluid_hf.comm.reduce import meet_first, meet_in_time
 from fluid_hf.process_groups import set_group_timeout
 
 LIMIT = f"{faults.TIMEOUT:g} s"
@@ -197,13 +197,27 @@ def run_meetings(rank: int, world: int, late: float) -> float:
 def run_first_exchange(rank: int, world: int) -> list[float]:
     """As over NCCL: the first all-to-all begins with a meeting, and no other one does."""
     exchange = PeerExchange(torch.distributed.group.WORLD, rank, world)
-    exchange._met = False
+    exchange._batched = True
     received = torch.empty(world)
     for _ in range(2):
         exchange.all_to_all(received, torch.full((world,), float(rank)), [1] * world, [1] * world).wait()
     store = torch.distributed.distributed_c10d._get_default_store()
     torch.distributed.barrier()
-    return [*received.tolist(), store.add("fluid_meeting/0-1", 0)]
+    return [*received.tolist(), store.add("fluid_meeting/0/0/1", 0)]
+
+
+def run_meetings_of_two_groups(rank: int, world: int) -> list[bool]:
+    """Each rank waits in another group of the same ranks: they must not be taken for having met."""
+    first, *others = [torch.distributed.new_group([0, 1]) for _ in range(3)]
+    met: set[str] = set()
+    for _ in range(2):
+        meet_first(first, 60.0, "calibration", met)
+    torch.distributed.barrier()
+    with pytest.raises(PeerError, match="did not take part in the other one"):
+        meet_first(others[rank], 1.0, "the other one", met)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    assert store.add(f"fluid_meeting/{first.group_name}/0/1", 0) == 2, "they have met once"
+    return [name == first.group_name for name in met]
 
 
 def run_lone_meeting(rank: int, world: int) -> None:
@@ -216,6 +230,7 @@ def test_ranks_meet_before_they_connect() -> None:
         first, second = pool.run(run_meetings, 1.0)
         assert first > 0.5 > second
         assert pool.run(run_first_exchange) == [[0.0, 1.0, 6.0]] * 2, "two ranks have met three times"
+        assert pool.run(run_meetings_of_two_groups) == [[True]] * 2
         with pytest.raises(RankError) as caught:
             pool.run(run_lone_meeting)
         assert set(caught.value.failures) == {0}

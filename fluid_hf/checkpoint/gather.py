@@ -143,5 +143,6 @@ def _gather_weight(layer: ExpertParallelLayer, state: FluidState, name: str, *, 
             group,
             state.config.timeout_seconds,
             f"the gathering of {name} of layer {layer.context.name}",
+            state.groups.met,
         )
     return whole if to_all or whole is None else whole.cpu()

@@ -122,7 +122,7 @@ class PeerExchange:
         self._in_flight: set[ExchangeHandle] = set()
         self.ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         self._batched = group is not None and dist.get_backend(group) == "nccl"
-        self._met = not self._batched
+        self._met: set[str] = set()  # groups whose ranks have met, of `meet_first`
         self.spared: int | None = None
 
     @property
@@ -172,9 +172,8 @@ class PeerExchange:
         self.num_posted += 1
         self.bytes_sent += num_bytes
         assert self.group is not None
-        if not self._met:
-            meet_first(self.group, self.timeout_seconds, self._where(self.place))
-            self._met = True
+        if self._batched and not self._met:
+            meet_first(self.group, self.timeout_seconds, self._where(self.place), self._met)
         # The group's own method: dist.all_to_all_single spends more time on the host than the exchange takes.
         arguments = (output, input, output_splits, input_splits, self._all_to_all_options)
         try:
@@ -189,14 +188,17 @@ class PeerExchange:
 
     def all_gather(self, tensor: torch.Tensor, place: str) -> list[torch.Tensor]:
         """The tensors of all ranks of the group, of equal shapes; `place` says what for, in errors."""
-        return all_gather_in_time(tensor, self.group, self.timeout_seconds, place) if self.size > 1 else [tensor]
+        if self.size == 1:
+            return [tensor]
+        return all_gather_in_time(tensor, self.group, self.timeout_seconds, place, self._met)
 
     def all_reduce(
         self, tensor: torch.Tensor, place: str = "", op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
     ) -> None:
         """Sum a tensor in place over the group, or what else `op` says; `place` (or `at`) says what for, in errors."""
         if self.size > 1:
-            all_reduce_in_time(tensor, self.group, self.timeout_seconds, place or self._where(self.place), op)
+            place = place or self._where(self.place)
+            all_reduce_in_time(tensor, self.group, self.timeout_seconds, place, self._met, op)
 
     def meet(self) -> None:
         """Over NCCL, ahead of a call that connects the ranks: wait until all of them are here. Collective."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -14,14 +13,13 @@ from fluid_hf.errors import PeerError
 
 __all__ = ["all_gather_in_time", "all_reduce_in_time", "in_time", "meet_first", "meet_in_time"]
 
-_MET: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
-
 
 def all_reduce_in_time(
     tensor: torch.Tensor,
     group: dist.ProcessGroup | None,
     timeout_seconds: float,
     place: str,
+    met: set[str],
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
 ) -> None:
     """Sum a tensor in place over the ranks of a group, or what else `op` says; collective.
@@ -34,29 +32,34 @@ def all_reduce_in_time(
         group: `None` is the default group.
         timeout_seconds: how long to wait for the other ranks.
         place: what it belongs to, for the error.
+        met: of `meet_first`.
         op: how the ranks' values are joined.
 
     Raises:
         PeerError: a rank did not take part in time; names it and the place.
     """
-    in_time(lambda: dist.all_reduce(tensor, op, group=group, async_op=True), group, timeout_seconds, place)
+    in_time(lambda: dist.all_reduce(tensor, op, group=group, async_op=True), group, timeout_seconds, place, met)
 
 
 def all_gather_in_time(
-    tensor: torch.Tensor, group: dist.ProcessGroup | None, timeout_seconds: float, place: str
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, timeout_seconds: float, place: str, met: set[str]
 ) -> list[torch.Tensor]:
     """The tensors of all ranks, of equal shapes, in rank order; see `all_reduce_in_time`."""
     own = tensor.contiguous()
     values = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    in_time(lambda: dist.all_gather(values, own, group=group, async_op=True), group, timeout_seconds, place)
+    in_time(lambda: dist.all_gather(values, own, group=group, async_op=True), group, timeout_seconds, place, met)
     return values
 
 
-def meet_first(group: dist.ProcessGroup, timeout_seconds: float, place: str) -> None:
-    """`meet_in_time`, once for each group: before its first exchange."""
-    if group not in _MET:
+def meet_first(group: dist.ProcessGroup, timeout_seconds: float, place: str, met: set[str]) -> None:
+    """`meet_in_time`, once for each group: before its first exchange.
+
+    Args:
+        met: names of the groups whose ranks have met; its owner keeps it for as long as the groups live.
+    """
+    if group.group_name not in met:
         meet_in_time(group, timeout_seconds, place)
-        _MET.add(group)
+        met.add(group.group_name)
 
 
 def meet_in_time(group: dist.ProcessGroup, timeout_seconds: float, place: str) -> None:
@@ -69,7 +72,7 @@ def meet_in_time(group: dist.ProcessGroup, timeout_seconds: float, place: str) -
         PeerError: as `all_reduce_in_time`.
     """
     ranks = dist.get_process_group_ranks(group)
-    key = "fluid_meeting/" + "-".join(map(str, ranks))
+    key = "/".join(["fluid_meeting", group.group_name, *map(str, ranks)])
     try:
         store = dist.distributed_c10d._get_default_store()
         number = store.add(key, 1)  # counts on from meeting to meeting
@@ -82,14 +85,18 @@ def meet_in_time(group: dist.ProcessGroup, timeout_seconds: float, place: str) -
 
 
 def in_time(
-    start: Callable[[], dist.Work | None], group: dist.ProcessGroup | None, timeout_seconds: float, place: str
+    start: Callable[[], dist.Work | None],
+    group: dist.ProcessGroup | None,
+    timeout_seconds: float,
+    place: str,
+    met: set[str],
 ) -> None:
     """Start a collective without waiting and wait for it; see `all_reduce_in_time`."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
     backend = dist.get_backend(group)
     if backend == "nccl":
-        meet_first(group, timeout_seconds, place)
+        meet_first(group, timeout_seconds, place, met)
     try:
         work = start()
         assert work is not None
