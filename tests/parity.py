@@ -85,7 +85,9 @@ def work(options: argparse.Namespace) -> bool:
     world = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        # Ranks may share a GPU; DeepSpeed goes by LOCAL_RANK.
+        os.environ["LOCAL_RANK"] = str(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if "RANK" in os.environ:
         timeout = datetime.timedelta(seconds=HANG)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
