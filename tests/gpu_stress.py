@@ -179,6 +179,8 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="on the CPU with gloo")
     parser.add_argument("--plant", action="store_true", help="leave out waits, to see that it is found")
     options = parser.parse_args()
+    if not (options.cpu or torch.cuda.is_available()):
+        parser.error("needs a GPU; `torchrun --nproc_per_node 2 tests/gpu_stress.py --cpu` runs the same on the CPU")
     if "RANK" in os.environ:
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         device = start_ranks(rank, options.cpu)
