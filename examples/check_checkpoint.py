@@ -1,7 +1,8 @@
 """Reload a checkpoint with transformers alone: loss on held-out text, and a few generated lines.
 
-    python examples/check_checkpoint.py CHECKPOINT --blocks blocks.pt --expect-loss 4.2
+    python examples/check_checkpoint.py examples/output/checkpoint --blocks examples/output/blocks.pt
 
+The files are the quickstart's; with `--expect-loss`, as the quickstart starts it, it fails at another loss.
 Nothing here imports fluid_hf or DeepSpeed, which is the point: what was trained with them is a plain checkpoint.
 """
 

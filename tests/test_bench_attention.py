@@ -209,6 +209,7 @@ def test_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["bench", "table", "--json", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(cells) and lines[2].startswith("| tiny SP1")
+    assert torch.cuda.is_available() or "0.00" not in "".join(lines)  # what was not timed is no time of zero
 
 
 def test_memory_of_a_step_falls_with_the_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,21 +21,25 @@ def attention_table(report: dict[str, Any]) -> str:
         columns = [
             f"{cell['shape']} SP{cell['sp_size']}",
             str(cell["tokens"]),
-            *(f"{limits[name]:.2f} / {limits[name + '_both']:.2f}" for name in ("compute", "link", "limit")),
+            *(_pair(limits[name], limits[name + "_both"]) for name in ("compute", "link", "limit")),
             _times(variants.get("serial")),
             _times(ours) + f" ({cell['planned_chunks']})",
             _times(theirs),
             _ratio(theirs, ours),
             _ratio(ours, share),
-            "-" if ours is None else f"{ours['host_forward']:.2f} / {ours['host_both']:.2f}",
-            " / ".join("-" if found is None else f"{found['peak_mib']:.0f}" for found in (ours, theirs)),
+            "-" if ours is None else _pair(ours["host_forward"], ours["host_both"]),
+            " / ".join(f"{found['peak_mib']:.0f}" if found and found["peak_mib"] else "-" for found in (ours, theirs)),
         ]
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 
 def _times(variant: dict[str, float] | None) -> str:
-    return "-" if variant is None else f"{variant['forward']:.2f} / {variant['both']:.2f}"
+    return "-" if variant is None else _pair(variant["forward"], variant["both"])
+
+
+def _pair(forward: float, both: float) -> str:
+    return f"{forward:.2f} / {both:.2f}" if both else "-"  # zeros where nothing was timed: without a GPU, SP1's link
 
 
 def _ratio(over: dict[str, float] | None, under: dict[str, float] | None) -> str:
