@@ -23,7 +23,7 @@ from transformers import GPT2Config
 
 from fluid_hf import cli
 from fluid_hf.bench.parity_cells import FACTORS
-from fluid_hf.bench.report import limits_text
+from fluid_hf.bench.report import limits_text, markdown_table
 from fluid_hf.bench.shapes import shape_of
 from fluid_hf.commands import bench_attention, bench_layer, doctor_checks, models
 from fluid_hf.commands.arguments import write_whole
@@ -112,7 +112,9 @@ def test_results_can_be_printed(end: str, capsys: pytest.CaptureFixture[str]) ->
     options = f"--shapes tiny --ep 1 --tokens 16 --repeats 1 --layers 1 --variants grouped {end}"
     assert cli.main(["bench", "layer", *options.split()]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["cells"][0]["shape"] == "tiny" and "no times" in printed.err
+    report = json.loads(printed.out)
+    assert report["cells"][0]["shape"] == "tiny" and "no times" in printed.err
+    assert "0.0" not in markdown_table(report)  # what was not timed is no time of zero
 
 
 def test_limits_as_text() -> None:

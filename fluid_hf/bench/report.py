@@ -22,7 +22,7 @@ def markdown_table(report: dict[str, Any]) -> str:
         share = {"forward": limits["limit"], "both": limits["limit_both"]}
         columns = [
             _cell_name(cell),
-            f"{limits['limit']:.1f} / {limits['limit_both']:.1f}",
+            _times(share),
             _times(variants.get("row per expert")),
             _times(variants.get("serial")),
             _times(ours) + ("" if alone else f" ({cell['planned_waves']})"),
@@ -63,7 +63,9 @@ def _cell_name(cell: dict[str, Any]) -> str:
 
 
 def _times(variant: dict[str, float] | None) -> str:
-    return "-" if variant is None else f"{variant['forward']:.1f} / {variant['both']:.1f}"
+    if variant is None or not variant["both"]:  # not there, or not timed: without a GPU
+        return "-"
+    return f"{variant['forward']:.1f} / {variant['both']:.1f}"
 
 
 def _ratio(over: dict[str, float] | None, under: dict[str, float] | None) -> str:
