@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import parity
 import pytest
 import torch
-from distributed import ROOT, run_script
+from distributed import ROOT, RankPool, run_script
 
+import fluid_hf.bench.parity as bench_parity
 from fluid_hf.bench.parity import CellResult, _deviation, markdown_summary, run
 from fluid_hf.bench.parity_cells import FACTORS, Cell, all_cells, covering_cells, impossible, refused
 from fluid_hf.bench.parity_train import train_plain
+from fluid_hf.errors import PeerError
 
 SCRIPT = ROOT / "tests" / "parity.py"
 
@@ -61,6 +66,27 @@ def test_one_process_without_a_launcher() -> None:
     assert seen == results
     check(results)
     assert "| family | qwen2_moe | 1 | 0 | 0 | 0 | 0 |" in markdown_summary(results)
+
+
+def run_cell_with_a_stuck_rank(rank: int, world: int) -> str:
+    """Rank 1 raises, and rank 0 stays in a collective that rank 1 does not enter."""
+
+    def train(*of: Any, **settings: Any) -> None:
+        if rank == 1:
+            raise ValueError("no such device")
+        time.sleep(4)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PeerError) as caught:
+        patch.setattr(bench_parity, "train_patched", train)
+        run([Cell()], timeout_seconds=1.0)
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_end_a_cell_is_named() -> None:
+    with contextlib.closing(RankPool(2)) as pool:
+        message = pool.run(run_cell_with_a_stuck_rank)[1]
+    assert "rank 0 did not take part in the training of family=mixtral" in message
+    assert "this rank raised ValueError: no such device" in message
 
 
 @pytest.mark.parametrize("damage", ["loss", "norm", "weight", "missing", "nan"])

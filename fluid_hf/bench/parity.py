@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,9 +13,10 @@ import torch.distributed as dist
 
 from fluid_hf.bench.parity_cells import Cell, covering_cells
 from fluid_hf.bench.parity_train import Outcome, train_patched, train_plain
+from fluid_hf.comm.faults import peer_error
 from fluid_hf.errors import FluidError
 
-__all__ = ["CellResult", "markdown_summary", "run", "run_cell"]
+__all__ = ["CellResult", "markdown_summary", "run"]
 
 EXACT = 1e-5  # float32: relative error of losses and norms; of weight changes beside their rounding
 References = dict[tuple[Cell, bool], Outcome]
@@ -44,6 +46,45 @@ class CellResult:
         return self.status in ("equal", "refused", "unavailable")
 
 
+class _Control:
+    """What ranks tell each other about a cell, beside the process groups that the cell uses.
+
+    Args:
+        world: ranks of the default process group.
+        seconds: how long a rank waits for the others.
+    """
+
+    def __init__(self, world: int, seconds: float) -> None:
+        self._ranks, self._seconds = list(range(world)), seconds
+        timeout = datetime.timedelta(seconds=seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None
+
+    def gather(self, value: Any, place: str, raised: str = "") -> list[Any]:
+        """The values of all ranks.
+
+        Args:
+            value: this rank's.
+            place: what it belongs to, for the error.
+            raised: what this rank has raised there; the others may be stuck for it.
+
+        Raises:
+            PeerError: a rank does not come.
+        """
+        values: list[Any] = [value] * len(self._ranks)
+        if self._group is not None:
+            try:
+                dist.all_gather_object(values, value, group=self._group)
+            except RuntimeError as error:
+                others = [rank for rank in self._ranks if rank != dist.get_rank()]
+                raise peer_error(self._ranks, others, place, self._seconds, raised or error) from error
+        return values
+
+    def close(self) -> None:
+        """Give the group back."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+
 def run(
     cells: Iterable[Cell] | None = None,
     *,
@@ -51,6 +92,7 @@ def run(
     fixed: dict[str, Any] | None = None,
     seconds: float | None = None,
     report: Callable[[CellResult], None] | None = None,
+    timeout_seconds: float = 300.0,
 ) -> list[CellResult]:
     """Train every cell and compare. Collective over all ranks of the default process group, if there is one.
 
@@ -60,27 +102,30 @@ def run(
         fixed: settings with one value only, by name (`{"family": "mixtral"}`).
         seconds: start no more cells after so long; `None` for all of them.
         report: called on rank 0 with each result as it comes.
+        timeout_seconds: how long a rank waits for another one to end a cell.
 
     Returns:
         All results, equal on all ranks; fewer than there are cells if time was over.
+
+    Raises:
+        PeerError: a rank did not end a cell in time.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda() else torch.device("cpu")
     if cells is None:
         cells = covering_cells(world, strength=strength, fixed=fixed)
-    control = dist.new_group(backend="gloo") if world > 1 else None
+    control = _Control(world, timeout_seconds)
     references: References = {}
     results: list[CellResult] = []
     start = time.monotonic()
     for cell in cells:
-        if seconds is not None and _on_rank_0(time.monotonic() - start > seconds, control):
+        if seconds is not None and control.gather(time.monotonic() - start > seconds, "the choice of cells")[0]:
             break
         result = run_cell(cell, device, rank, world, control, references)
         results.append(result)
         if report is not None and rank == 0:
             report(result)
-    if control is not None:
-        dist.destroy_process_group(control)
+    control.close()
     return results
 
 
@@ -89,7 +134,7 @@ def run_cell(
     device: torch.device,
     rank: int,
     world: int,
-    control: dist.ProcessGroup | None,
+    control: _Control,
     references: References,
 ) -> CellResult:
     """One cell; `references` keeps what rank 0 has computed for cells that need the same."""
@@ -97,7 +142,7 @@ def run_cell(
     outcome, errors = _attempt(cell, device, world, control, patched=True)
     if not errors:
         verdict = _judge(cell, outcome, device, world, references) if rank == 0 and outcome else ("", "")
-        status, detail = _on_rank_0(verdict, control)
+        status, detail = control.gather(verdict, f"the comparison of {cell.name}")[0]
         return CellResult(cell, status, detail, time.monotonic() - start)
     status = "refused" if len(errors) == world and all(named for named, _ in errors.values()) else "failed"
     first = next(iter(errors))
@@ -108,16 +153,8 @@ def run_cell(
     return CellResult(cell, status, f"rank {first}: {errors[first][1]}", time.monotonic() - start)
 
 
-def _on_rank_0(value: Any, control: dist.ProcessGroup | None) -> Any:
-    """The value that rank 0 has, on every rank."""
-    values = [value]
-    if control is not None:
-        dist.broadcast_object_list(values, src=0, group=control)
-    return values[0]
-
-
 def _attempt(
-    cell: Cell, device: torch.device, world: int, control: dist.ProcessGroup | None, *, patched: bool
+    cell: Cell, device: torch.device, world: int, control: _Control, *, patched: bool
 ) -> tuple[Outcome | None, dict[int, tuple[bool, str]]]:
     """Train; what each rank that raised has raised, with whether it was a named error."""
     outcome, report = None, None
@@ -125,9 +162,8 @@ def _attempt(
         outcome = train_patched(cell, device, patched=patched)
     except Exception as error:
         report = (isinstance(error, FluidError), f"{type(error).__name__}: {error}")
-    reports: list[Any] = [report] * world
-    if control is not None:
-        dist.all_gather_object(reports, report, group=control)
+    raised = "" if report is None else f"this rank raised {report[1]}"
+    reports = control.gather(report, f"the training of {cell.name}", raised)
     return outcome, {rank: found for rank, found in enumerate(reports) if found is not None}
 
 
