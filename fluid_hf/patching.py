@@ -14,11 +14,11 @@ from torch import nn
 from fluid_hf.backends import LOADED_SHARE, Backend, TorchBackend
 from fluid_hf.checkpoint.gather import gather_experts
 from fluid_hf.checkpoint.memory import MemoryReturner
-from fluid_hf.checkpoint.saving import bind_saving, unbind_saving
+from fluid_hf.checkpoint.saving import bind_adapter_saving, bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
-from fluid_hf.models.adapters import adapters_of, join_adapters, split_adapters
+from fluid_hf.models.adapters import adapters_of, inside_adapters, join_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.generation import bind_generation, unbind_generation
@@ -67,17 +67,17 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
 
     Nothing is changed on any rank if any rank raises.
     """
-    control = ControlGroup()
+    control, inner = ControlGroup(), inside_adapters(model)
     try:
-        error, requested, config, backend, sites = _prepare(model, config, hosts := control.hosts("patch_model"))
+        error, requested, config, backend, sites = _prepare(inner, config, hosts := control.hosts("patch_model"))
         described = [_description(site) for site in sites]
-        fingerprint = (config.to_dict() if config else None, described, _attention_description(model, config))
+        fingerprint = (config.to_dict() if config else None, described, _attention_description(inner, config))
         control.agree(error, fingerprint, "patch_model (settings and model)")
     except BaseException:
         control.close()
         raise
     assert config is not None and requested is not None and backend is not None
-    if getattr(model, "fluid", None) is not None:
+    if getattr(inner, "fluid", None) is not None:
         control.close()
         return model
     assert config.ep_size is not None and config.sp_size is not None
@@ -86,25 +86,32 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     state = FluidState(config, requested, _create_groups(backend, config), backend, control)
     wave_choice, memory = WaveChoice(config.waves), MemoryReturner()
     for site in sites:
-        adapters = [] if isinstance(site.module, StoredExperts) else adapters_of(model, site.module)
+        adapters = [] if isinstance(site.module, StoredExperts) else adapters_of(inner, site.module)
         _swap(site, state, wave_choice)
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
         if config.ep_size > 1 and adapters:
             split_adapters(adapters, state.layers[site.name])
     if config.ep_size > 1 or any(site.format is not None and site.format.scale_input for site in sites):
-        state.bound_blocks = bind_blocks(model, state.layers)
+        state.bound_blocks = bind_blocks(inner, state.layers)
     if config.wgrad == "cross_layer":
-        _attach_cross_layer(model, state)
+        _attach_cross_layer(inner, state)
     if config.sp_size > 1:
-        _attach_sequence(model, state)
+        _attach_sequence(inner, state)
+    _bind(inner, state)
+    if inner is not model:
+        bind_adapter_saving(model)
+    return model
+
+
+def _bind(model: nn.Module, state: FluidState) -> None:
+    """All on the model inside PEFT's, which passes attributes on: it is what is left when adapters are merged."""
     model.fluid = state  # type: ignore[assignment]
-    if config.ep_size > 1:
+    if state.groups.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
-        bind_generation(_inside_adapters(model))
+        bind_generation(model)
     bind_saving(model, state)
     model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
-    backend.attach(model)
-    return model
+    state.backend.attach(model)
 
 
 def _create_groups(backend: Backend, config: FluidConfig) -> ParallelGroups:
@@ -114,7 +121,7 @@ def _create_groups(backend: Backend, config: FluidConfig) -> ParallelGroups:
 
 
 def _attach_sequence(model: nn.Module, state: FluidState) -> None:
-    model, config = _inside_adapters(model), state.config
+    config = state.config
     sites = find_attention(model, state.groups.sp_size)
     state.sequence_router = RouterGather(model, state.sequence_exchange)
     state.sequence_router.attach()
@@ -124,12 +131,6 @@ def _attach_sequence(model: nn.Module, state: FluidState) -> None:
     state.sequence.attach()
     for name in state.sequence.overlapped:
         state.backend.gather_together(model.get_submodule(name), True)
-
-
-def _inside_adapters(model: Any) -> nn.Module:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner
 
 
 def _attach_cross_layer(model: nn.Module, state: FluidState) -> None:
@@ -146,34 +147,36 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         NotPatchedError: the model is not patched.
     """
-    state = get_state(model)
+    state, inner = get_state(model), inside_adapters(model)
     state.finish_batch()
-    state.backend.detach(model)
+    state.backend.detach(inner)
     unbind_saving(model)
-    unbind_generation(_inside_adapters(model))
+    unbind_saving(inner)
+    unbind_generation(inner)
     if state.sequence is not None:
         for name in state.sequence.overlapped:
-            state.backend.gather_together(_inside_adapters(model).get_submodule(name), False)
+            state.backend.gather_together(inner.get_submodule(name), False)
         state.sequence.detach()
     if state.sequence_router is not None:
         state.sequence_router.detach()
     if state.cross_layer is not None:
         state.cross_layer.detach()
-    unbind_blocks(model, state.bound_blocks)
+    unbind_blocks(inner, state.bound_blocks)
     for name in state.originals:
-        _swap_back(model, name, state)
+        _swap_back(inner, name, state)
     state.control.close()
     release_exchange_groups(state.groups)
-    del model.fluid
+    del inner.fluid
     for name in ("_ddp_params_and_buffers_to_ignore", "__deepcopy__", "__reduce_ex__"):
-        model.__dict__.pop(name, None)
+        inner.__dict__.pop(name, None)
     return model
 
 
 def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
     original, layer = state.originals[name], state.layers[name]
     join_adapters(adapters_of(model, layer))
-    parent, _, attribute = name.rpartition(".")
+    place = next(place for place, module in model.named_modules() if module is layer)  # wrappers may be gone
+    parent, _, attribute = place.rpartition(".")
     block = model.get_submodule(parent)
     if state.groups.ep_size > 1 or isinstance(original, StoredExperts):
         with state.gathering():
@@ -238,7 +241,7 @@ def _prepare(
         world = dist.get_world_size() if dist.is_initialized() else 1
         sp_size = resolve_sp_size(requested.sp_size, world)
         if sp_size > 1:
-            find_attention(_inside_adapters(model), sp_size)
+            find_attention(model, sp_size)
         sites = find_experts(model) if sp_size == 1 or has_experts(model) else []
         counts = sorted({site.num_experts for site in sites})
         if requested.ep_size is not None and requested.ep_size > 1 and not dist.is_initialized():
@@ -300,7 +303,7 @@ def _attention_description(model: nn.Module, config: FluidConfig | None) -> dict
     """What must be equal on all ranks that share sequences, of models without experts too."""
     if config is None or config.sp_size == 1:
         return {}
-    settings: Any = _inside_adapters(model).config
+    settings: Any = model.config
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     layers = list(getattr(settings, "per_layer_config", None) or [settings])  # with it, `settings` raises
     described = {name: str([getattr(layer, name, None) for layer in layers]) for name in names}

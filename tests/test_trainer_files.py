@@ -21,8 +21,10 @@ RUNS: list[dict[str, Any]] = [
     {"name": "plain", "stage": 2},
     {"name": "stage2", "stage": 2, "fluid": SPLIT},
     {"name": "stage3", "stage": 3, "fluid": SPLIT},
-    {"name": "lora-plain", "stage": 2, "lora": True},
-    {"name": "lora-stage2", "stage": 2, "fluid": SPLIT, "lora": True},
+    {"name": "lora-plain", "stage": 2, "lora": "attention"},
+    {"name": "lora-stage2", "stage": 2, "fluid": SPLIT, "lora": "attention"},
+    {"name": "lora-experts-plain", "stage": 2, "lora": "experts"},
+    {"name": "lora-experts-stage2", "stage": 2, "fluid": SPLIT, "lora": "experts"},
 ]
 
 
@@ -40,18 +42,23 @@ def files(folder: Path) -> set[str]:
     return {name for name in names if not re.search(r"global_step\d+/", name)}
 
 
-@pytest.mark.parametrize("name", ["stage2", "stage3", "lora-stage2"])
+def plain_run(name: str) -> str:
+    """The run of the same model without fluid_hf."""
+    return f"{name.rpartition('-')[0]}-plain".removeprefix("-")
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage3", "lora-stage2", "lora-experts-stage2"])
 def test_same_files_and_rotation(runs: dict[str, dict[str, Any]], name: str) -> None:
-    plain = "lora-plain" if "lora" in name else "plain"
+    plain = plain_run(name)
     folder = runs[name]["at"]
     assert files(folder / name) == files(folder / plain)
     kept = {path.name for path in (folder / name).iterdir()}
     assert kept == ({"checkpoint-4", "checkpoint-6"} if "lora" in name else {"checkpoint-2", "checkpoint-6"})
 
 
-@pytest.mark.parametrize("name", ["stage2", "stage3", "lora-stage2"])
+@pytest.mark.parametrize("name", ["stage2", "stage3", "lora-stage2", "lora-experts-stage2"])
 def test_best_model_is_loaded_at_the_end(runs: dict[str, dict[str, Any]], name: str) -> None:
-    plain, found = runs["lora-plain" if "lora" in name else "plain"], runs[name]
+    plain, found = runs[plain_run(name)], runs[name]
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-4) and len(found["losses"]) == 3
     best = found["losses"].index(min(found["losses"]))
     assert best == (2 if "lora" in name else 0) and found["best"].endswith(f"checkpoint-{2 * best + 2}")
@@ -74,8 +81,9 @@ def test_checkpoints_are_plain_models(runs: dict[str, dict[str, Any]], name: str
         assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 4)
 
 
-def test_adapters_are_saved_as_peft_saves_them(runs: dict[str, dict[str, Any]]) -> None:
-    ours, theirs = (runs[name]["at"] / name / "checkpoint-6" for name in ("lora-stage2", "lora-plain"))
+@pytest.mark.parametrize("name", ["lora-stage2", "lora-experts-stage2"])
+def test_adapters_are_saved_as_peft_saves_them(runs: dict[str, dict[str, Any]], name: str) -> None:
+    ours, theirs = (runs[run]["at"] / run / "checkpoint-6" for run in (name, plain_run(name)))
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (ours, theirs))
     assert found.keys() == expected.keys() and all("lora_" in key for key in found)
     for key in expected:

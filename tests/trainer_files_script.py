@@ -42,11 +42,15 @@ def run(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     model: Any = tiny_model("qwen2_moe")
     callbacks = []
-    if options.get("fluid") is not None:
+    if options.get("fluid") is not None and options.get("lora") == "experts":  # only PEFT can come first
+        callbacks.append(FluidCallback(FluidConfig(**options["fluid"])))
+    elif options.get("fluid") is not None:
         fluid_hf.patch_model(model, FluidConfig(**options["fluid"]))
         callbacks.append(FluidCallback())
     if options.get("lora"):
-        model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8))
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if options["lora"] == "experts" else None
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], target_parameters=experts, r=4, lora_alpha=8)
+        model = get_peft_model(model, lora)
         torch.manual_seed(3)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -75,7 +79,7 @@ def run(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run_all(rank: int, world: int, runs: list[dict[str, Any]], folder: str) -> None:
-    """Runs such as `{"name": "a", "stage": 1, "fluid": {"ep_size": 2}, "lora": False}` in this rank."""
+    """Runs such as `{"name": "a", "stage": 1, "fluid": {"ep_size": 2}, "lora": "attention"}` in this rank."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
     deepspeed.init_distributed("gloo")
     for options in runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -22,13 +23,16 @@ from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, p
 from fluid_hf.checkpoint.gather import as_stored, iterate_weights, local_weights, weight_specs
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
+from fluid_hf.models.adapters import saves_adapters
 from fluid_hf.state import FluidState
 
-__all__ = ["StagedWeights", "bind_saving", "save_pretrained", "stage_weights", "unbind_saving"]
+__all__ = ["StagedWeights", "bind_adapter_saving", "bind_saving", "save_pretrained", "stage_weights", "unbind_saving"]
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """Write a complete plain Hugging Face checkpoint. Collective over all ranks; rank 0 writes.
+
+    Of a model with adapters (PEFT), the adapters alone, as PEFT writes them.
 
     Weights are gathered one at a time and written as they come, into a folder beside `directory` that then takes its
     place. A reader, or a restart after a crash at any moment, finds the old model or the new one, whole.
@@ -49,8 +53,12 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
         raise NotPatchedError(f"{type(model).__name__} is not patched; use its own save_pretrained.")
     _refuse_push(kwargs)
     state.control.gather(None, "saving a patched model")
-    specs = weight_specs(model)
     writer = _Attempt(_is_main())
+    if saves_adapters(model):
+        writer.run(lambda: _save_adapters(model, directory, **kwargs))
+        writer.agree(state, directory)
+        return
+    specs = weight_specs(model)
     writer.run(lambda: _ModelWriter(model, Path(directory), specs, kwargs))
     with state.gathering():
         for name, tensor in iterate_weights(model, state, list(specs)):
@@ -267,11 +275,8 @@ def bind_saving(model: nn.Module, state: FluidState) -> None:
         return
 
     def save(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if getattr(model, "_hf_peft_config_loaded", False):  # adapters only, which every rank holds whole
-            if kwargs.get("state_dict") is None and "is_main_process" not in kwargs:
-                kwargs["is_main_process"] = _is_main()
-            model_class: Any = type(model)
-            model_class.save_pretrained(model, directory, *args, **kwargs)
+        if saves_adapters(model):
+            _save_adapters(model, directory, *args, **kwargs)
             return
         weights = kwargs.pop("state_dict", None)
         is_main = kwargs.pop("is_main_process", None)
@@ -291,6 +296,18 @@ def bind_saving(model: nn.Module, state: FluidState) -> None:
 
     model.save_pretrained = save  # type: ignore[assignment]
     model.state_dict = state_dict  # type: ignore[assignment]
+
+
+def bind_adapter_saving(model: nn.Module) -> None:
+    """Let a PEFT model around a patched one write its adapters once, from whichever ranks it is called on."""
+    model.save_pretrained = functools.partial(_save_adapters, model)  # type: ignore[assignment]
+
+
+def _save_adapters(model: Any, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """As the model's class saves them: every rank holds them whole."""
+    if kwargs.get("state_dict") is None and "is_main_process" not in kwargs:
+        kwargs["is_main_process"] = _is_main()
+    type(model).save_pretrained(model, directory, *args, **kwargs)
 
 
 def unbind_saving(model: nn.Module) -> None:

@@ -16,9 +16,20 @@ from torch import nn
 from fluid_hf.errors import ConfigError
 from fluid_hf.moe.layer import ExpertParallelLayer
 
-__all__ = ["adapters_of", "check_adapters", "join_adapters", "split_adapters"]
+__all__ = ["adapters_of", "check_adapters", "inside_adapters", "join_adapters", "saves_adapters", "split_adapters"]
 
-METHODS = ("get_delta_factors", "get_delta_weight")
+METHODS = ("get_delta_factors", "get_delta_weight", "unload_and_optionally_merge_module")
+
+
+def inside_adapters(model: Any) -> nn.Module:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner
+
+
+def saves_adapters(model: Any) -> bool:
+    """Whether the model's own `save_pretrained` writes adapters alone: it is PEFT's, or has some by `add_adapter`."""
+    return hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def adapters_of(model: nn.Module, experts: nn.Module) -> list[Any]:
@@ -41,7 +52,12 @@ def split_adapters(wrappers: list[Any], layer: ExpertParallelLayer) -> None:
         def product(adapter_name: str, *args: Any, wrapper: Any = wrapper, own: Any = own, **kwargs: Any) -> Any:
             return own.get_delta_weight(wrapper, adapter_name, *args, **kwargs)[held]
 
+        def unload(*args: Any, wrapper: Any = wrapper, own: Any = own, **kwargs: Any) -> Any:
+            layer.adapters_are_split = False  # those that follow would not be
+            return own.unload_and_optionally_merge_module(wrapper, *args, **kwargs)
+
         wrapper.get_delta_factors, wrapper.get_delta_weight = factors, product
+        wrapper.unload_and_optionally_merge_module = unload
     layer.adapters_are_split = True
 
 

@@ -100,11 +100,17 @@ def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:
     """Weights to be split must belong to one block: another one that reads them would find some of the experts only.
 
     Raises:
-        UnsupportedModelError: experts, or weights of theirs, are in several places; names the layer.
+        UnsupportedModelError: experts, or weights of theirs, are in several places, or are to be saved with adapters;
+            names the layer.
     """
     parents = Counter(id(child) for module in model.modules() for child in module.children())
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for site in sites:
+        if ".modules_to_save." in site.name:
+            raise UnsupportedModelError(
+                f"the experts of {site.name} (modules_to_save) must not be among what PEFT saves from one rank while "
+                "ep_size is over 1; adapt them by target_parameters, or set ep_size 1."
+            )
         module = site.module.module if isinstance(site.module, StoredExperts) else site.module
         weights = [weight for name in site.weight_names for weight in stored_parameters(site.module, name)]
         if parents[id(module)] > 1 or any(holders[id(weight)] > 1 for weight in weights):
