@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fluid_hf.backends import LOADED_SHARE, Backend, TorchBackend
-from fluid_hf.checkpoint.gather import gather_experts
+from fluid_hf.checkpoint.gather import gather_experts, trained_weights
 from fluid_hf.checkpoint.memory import MemoryReturner
 from fluid_hf.checkpoint.saving import bind_adapter_saving, bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
@@ -181,15 +181,20 @@ def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
     if state.groups.ep_size > 1 or isinstance(original, StoredExperts):
         with state.gathering():
             whole = gather_experts(layer, state, to_all=True)
+        trained = trained_weights(layer)
         for weight_name, weight in whole.items():
             if isinstance(original, StoredExperts):
                 original.put(weight_name, weight)
             else:
                 getattr(original, weight_name).data = weight
+            parameters = stored_parameters(original, weight_name)
+            if parameters[0].requires_grad != trained[weight_name]:  # else each stays as it was before patching
+                for parameter in parameters:
+                    parameter.requires_grad_(trained[weight_name])
     if isinstance(original, StoredExperts):
         unbind_methods(block, state.bound_methods[name])
-        original.module.train(layer.training)
-    setattr(block, attribute, original.module if isinstance(original, StoredExperts) else original)
+    module = original.module if isinstance(original, StoredExperts) else original
+    setattr(block, attribute, module.train(layer.training))
 
 
 def _refuse_copy(*args: Any) -> Any:

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import moe_families
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
+from remote_code.configuration_tiny_moe import TinyMoeConfig
+from remote_code.modeling_tiny_moe import TinyMoeForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -52,6 +55,32 @@ def run_patch_and_unpatch(rank: int, world: int, family: str) -> bool:
 def test_patch_and_unpatch(pool2: RankPool, family: str) -> None:
     assert run_patch_and_unpatch(0, 1, family)
     assert pool2.run(run_patch_and_unpatch, family) == [True, True]
+
+
+def run_unpatch_after_changes(rank: int, world: int, family: str, frozen_first: bool) -> bool:
+    """Experts are frozen, or trained, and the mode is another, while patched: none of it is forgotten."""
+    makers = {
+        "biases": lambda: moe_families.tiny_model("gpt_oss"),
+        "list": lambda: TinyMoeForCausalLM(TinyMoeConfig(style="hit_loop")),
+    }
+    model = makers.get(family, lambda: tiny_model(family))().train(not frozen_first)
+    experts = [name for name, _ in model.named_parameters() if ".experts." in name]
+    for name in experts:
+        model.get_parameter(name).requires_grad_(not frozen_first)
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    for parameter in (p for layer in model.fluid.layers.values() for p in layer.parameters()):
+        parameter.requires_grad_(frozen_first)
+    fluid_hf.unpatch_model(model.train(frozen_first))
+    trained = {model.get_parameter(name).requires_grad for name in experts}
+    modes = {module.training for module in model.modules()}
+    return bool(experts) and trained == modes == {frozen_first}
+
+
+@pytest.mark.parametrize("frozen_first", [True, False])
+@pytest.mark.parametrize("family", [*FAMILIES, "biases", "list"])
+def test_unpatch_keeps_what_is_trained_and_the_mode(pool2: RankPool, family: str, frozen_first: bool) -> None:
+    assert run_unpatch_after_changes(0, 1, family, frozen_first)
+    assert pool2.run(run_unpatch_after_changes, family, frozen_first) == [True, True]
 
 
 def run_deepspeed_wrap(rank: int, world: int) -> bool:

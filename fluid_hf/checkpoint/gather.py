@@ -18,7 +18,7 @@ from fluid_hf.comm.reduce import in_time
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.state import FluidState
 
-__all__ = ["as_stored", "gather_experts", "iterate_weights", "local_weights", "weight_specs"]
+__all__ = ["as_stored", "gather_experts", "iterate_weights", "local_weights", "trained_weights", "weight_specs"]
 
 
 def split_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:
@@ -85,6 +85,14 @@ def local_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def _held_specs(layer: ExpertParallelLayer) -> dict[str, torch.Tensor]:
     """This rank's share in transformers' layout as shapes only, without touching (or gathering) the data."""
     return layer.named_weights({name: TensorSpec.of(w).meta() for name, w in layer.expert_parameters().items()})
+
+
+@torch.enable_grad()
+def trained_weights(layer: ExpertParallelLayer) -> dict[str, bool]:
+    """Whether each weight is trained, by transformers' name: one that is several parameters here, if any of them is."""
+    own = layer.expert_parameters()
+    shapes = {name: TensorSpec.of(weight).meta().requires_grad_(weight.requires_grad) for name, weight in own.items()}
+    return {name: weight.requires_grad for name, weight in layer.named_weights(shapes).items()}
 
 
 def _lookup(model: nn.Module, name: str) -> torch.Tensor:
