@@ -19,6 +19,7 @@ from torch import nn
 
 from fluid_hf.checkpoint.files import sync_folder
 from fluid_hf.checkpoint.saving import stage_weights
+from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CheckpointError
 from fluid_hf.integrations.optimizer_groups import fit_schedules
 from fluid_hf.integrations.safe_files import check_files, read_tag
@@ -71,32 +72,48 @@ def _wrap_save(
             check_node_local(engine.zero_optimization_stage(), split=engine.has_moe_layers)
         else:
             check_shared(folder, state.control, "engine.save_checkpoint")
-        if first_here:
+
+        def begin() -> None:
             shutil.rmtree(folder / f"{tag}.incomplete", ignore_errors=True)
             _describe(folder / name, model, layout)
+
+        _write_or_raise(begin if first_here else None, folder / tag, state.control)
         if layout["ep_size"] == 1:  # ds_to_universal asks for it; of split experts the engine writes more
             version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
             client_state = {constants.UNIVERSAL_CHECKPOINT_INFO: version, **(client_state or {})}
         result = save(save_dir, name, client_state or {}, save_latest=save_latest and not at_once, **kwargs)
         if at_once:
             state.control.gather(None, "engine.save_checkpoint")  # all ranks' files are there
-        error = None
-        if first_here:
-            try:
-                if at_once:
-                    _put_in_place(folder, name, tag, save_latest)
-                elif save_latest and not is_main:  # the engine tells the first node only which one is the latest
-                    (folder / "latest").write_text(tag, encoding="utf-8")
-                if layout["ep_size"] > 1:
-                    (folder / "zero_to_fp32.py").write_text(RECOVERY_SCRIPT, encoding="utf-8")
-            except OSError as failure:
-                error = CheckpointError(
-                    f"checkpoint ({folder / tag}) cannot be written: {failure}; free space or choose another folder."
-                )
-        state.control.agree(error, None, "engine.save_checkpoint")
+
+        def finish() -> None:
+            if at_once:
+                _put_in_place(folder, name, tag, save_latest)
+            elif save_latest and not is_main:  # the engine tells the first node only which one is the latest
+                (folder / "latest").write_text(tag, encoding="utf-8")
+            if layout["ep_size"] > 1:
+                (folder / "zero_to_fp32.py").write_text(RECOVERY_SCRIPT, encoding="utf-8")
+
+        _write_or_raise(finish if first_here else None, folder / tag, state.control)
         return result
 
     return save_checkpoint
+
+
+def _write_or_raise(write: Callable[[], None] | None, path: Path, control: ControlGroup) -> None:
+    """Write on the ranks that are given something to write; if that fails on any, raise on all. Collective."""
+    failure = None
+    try:
+        if write is not None:
+            write()
+    except OSError as error:
+        failure = error
+    problems = control.gather(None if failure is None else str(failure), "engine.save_checkpoint")
+    problem = next((found for found in problems if found is not None), None)
+    if problem is not None:
+        raise CheckpointError(
+            f"checkpoint ({path}) cannot be written: {problem}; free space, remove what is in its way, or choose "
+            "another folder."
+        ) from failure
 
 
 def _describe(folder: Path, model: Any, layout: dict[str, int]) -> None:

@@ -168,6 +168,25 @@ def test_frozen_experts(pool2: RankPool) -> None:
     assert "use stage 2, or ep_size 1" in pool2.expect("ConfigError", run_frozen, 3, True)[0]
 
 
+def run_save(rank: int, world: int, folder: str) -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, config=settings(1), optimizer=optimizer)
+    try:
+        engine.save_checkpoint(folder, tag="a")
+    finally:
+        engine.destroy()
+
+
+def test_every_rank_says_that_a_checkpoint_cannot_be_written(pool2: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "a.incomplete").touch()  # found before DeepSpeed's barrier, where the other rank would wait
+    for message in pool2.expect("CheckpointError", run_save, str(tmp_path), timeout=60):
+        assert f"checkpoint ({tmp_path / 'a'}) cannot be written: " in message and "File exists" in message
+
+
 def run_overflow(rank: int, world: int, stage: int, scaling: dict[str, Any], where: str) -> list[tuple[float, ...]]:
     """Three steps on one batch, with an infinite gradient on the last rank in the second: loss, sum of weights,
     skipped steps and loss scale of each."""
