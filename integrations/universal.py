@@ -7,6 +7,7 @@ transformers' gate_up_proj and down_proj; DeepSpeed's own AutoEP names its block
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ PARAM, CAT_DIM, IS_EXPERT, NUM_EXPERTS = (
     constants.EP_IS_EXPERT_PARAM,
     constants.EP_NUM_EXPERTS,
 )
+GROUP_KINDS = ("moe", "name")  # options by which DeepSpeed knows a group of split experts
+MADE_FROM = "fluid_source.sha256"  # in a converted checkpoint: fingerprint of what it was made from
 # transformers' names of what AutoEP renames in a block.
 AUTOEP_NAMES = (
     (r"\.gate\.(weight|bias)$", r".router.gate.\1"),
@@ -81,6 +84,8 @@ def convert_universal(
 ) -> Any:
     """Make a universal checkpoint that has parameters of these names, if it has not; not collective.
 
+    One made before is taken again while what it was made from, and the model's layout, are the same.
+
     Args:
         folder: where the checkpoint's folder is.
         tag: its name; `None` for the latest.
@@ -114,22 +119,40 @@ def convert_universal(
     if all(found == Source((name,)) for name, found in wanted.items()):
         return tag
     target = folder / f"{tag}_ep{ep_size}"
-    if not target.exists():
-        _convert(source, target, wanted, shapes, groups, split=ep_size > 1)
+    fingerprint = _fingerprint(source, shapes, groups)
+    if not target.exists() or _made_from(target) != fingerprint:
+        aside = target.with_name(f"{target.name}.incomplete")
+        shutil.rmtree(aside, ignore_errors=True)
+        _convert(source, aside, wanted, shapes, groups, split=ep_size > 1)
+        (aside / MADE_FROM).write_text(fingerprint, encoding="utf-8")
+        if target.exists():  # of another source; without it the next run converts again
+            shutil.rmtree(target)
+        os.rename(aside, target)
     return target.name
+
+
+def _fingerprint(source: Path, shapes: dict[str, tuple[int, ...]], groups: list[dict[str, Any]]) -> str:
+    """Of a universal checkpoint's files, by name, size and time, and of what a conversion depends on besides."""
+    stats = sorted((str(path.relative_to(source)), path.stat()) for path in source.rglob("*") if path.is_file())
+    files = [(name, found.st_size, found.st_mtime_ns) for name, found in stats]
+    kinds = [[group.get(key) for key in GROUP_KINDS] for group in groups]
+    return hashlib.sha256(repr((files, sorted(shapes.items()), kinds)).encode()).hexdigest()
+
+
+def _made_from(target: Path) -> str | None:
+    path = target / MADE_FROM
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _convert(
     source: Path,
-    target: Path,
+    aside: Path,
     wanted: dict[str, Source],
     shapes: dict[str, tuple[int, ...]],
     groups: list[dict[str, Any]],
     *,
     split: bool,
 ) -> None:
-    aside = target.with_name(f"{target.name}.incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
     (aside / "zero").mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file():
@@ -148,7 +171,6 @@ def _convert(
     state = read_file(source / "zero" / "optimizer_state.pt")
     _convert_groups(state, groups)
     torch.save(state, aside / "zero" / "optimizer_state.pt")
-    os.rename(aside, target)
 
 
 def recorded_shapes(source: Path) -> dict[str, tuple[int, ...]]:
@@ -215,13 +237,12 @@ def _convert_groups(state: dict[str, Any], groups: list[dict[str, Any]]) -> None
     if saved is None:
         return
     dense = [group for group in saved if not group.get("moe")] or saved
-    kinds = ("moe", "name")
     converted, position = [], -1
     for group in groups:
         if not group.get("moe") or position < 0:
             position = min(position + 1, len(dense) - 1)
-        options = {key: value for key, value in dense[position].items() if key not in kinds}
-        converted.append({**options, **{key: group[key] for key in kinds if key in group}})
+        options = {key: value for key, value in dense[position].items() if key not in GROUP_KINDS}
+        converted.append({**options, **{key: group[key] for key in GROUP_KINDS if key in group}})
     state["param_groups"] = converted
 
 

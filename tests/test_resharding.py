@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import fluid_hf
 from fluid_hf import FluidConfig
 from fluid_hf.integrations.optimizer_groups import fit_schedules
+from fluid_hf.integrations.universal import convert_universal
 
 pool1 = rank_pool(1)
 pool2 = rank_pool(2)
@@ -308,6 +309,32 @@ def test_universal_checkpoint_with_a_hole(pool2: RankPool, tmp_path: Path) -> No
     (tmp_path / "latest").write_text("../elsewhere")
     found = pool2.expect("CheckpointError", run_resume, str(tmp_path), 1, 2, "mixtral", universal=False)
     assert all("tag (../elsewhere)" in message for message in found)
+
+
+def test_a_universal_checkpoint_made_again_is_converted_again(tmp_path: Path) -> None:
+    source = tmp_path / "a_universal" / "zero"
+    parts = {"w1": (4, 3, 2), "w3": (4, 3, 2), "w2": (4, 2, 3)}
+    shapes = {"m.experts.gate_up_proj": (4, 6, 2), "m.experts.down_proj": (4, 2, 3)}
+
+    def convert(value: float, groups: list[dict[str, Any]]) -> tuple[float, int]:
+        for name, shape in parts.items() if value else ():
+            folder = source / f"m.experts.experts.{name}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"param": torch.full(shape, value), "cat_dim": 0}, folder / "fp32.pt")
+            torch.save({"param_groups": [{"lr": value}]}, source / "optimizer_state.pt")
+        made = tmp_path / convert_universal(tmp_path, "a_universal", shapes, groups, ep_size=1) / "zero"
+        state = torch.load(made / "optimizer_state.pt")
+        values = {float(v) for name in shapes for v in torch.load(made / name / "fp32.pt")["param"].unique()}
+        assert values == {state["param_groups"][0]["lr"]}
+        return values.pop(), len(state["param_groups"])
+
+    assert convert(1.0, [{}]) == (1.0, 1)
+    converted = tmp_path / "a_universal_ep1"
+    first = converted.stat().st_ino
+    assert convert(0.0, [{}]) == (1.0, 1) and converted.stat().st_ino == first  # the same source: as it is
+    assert convert(2.0, [{}]) == (2.0, 1)
+    assert convert(0.0, [{}, {"moe": True, "name": "experts"}]) == (2.0, 2)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".incomplete")] == []
 
 
 @pytest.mark.parametrize("stage", [1, 3])
