@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fluid_hf.backends import LOADED_SHARE, Backend, TorchBackend
-from fluid_hf.checkpoint.gather import gather_experts, trained_weights
+from fluid_hf.checkpoint.gather import gather_experts, stack_stored, trained_weights
 from fluid_hf.checkpoint.memory import MemoryReturner
 from fluid_hf.checkpoint.saving import bind_adapter_saving, bind_saving, unbind_saving
 from fluid_hf.config import FluidConfig
@@ -335,7 +335,8 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
     layer.context.name = site.name
     layer.train(source.training)
     if isinstance(source, StoredExperts):
-        layer.unstack = source.unstack
+        layer.unstack, layer.stack = source.unstack, source.stack
+        layer.register_load_state_dict_pre_hook(stack_stored)
         bind_methods(site.parent, site.methods)
         state.bound_methods[site.name] = list(site.methods)
         for weight_name in site.weight_names:

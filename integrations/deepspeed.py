@@ -96,6 +96,12 @@ class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
         first = dict(zip(names, (experts.w1, experts.w3), strict=True))
         return {**first, **self.extra_parameters(), "down": experts.w2}
 
+    def own_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        math = self.context.math
+        transposed = isinstance(math, GeneralMath) and math.format.transposed
+        experts = SplitExperts(weights, dict.fromkeys(weights, False), transposed)
+        return {f"experts.{name}": value for name, value in experts.state_dict().items()}
+
     def checkpoint_metadata(self, parameter: torch.Tensor) -> dict[str, Any]:
         """What DeepSpeed's universal checkpoint stores about one expert parameter."""
         placement = self.expert_placement_descriptor
@@ -114,6 +120,7 @@ class FrozenExperts(ExpertParallelLayer):
 
     experts: SplitExperts
     expert_parameters = DeepSpeedExperts.expert_parameters
+    own_weights = DeepSpeedExperts.own_weights
 
 
 class DeepSpeedBackend(TorchBackend):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,9 @@ import pytest
 import torch
 from distributed import LAUNCH_ENV, ROOT, RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
+from moe_families import tiny_model as build_family
 from safetensors.torch import load_file, save_file
+from test_remote_code import build as build_listed
 from transformers import AutoModelForCausalLM
 
 import fluid_hf
@@ -47,6 +50,38 @@ def test_same_bytes_as_transformers(pool2: RankPool, tmp_path: Path, family: str
     assert names == sorted(path.name for path in (tmp_path / "ours").iterdir())
     for name in names:
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+def build_stored(kind: str) -> Any:
+    """A model that stores its experts in a way of its own."""
+    if kind in ("dbrx", "longcat_flash"):
+        return build_family(kind)
+    model = build_listed(kind.removesuffix(" with biases"))
+    for name, linear in list(model.named_modules()) if "biases" in kind else ():
+        if ".experts." in name and isinstance(linear, torch.nn.Linear):
+            linear.bias = torch.nn.Parameter(torch.randn(linear.out_features))
+    return model
+
+
+def run_load_state_dict(rank: int, world: int, kind: str) -> None:
+    model = build_stored(kind)
+    weights = {name: t + 1 if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    model.load_state_dict(weights)
+    model.load_state_dict(model.state_dict())  # the layer's own names are taken as ever
+    name = next(name for name in reversed(weights) if ".experts." in name)
+    for broken in ({n: t for n, t in weights.items() if n != name}, {**weights, name: weights[name][1:]}):
+        with pytest.raises(fluid_hf.CheckpointError, match=re.escape(f"tensor ({name}) must have shape")):
+            model.load_state_dict(broken, strict=False)
+    state = fluid_hf.unpatch_model(model).state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("kind", ["hit_loop", "pairs", "pairs with biases", "dbrx", "longcat_flash"])
+def test_the_unpatched_models_state_dict_is_loaded(pool2: RankPool, kind: str) -> None:
+    run_load_state_dict(0, 1, kind)
+    pool2.run(run_load_state_dict, kind)
 
 
 def test_tied_weights_are_saved_once(pool2: RankPool, tmp_path: Path) -> None:

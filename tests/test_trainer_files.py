@@ -14,7 +14,10 @@ from distributed import fresh_ranks
 from families import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from test_remote_code import build
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
+
+from fluid_hf import FluidCallback
 
 SPLIT = {"ep_size": 2}
 RUNS: list[dict[str, Any]] = [
@@ -89,3 +92,39 @@ def test_adapters_are_saved_as_peft_saves_them(runs: dict[str, dict[str, Any]], 
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-4)
     PeftModel.from_pretrained(tiny_model("qwen2_moe"), ours)
+
+
+@pytest.mark.parametrize("kind", ["resumed", "best"])
+def test_experts_in_a_list_are_taken_back_without_deepspeed(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(1)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (16, 8))]
+
+    def train(resume: str | None = None) -> Trainer:
+        # The worst loss counts as the best: that of the first checkpoint.
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=6,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            save_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            **(best if kind == "best" else {}),
+        )
+        trainer = Trainer(build("hit_loop"), args, train_dataset=data, eval_dataset=data, callbacks=[FluidCallback()])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trainer = train()
+    if kind == "best":
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    else:
+        trainers = (trainer, train(f"{tmp_path}/checkpoint-2"))
+        losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in trainers]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -6,7 +6,8 @@ Experts that the model stores otherwise, such as a list of modules, go through h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,19 @@ from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import TensorSpec
 from fluid_hf.comm.reduce import in_time
+from fluid_hf.errors import CheckpointError
 from fluid_hf.moe.layer import ExpertParallelLayer
 from fluid_hf.state import FluidState
 
-__all__ = ["as_stored", "gather_experts", "iterate_weights", "local_weights", "trained_weights", "weight_specs"]
+__all__ = [
+    "as_stored",
+    "gather_experts",
+    "iterate_weights",
+    "local_weights",
+    "stack_stored",
+    "trained_weights",
+    "weight_specs",
+]
 
 
 def split_layers(model: nn.Module) -> dict[str, ExpertParallelLayer]:
@@ -41,6 +51,37 @@ def as_stored(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str
         else:
             found[name] = tensor
     return found
+
+
+def stack_stored(
+    layer: ExpertParallelLayer, state_dict: MutableMapping[str, torch.Tensor], prefix: str, *_: Any
+) -> None:
+    """Before `load_state_dict`: this rank's experts under the layer's names, in place of all as the model stores them.
+
+    Raises:
+        CheckpointError: a tensor of some expert is missing or has another shape; names it.
+    """
+    assert layer.unstack is not None and layer.stack is not None
+    held, stored = _held_specs(layer), dict[str, dict[str, torch.Tensor]]()
+    for name, share in held.items():
+        stored[name] = layer.unstack(name, share.new_empty((layer.num_experts, *share.shape[1:])))
+    expected = {key: tensor.shape for parts in stored.values() for key, tensor in parts.items()}
+    given = {key: state_dict[prefix + key] for key in expected if prefix + key in state_dict}
+    if all(key in held and tensor.shape == held[key].shape for key, tensor in given.items()):
+        return  # none, or the layer's own under equal names
+    for key, shape in expected.items():
+        if key not in given or given[key].shape != shape:
+            found = f"has shape {list(given[key].shape)}" if key in given else "is not there"
+            raise CheckpointError(
+                f"tensor ({prefix}{key}) must have shape {list(shape)} in the state dict but {found}; load all experts "
+                "of the layer, as the unpatched model's state dict has them."
+            )
+    start = layer.ep_rank * layer.num_local_experts
+    mine = slice(start, start + layer.num_local_experts)
+    weights = {name: layer.stack(name, given, mine) for name in stored}
+    for key in given:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + key: value for key, value in layer.own_weights(weights).items()})
 
 
 def weight_specs(model: nn.Module) -> dict[str, TensorSpec]:

@@ -101,6 +101,10 @@ class ExpertList(StoredExperts):
                 found[f"{index}.{part}"] = value
         return found
 
+    def stack(self, name: str, stored: Mapping[str, torch.Tensor], held: slice) -> torch.Tensor:
+        experts = range(len(self.modules))[held]
+        return torch.stack([torch.cat([stored[f"{index}.{part}"] for part in self.parts[name]]) for index in experts])
+
     def put(self, name: str, weight: torch.Tensor) -> None:
         for index, expert in enumerate(self.modules):
             if isinstance(expert, AbsentExpert):

@@ -8,7 +8,7 @@ LongCat-Flash    numbers beyond the experts with weights stand for identity expe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,7 +109,11 @@ class DbrxStored(StoredExperts):
         return (experts, 2 * inner, hidden) if name == "gate_up_proj" else (experts, hidden, inner)
 
     def take(self, name: str, held: slice) -> torch.Tensor:
-        parts = [parameter.data.view(self._sizes)[held] for parameter in self.parameters(name)]
+        values = [parameter.data for parameter in self.parameters(name)]
+        return self.stack(name, {f"mlp.{part}": v for part, v in zip(self.parts[name], values, strict=True)}, held)
+
+    def stack(self, name: str, stored: Mapping[str, torch.Tensor], held: slice) -> torch.Tensor:
+        parts = [stored[f"mlp.{part}"].view(self._sizes)[held] for part in self.parts[name]]
         return torch.cat(parts, dim=1) if name == "gate_up_proj" else parts[0].transpose(1, 2).contiguous()
 
     def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -134,10 +138,12 @@ class LongcatStored(StoredExperts):
         return (self._experts, *getattr(parameter, "ds_shape", parameter.shape)[1:])
 
     def take(self, name: str, held: slice) -> torch.Tensor:
-        weight = self.module.get_parameter(name).data
+        return self.stack(name, {name: self.module.get_parameter(name).data}, held)
+
+    def stack(self, name: str, stored: Mapping[str, torch.Tensor], held: slice) -> torch.Tensor:
         if name == "gate_up_proj":
-            self._unused = weight[self._experts :].clone()
-        return weight[held].clone()
+            self._unused = stored[name][self._experts :].clone()
+        return stored[name][held].clone()
 
     def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         if name == "down_proj" or self._unused is None:

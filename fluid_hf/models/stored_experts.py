@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class StoredExperts(ABC):
     @abstractmethod
     def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """A weight of all experts as it is stored: tensors, also without data, by their names within the module."""
+
+    @abstractmethod
+    def stack(self, name: str, stored: Mapping[str, torch.Tensor], held: slice) -> torch.Tensor:
+        """A weight of some experts, copied from what `unstack` gives for all of them."""
 
     def put(self, name: str, weight: torch.Tensor) -> None:
         """Give the module its own copy of a weight of all experts."""

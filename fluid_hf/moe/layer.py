@@ -80,6 +80,7 @@ class ExpertParallelLayer(nn.Module):
     Attributes:
         weight_names: transformers' names of the weights that are split over the ranks.
         unstack: of experts that a model stores otherwise, makes what is stored from a weight's name and value.
+        stack: of such experts, makes some experts' weight from its name and what is stored of all.
 
     Args:
         num_experts: experts of the whole layer.
@@ -91,6 +92,7 @@ class ExpertParallelLayer(nn.Module):
     """
 
     unstack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
+    stack: Callable[[str, Mapping[str, torch.Tensor], slice], torch.Tensor] | None = None
     adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
 
     def __init__(
@@ -151,6 +153,10 @@ class ExpertParallelLayer(nn.Module):
                 pair = biases[:, :outputs], biases[:, outputs:]
             weights = [first, pair[0], parameters["down"], pair[1]]
         return dict(zip(self.weight_names, weights, strict=True))
+
+    def own_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `named_weights` gives, by the names of this layer's parameters."""
+        return weights
 
     def extra_parameters(self) -> dict[str, torch.Tensor]:
         """Parameters that every rank holds whole, by the names that `context.math` knows them under."""
