@@ -99,7 +99,7 @@ class WgradPendingError(FluidError, RuntimeError):
     """Weight gradients were left uncomputed at the end of a batch.
 
     Remedy: Call `loss.backward()` without `inputs`, or turn the scheduler off around partial backward passes:
-    `model.fluid.scheduler.disable()`.
+    `model.fluid.scheduler.disable()`. After a pass that raised, call `model.fluid.scheduler.reset()`.
     """
 
 

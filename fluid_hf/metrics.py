@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fluid_hf.moe.layer import ExpertParallelLayer
 
 __all__ = ["global_load", "imbalance", "model_flops_per_token", "peak_tflops", "read_loads"]
 
-# Dense bf16 TFLOP/s of the data sheets, by what the device's name contains; the first match counts.
+# Dense bf16 TFLOP/s of the data sheets, by words of the device's name; the first match counts.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -67,11 +68,12 @@ def model_flops_per_token(model: nn.Module, layers: Mapping[str, ExpertParallelL
         seq_len: tokens of a whole sequence.
     """
     config: Any = getattr(model, "config", None)
-    top_k = getattr(config, "num_experts_per_tok", 1)
+    tied = getattr(config, "tie_word_embeddings", False)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(config, "num_experts_per_tok", 1)  # before a layer was called; families differ in the name
     experts = {id(weight): layer for layer in layers.values() for weight in layer.parameters()}
     find: Any = getattr(model, "get_input_embeddings", None)
     inputs = find() if find is not None else None
-    tied = getattr(config, "tie_word_embeddings", False)
     skipped = set() if inputs is None or tied else {id(weight) for weight in inputs.parameters()}
     total = 0.0
     for weight in model.parameters():
@@ -80,7 +82,7 @@ def model_flops_per_token(model: nn.Module, layers: Mapping[str, ExpertParallelL
         size = float(getattr(weight, "ds_numel", weight.numel()))
         layer = experts.get(id(weight))
         if layer is not None:
-            size *= layer.ep_size * top_k / layer.num_experts
+            size *= layer.ep_size * (layer.context.stats.top_k or known) / layer.num_experts
         total += size * (6 if weight.requires_grad else 4)
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // max(1, heads))
@@ -92,4 +94,4 @@ def peak_tflops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)

@@ -130,11 +130,11 @@ class FluidState:
             tokens: tokens this rank has trained on since the last call, to be summed over the ranks.
 
         Returns:
-            `fluid/bytes_sent` and `fluid/rows_sent` of this rank; over all ranks `fluid/tokens`,
-            `fluid/busiest_expert` (pairs of the busiest expert over the mean of its layer, largest over layers) and
-            `fluid/busiest_rank` (the same for the ranks of an expert-parallel group); `fluid/wgrad_in_window` (share of
-            the weight gradients of the last batch that ran inside a communication window). Loads by layer are left in
-            `expert_load`.
+            `fluid/bytes_sent` (for experts and attention) and `fluid/rows_sent` of this rank; over all ranks
+            `fluid/tokens`, `fluid/busiest_expert` (pairs of the busiest expert over the mean of its layer, largest over
+            layers) and `fluid/busiest_rank` (the same for the ranks of an expert-parallel group);
+            `fluid/wgrad_in_window` (share of the weight gradients of the last batch that ran inside a communication
+            window). Loads by layer are left in `expert_load`.
         """
         loads = read_loads(self.layers)
         rows = sum(layer.context.stats.rows for layer in self.layers.values())
@@ -147,7 +147,10 @@ class FluidState:
             name: [sum(load[rank * len(load) // size : (rank + 1) * len(load) // size]) for rank in range(size)]
             for name, load in self.expert_load.items()
         }
-        sent, self.exchange.bytes_sent = self.exchange.bytes_sent, 0
+        exchanges = {self.exchange, self.sequence_exchange}
+        sent = sum(exchange.bytes_sent for exchange in exchanges)
+        for exchange in exchanges:
+            exchange.bytes_sent = 0
         return {
             "fluid/bytes_sent": float(sent),
             "fluid/rows_sent": float(rows),
@@ -156,6 +159,12 @@ class FluidState:
             "fluid/busiest_rank": max(map(imbalance, by_rank.values()), default=0.0),
             "fluid/wgrad_in_window": self._last_stats.share_inside,
         }
+
+    def count(self, on: bool) -> None:
+        """Whether calls add to what `metrics` tells."""
+        self.exchange.counting = self.sequence_exchange.counting = on
+        for layer in self.layers.values():
+            layer.context.stats.counting = on
 
     def start_sampling(self, device: torch.device) -> OverlapSampler:
         """Measure every exchange until `stop_sampling`: how long it was in flight, how long computation waited."""

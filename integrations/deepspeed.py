@@ -8,9 +8,9 @@ is one, but runs none of AutoEP's own code: its constructor is not called and it
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from deepspeed.checkpoint.autoep_affine import (
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
@@ -231,8 +232,7 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         state = getattr(model, "fluid", None)
         if not isinstance(state, FluidState):
             return initialize(*args, **kwargs)
-        config = bound.arguments.get("config") or bound.arguments.get("config_params")
-        settings = json.loads(Path(config).read_text()) if isinstance(config, (str, Path)) else config
+        settings = _take_settings(bound.arguments)
         _refuse_autoep(settings)
         check_training(settings, model, state, split=DeepSpeedExperts, frozen=FrozenExperts)
         _gather_adapted_attention_by_parts(state)
@@ -244,6 +244,31 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wrapped
+
+
+def _take_settings(arguments: dict[str, Any]) -> Any:
+    """The engine's settings, wherever `deepspeed.initialize` was given them; they are left in `config`, read.
+
+    That is in `config` or `config_params`, or by the launcher's option `--deepspeed_config` in `args`: a dictionary,
+    the path of a file, or base64.
+    """
+    args, options = arguments.get("args"), ("deepspeed_config", "deepscale_config")
+    named = [value for name in options if (value := getattr(args, name, None)) is not None]
+    found = [value for name in ("config", "config_params") if (value := arguments.get(name)) is not None][:1] + named
+    if len(found) != 1:
+        return None  # DeepSpeed says what is missing, or given twice
+    try:
+        settings = load_ds_config(str(found[0]) if isinstance(found[0], Path) else found[0])
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"config ({found[0]!r}) of deepspeed.initialize cannot be read: {error}; give a dictionary, or the path of "
+            "a JSON file that every rank can read."
+        ) from error
+    if named:
+        arguments["args"] = copy.copy(args)
+        vars(arguments["args"]).update(dict.fromkeys(options))
+    arguments["config"] = settings
+    return settings
 
 
 def _gather_adapted_attention_by_parts(state: FluidState) -> None:

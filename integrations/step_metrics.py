@@ -48,6 +48,7 @@ class StepMetrics:
         self._since_sample = SAMPLE_EVERY
         self._overlap: dict[str, float] = {}
         self._flops: dict[int, float] = {}
+        self._counting = True
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def begin_step(self) -> None:
@@ -99,11 +100,15 @@ class StepMetrics:
         return metrics
 
     def close(self) -> None:
-        """Count no more."""
+        """Measure no more."""
         self.fluid.stop_sampling()
+        self.fluid.count(True)
         self._hook.remove()
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training != self._counting:  # what evaluation sends and routes is no part of the steps
+            self._counting = module.training
+            self.fluid.count(module.training)
         given = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         if isinstance(given, torch.Tensor) and given.dim() >= 2 and module.training:
             self._tokens += given.shape[0] * given.shape[1]  # sizes only: nothing is read from the device

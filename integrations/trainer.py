@@ -84,6 +84,9 @@ class FluidCallback(TrainerCallback):
         if fluid.engine_bound and args.save_strategy != "no":
             _check_output(args, fluid)
         fluid.scheduler.enable()
+        fluid.scheduler.reset()  # a training before this one may have ended in the middle of a backward pass
+        if self._step_metrics is not None:
+            self._step_metrics.close()
         if fluid.groups.sp_size > 1:
             fill_batches(kwargs.get("train_dataloader"), fluid.groups.sp_size, kwargs["model"].config)
         self._step_metrics = StepMetrics(kwargs["model"], fluid, self._peak)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import base64
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +146,20 @@ def test_schedules_built_before_the_groups_are_split(pool2: RankPool) -> None:
     pool2.run(run_schedules)
 
 
-def run_frozen(rank: int, world: int, stage: int, patched: bool) -> Curve:
+def given(way: str, config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The ways in which `deepspeed.initialize` takes its settings."""
+    if way == "config":
+        return {"config": config}
+    path = Path(folder) / "config.json"
+    text = json.dumps(config)
+    if way == "base64":
+        return {"config": base64.urlsafe_b64encode(text.encode()).decode()}
+    if way == "path":
+        return {"config_params": str(path)}
+    return {"args": argparse.Namespace(deepspeed_config=str(path))}
+
+
+def run_frozen(rank: int, world: int, stage: int, patched: bool, way: str = "config", folder: str = "") -> Curve:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -154,10 +169,27 @@ def run_frozen(rank: int, world: int, stage: int, patched: bool) -> Curve:
     if patched:
         fluid_hf.patch_model(model, FluidConfig(ep_size=world))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    engine, *_ = deepspeed.initialize(model=model, config=settings(stage), optimizer=optimizer)
+    options = given(way, settings(stage), folder)
+    args = options.get("args")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, **options)
+    assert args is None or args.deepspeed_config, "a caller's own options must stay as they are"
     curve = train(engine, rank)
     engine.destroy()
     return curve
+
+
+@pytest.mark.parametrize("way", ["args", "path", "base64"])
+def test_settings_are_checked_wherever_they_are_given(pool2: RankPool, tmp_path: Path, way: str) -> None:
+    file, where = tmp_path / "config.json", str(tmp_path)
+    file.write_text(json.dumps(settings(3)).replace("{", "{  # as DeepSpeed reads it, with comments\n", 1))
+    assert "use stage 2, or ep_size 1" in pool2.expect("ConfigError", run_frozen, 3, True, way, where)[0]
+    if way == "base64":
+        return
+    file.write_text(json.dumps(settings(2)))
+    for curve in pool2.run(run_frozen, 2, True, way, where):
+        assert_near(curve, pool2.run(run_frozen, 2, False)[0])
+    file.write_text("{")
+    assert "cannot be read" in pool2.expect("ConfigError", run_frozen, 2, True, way, where)[0]
 
 
 def test_frozen_experts(pool2: RankPool) -> None:

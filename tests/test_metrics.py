@@ -11,11 +11,12 @@ import pytest
 import torch
 from families import batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainingArguments
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidCallback, cli
 from fluid_hf.integrations.step_metrics import StepMetrics
-from fluid_hf.metrics import global_load, imbalance, model_flops_per_token
+from fluid_hf.metrics import global_load, imbalance, model_flops_per_token, peak_tflops
 from fluid_hf.overlap.sampler import OverlapSampler
 
 
@@ -54,6 +55,64 @@ def test_metrics_of_one_process() -> None:
     pairs = ids.numel() * model.config.num_experts_per_tok
     assert [sum(load) for load in model.fluid.expert_load.values()] == [pairs] * model.config.num_hidden_layers
     assert model.fluid.metrics()["fluid/busiest_expert"] == 0  # nothing ran since
+
+
+def test_evaluation_does_not_count() -> None:
+    """Neither what it routes nor what it sends."""
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    metrics = StepMetrics(model, model.fluid, peak=None)
+    ids = batch(0, 2)
+    model.train()(input_ids=ids)
+    model.eval()(input_ids=ids)
+    model.train()(input_ids=ids)
+    metrics.collect()
+    pairs = 2 * ids.numel() * model.config.num_experts_per_tok
+    assert [sum(load) for load in model.fluid.expert_load.values()] == [pairs] * model.config.num_hidden_layers
+    model.eval()(input_ids=ids)
+    metrics.close()
+    model(input_ids=ids)
+    model.fluid.metrics()
+    assert [sum(load) for load in model.fluid.expert_load.values()] == [pairs / 2] * model.config.num_hidden_layers
+
+
+def test_training_that_begins_again_after_an_error(tmp_path: Path) -> None:
+    """`auto_find_batch_size`: the pass that ran out of memory leaves nothing behind."""
+    model, raised = tiny_model("qwen3_moe"), []
+
+    def exhaust(grad: torch.Tensor) -> None:
+        if not raised:
+            raised.append(True)
+            raise RuntimeError("CUDA out of memory.")
+
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=4, auto_find_batch_size=True,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 8)]
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[FluidCallback()])
+    model.model.layers[1].mlp.experts.down_proj.register_hook(exhaust)
+    trainer.train()
+    assert raised and trainer.state.global_step == 2
+    assert not model._forward_pre_hooks
+
+
+def test_operations_go_by_the_experts_that_a_token_met() -> None:
+    """Families name the number differently: what the layers were called with counts."""
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    expected = model_flops_per_token(model, model.fluid.layers, 0)
+    model(input_ids=batch(0, 1))
+    model.config.num_experts_per_tok = 1
+    assert model_flops_per_token(model, model.fluid.layers, 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA A100-SXM4-80GB", 311.9), ("NVIDIA RTX A1000", None), ("NVIDIA A10G", None), ("NVIDIA H100 PCIe", 756.0)],
+)
+def test_peak_of_a_device(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert peak_tflops() == peak
 
 
 def test_load_and_imbalance() -> None:

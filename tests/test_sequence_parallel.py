@@ -25,7 +25,7 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
 def whole_batch(group: int, *, packed: bool, mask: str, length: int) -> dict[str, torch.Tensor]:
     ids = batch(group, 2, length=length)
     inputs = {"input_ids": ids, "labels": ids.clone()}
-    inputs["labels"][:, :2] = -100
+    inputs["labels"][:, : min(2, length - 1)] = -100
     if packed:
         inputs["position_ids"] = PACKED[:, :length].expand(2, -1)
     if mask:
@@ -77,6 +77,7 @@ def run_model(
     loss.backward()
     model.fluid.finish_batch()
     model.fluid.reduce_gradients(model)
+    assert model.fluid.metrics()["fluid/bytes_sent"] > 0, "attention's exchanges count"
 
     piece = shard["input_ids"].shape[1]
     logits = references[group].logits[:, place * piece : (place + 1) * piece]
@@ -116,6 +117,7 @@ def test_four_ranks(pool4: RankPool, family: str) -> None:
     for heads, way in itertools.product(KV_HEADS, ({}, {"waves": 2}, {"overlap": False})):
         model_args = {"num_key_value_heads": heads, "num_attention_heads": 8}
         check(pool4.run(run_model, family, 4, packed=heads == 2, model_args=model_args, **way))
+    check(pool4.run(run_model, family, 4, length=4, waves=2))  # a token a rank
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,8 @@ def test_four_ranks(pool4: RankPool, family: str) -> None:
         {"attn": "eager", "mask": "left"},
         {"attn": "eager", "overlap": False, "packed": True},
         {"length": 11, "waves": 2},  # not divisible: filled up
+        {"length": 2},  # a token a rank
+        {"length": 2, "waves": 2},
         {"model_args": {"sliding_window": 5}},
         {"model_args": {"sliding_window": 5}, "attn": "eager", "packed": True, "waves": 2},
         {"ep_size": 2, "waves": 2},

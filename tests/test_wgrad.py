@@ -206,6 +206,10 @@ def test_weight_gradients_that_nobody_asked_for_are_pending() -> None:
     assert scheduler.finish_batch() == WgradStats()  # the error is raised once, the next batch starts clean
     layer(x, weight, scheduler, Window()).sum().backward()
     assert scheduler.finish_batch().inside == 1
+    torch.autograd.grad(layer(x, weight, scheduler, Window()).sum(), [x])
+    scheduler.reset()  # the remedy after a pass that raised
+    layer(x, weight, scheduler, Window()).sum().backward()
+    assert scheduler.finish_batch() == WgradStats(inside=1, outside=0, peak_bytes=HELD)
 
 
 def test_partial_backward_passes_with_the_scheduler_disabled() -> None:

@@ -125,6 +125,7 @@ class AttentionCall:
             parts = by_rank.unbind(0)
             self._own_results.append(parts[self.own])  # a view: the core's backward keeps its memory anyway
             by_rank = parts[self.peer]
+        by_rank = by_rank.contiguous()  # of one token a rank the reshaping above is a view
         received = torch.empty_like(by_rank)
         self._at("forward results", index)
         self._received[index] = received

@@ -90,6 +90,7 @@ class PeerExchange:
         size: ranks in the group.
 
     Attributes:
+        counting: whether what is sent now is added to `bytes_sent`.
         bytes_sent: bytes handed to the process group for other ranks since construction.
         host_reader: reads counts that arrived on the device.
         side_stream: posts what was ready at a mark, behind work that was queued since.
@@ -108,7 +109,7 @@ class PeerExchange:
         self.group = group
         self.rank = rank
         self.size = size
-        self.bytes_sent = 0
+        self.counting, self.bytes_sent = True, 0
         self.host_reader = HostReader()
         self.side_stream = SideStream()
         self.num_posted = 0
@@ -139,7 +140,8 @@ class PeerExchange:
         sends = [pair for pair in sends if pair[1].numel()]
         recvs = [pair for pair in recvs if pair[1].numel()]
         self.num_posted += 1
-        self.bytes_sent += (num_bytes := sum([tensor.nbytes for _, tensor in sends]))
+        num_bytes = sum([tensor.nbytes for _, tensor in sends])
+        self.bytes_sent += num_bytes if self.counting else 0
         try:
             if torch.autograd._profiler_enabled():
                 with self._posting(num_bytes):
@@ -170,7 +172,7 @@ class PeerExchange:
         row_bytes = input.nbytes // max(1, input.shape[0])
         num_bytes = row_bytes * (sum(input_splits) - input_splits[self.rank])
         self.num_posted += 1
-        self.bytes_sent += num_bytes
+        self.bytes_sent += num_bytes if self.counting else 0
         assert self.group is not None
         if self._batched and not self._met:
             meet_first(self.group, self.timeout_seconds, self._where(self.place), self._met)

@@ -192,7 +192,7 @@ class LayerCall:
             self._own = self._new_hidden(inputs[0].shape[0])
             with context.exchange.beside():
                 self.math.finish(*own, weights, self._own)
-        context.stats.add_load([piece.plan.offsets_E for piece in pieces])
+        context.stats.add_load([piece.plan.offsets_E for piece in pieces], self.format.top_k)
         self._handles, self._rows, self._offsets = combine, returned, ()
         return pieces, projections
 

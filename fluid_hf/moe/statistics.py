@@ -13,11 +13,14 @@ class LayerStats:
     """Counts since the last `reset()`.
 
     Attributes:
+        counting: whether calls count now.
         tokens: tokens of this rank.
         rows: rows sent to other ranks by dispatch.
+        top_k: experts of a token in the last call; 0 before the first one.
     """
 
     def __init__(self) -> None:
+        self.counting, self.top_k = True, 0
         self.reset()
 
     def reset(self) -> None:
@@ -29,11 +32,15 @@ class LayerStats:
 
     def add_dispatch(self, tokens: int, rows: int) -> None:
         """Count one dispatch."""
-        self.tokens += tokens
-        self.rows += rows
+        if self.counting:
+            self.tokens += tokens
+            self.rows += rows
 
-    def add_load(self, offsets: Sequence[torch.Tensor]) -> None:
+    def add_load(self, offsets: Sequence[torch.Tensor], top_k: int) -> None:
         """Count the pairs of each piece from its expert offsets; nothing is launched until there are many."""
+        self.top_k = top_k
+        if not self.counting:
+            return
         self._offsets += offsets
         if len(self._offsets) >= 256:
             self._fold()

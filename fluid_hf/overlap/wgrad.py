@@ -129,16 +129,21 @@ class WgradScheduler:
                 gradients of some inputs only).
         """
         # Gradients that were computed but never asked for are no loss: backward did not want them.
-        pending = sum(len(work.compute) for work in self._pending)
-        stats, self.stats = self.stats, WgradStats()
-        self._pending.clear()
-        self._held_bytes = 0
+        pending, stats = sum(len(work.compute) for work in self._pending), self.stats
+        self.reset()
         if pending:
             raise WgradPendingError(
                 f"weight gradients pending ({pending}) must be 0 at the end of a batch: backward did not reach them; "
-                "call loss.backward() without `inputs`, or scheduler.disable() around partial backward passes."
+                "call loss.backward() without `inputs`, scheduler.disable() around partial backward passes, or "
+                "scheduler.reset() after a pass that raised."
             )
         return stats
+
+    def reset(self) -> None:
+        """Forget the batch so far: after a backward pass that raised and is not gone on with."""
+        self.stats = WgradStats()
+        self._pending.clear()
+        self._held_bytes = 0
 
     def _run(self, work: WgradWork, name: str) -> torch.Tensor:
         if work.in_window():
