@@ -82,7 +82,7 @@ def model_flops_per_token(model: nn.Module, layers: Mapping[str, ExpertParallelL
         size = float(getattr(weight, "ds_numel", weight.numel()))
         layer = experts.get(id(weight))
         if layer is not None:
-            size *= layer.ep_size * (layer.context.stats.top_k or known) / layer.num_experts
+            size *= layer.ep_size * (layer.last_top_k or known) / layer.num_experts
         total += size * (6 if weight.requires_grad else 4)
     heads = getattr(config, "num_attention_heads", 0)
     head_dim = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) // max(1, heads))

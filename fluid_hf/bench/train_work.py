@@ -118,7 +118,7 @@ def flops_per_token(plan: TrainPlan) -> float:
     """Of the whole model, forward and backward (`fluid_hf.metrics.model_flops_per_token`); the same in all variants."""
     model = _without_memory(plan)
     layers: dict[str, Any] = {
-        name: _WholeExperts(module, SHAPES[plan.model].experts)
+        name: _WholeExperts(module, SHAPES[plan.model].experts, SHAPES[plan.model].top_k)
         for name, module in model.named_modules()
         if name.endswith(".experts")
     }
@@ -150,8 +150,8 @@ class _WholeExperts:
 
     ep_size = 1
 
-    def __init__(self, module: torch.nn.Module, num_experts: int) -> None:
-        self.parameters, self.num_experts = module.parameters, num_experts
+    def __init__(self, module: torch.nn.Module, num_experts: int, top_k: int) -> None:
+        self.parameters, self.num_experts, self.last_top_k = module.parameters, num_experts, top_k
 
 
 def _texts() -> Iterator[str]:

@@ -117,6 +117,11 @@ class ExpertParallelLayer(nn.Module):
         self.weight_names: tuple[str, ...] = ("gate_up_proj", "down_proj")
         self.context = LayerContext(exchange, num_experts, act, scheduler, overlap=overlap, recompute=recompute)
 
+    @property
+    def last_top_k(self) -> int:
+        """Experts of a token in the last call; 0 before the first one."""
+        return self.context.stats.top_k
+
     def init_like(self, settings: ExpertParallelLayer) -> None:
         """Initialise with the settings of another layer; `__init__` of a subclass calls it first."""
         context = settings.context
