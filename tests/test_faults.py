@@ -18,6 +18,7 @@ from fluid_hf import ConfigError, FluidConfig, PeerError, RankMismatchError, Rou
 from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
+from fluid_hf.comm.late_status import LateStatus
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import meet_first, meet_in_time
 from fluid_hf.process_groups import set_group_timeout
@@ -134,6 +135,15 @@ def test_what_kernels_found_is_raised_once_with_the_next_call_or_batch() -> None
         model.fluid.finish_batch()
 
 
+def test_what_an_evaluation_in_inference_mode_left_is_raised_after_it() -> None:
+    late = LateStatus()
+    with torch.inference_mode():
+        late.flag(torch.device("cpu")).fill_(2)
+    with pytest.raises(RoutingError, match="rank 0 in layer x: expert ids"):
+        late.check("x")
+    late.check("x")
+
+
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_flagged_counts_reach_every_rank(status: int) -> None:
     """A status stands where the number of rows does."""
@@ -171,6 +181,19 @@ def test_reading_from_the_device_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         read(0.2)
     monkeypatch.setattr(NeverDone, "query", lambda self: True)
     assert read(0.2) == [[0, 0], [0, 0]]
+
+
+def test_reading_in_inference_mode_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is often evaluated before its first step: what the reader keeps must be writable in both."""
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: allocate(*size, **how))
+    monkeypatch.setattr("fluid_hf.comm.host_reader.record", lambda event, device: None)
+    reader, counts = HostReader(), torch.tensor([[3, 4]])
+    reader._done = NeverDone()  # type: ignore[assignment]
+    monkeypatch.setattr(NeverDone, "query", lambda self: True)
+    with torch.inference_mode():
+        assert reader._copy(counts)(0.2) == [[3, 4]]
+    assert reader._copy(counts + 1)(0.2) == [[4, 5]]
 
 
 def test_waiting_for_the_device_ends_with_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:

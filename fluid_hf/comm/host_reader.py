@@ -68,7 +68,8 @@ class HostReader:
         if self._done is None:
             self._done = torch.cuda.Event()
         if self._pinned is None or self._pinned.shape != tensor.shape:
-            self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            with torch.inference_mode(False):  # kept: written by calls in and outside of torch.inference_mode
+                self._pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         done, pinned = self._done, self._pinned
         pinned.copy_(tensor, non_blocking=True)
         record(done, tensor.device)

@@ -23,7 +23,8 @@ class LateStatus:
     def flag(self, device: torch.device) -> torch.Tensor:
         """Where the kernel writes: int32 [1], in host memory that a CUDA device can write."""
         if self._flag is None:
-            self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+            with torch.inference_mode(False):  # kept: written and cleared in and outside of torch.inference_mode
+                self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         return self._flag
 
     def check(self, layer: str) -> None:
