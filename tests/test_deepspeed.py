@@ -343,7 +343,7 @@ def test_layer_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.Cap
     run_script("fluid_hf.cli", "bench", "layer", *options, nproc=1)
     cells = json.loads(out.read_text())["cells"]
     assert [(cell["ep_size"], cell["skew"]) for cell in cells] == [(ep, skew) for ep in (1, 2, 4) for skew in (0, 1.2)]
-    check_layer_cells(cells, {"AutoEP", "AllToAllEP"})
+    check_layer_cells(cells, {"AutoEP", "AutoEP fused", "AllToAllEP"})
     assert set(cells[-1]["report"]) == {"serial", f"overlap {cells[-1]['planned_waves']}"}
     assert cli.main(["bench", "table", "--json", str(out)]) == 0
     table, report = capsys.readouterr().out.strip().split("\n\n")
@@ -361,4 +361,4 @@ def test_layer_benchmark_on_real_ranks(pool2: RankPool, tmp_path: Path) -> None:
     assert pool2.run(run_layer_benchmark, str(tmp_path / "bench.json")) == [0, 0]
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["link"] == "gloo" and len(report["cells"]) == 1
-    check_layer_cells(report["cells"], {"serial", "AutoEP", "AllToAllEP", "FluidEP"})
+    check_layer_cells(report["cells"], {"serial", "AutoEP", "AutoEP fused", "AllToAllEP", "FluidEP"})

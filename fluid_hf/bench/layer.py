@@ -145,6 +145,7 @@ class LayerBench:
         found[f"overlap {waves[-1]} patched"] = build(overlap=True, waves=waves[-1], separate=True)
         found[f"overlap {waves[-1]} wgrad off"] = build(overlap=True, waves=waves[-1], wgrad="off")
         found["AutoEP"] = lambda: autoep_layer(self.shape, self.gate_up, self.down)
+        found["AutoEP fused"] = lambda: autoep_layer(self.shape, self.gate_up, self.down, fused=True)
         found["AllToAllEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down)
         found["FluidEP"] = lambda: transformers_layer(self.shape, self.gate_up, self.down, "fluid")
         return found

@@ -1,4 +1,7 @@
-"""The layers a user has without fluid_hf, unmodified: transformers' own experts and AllToAllEP, DeepSpeed AutoEP."""
+"""The layers a user has without fluid_hf, with their own code: transformers' experts and AllToAllEP, DeepSpeed AutoEP.
+
+Settings are the defaults. AutoEP's `comm_backend: "deepep"` is not built: it needs NVSHMEM and the deep_ep package.
+"""
 
 from __future__ import annotations
 
@@ -88,14 +91,15 @@ def transformers_layer(
 
 
 def autoep_layer(
-    shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor, ep_size: int | None = None
+    shape: LayerShape, gate_up: torch.Tensor, down: torch.Tensor, ep_size: int | None = None, *, fused: bool = False
 ) -> tuple[Layer, nn.Module]:
     """DeepSpeed AutoEP's layer over the default group, its router replaced by the given routing.
 
-    With fewer ranks, `ep_size`, it works once DeepSpeed's engine has given it its group.
+    With fewer ranks, `ep_size`, it works once DeepSpeed's engine has given it its group. `fused` sets its
+    `gate_up_impl`: it then joins gate and up on every call, for one GEMM in the place of two.
     """
     import deepspeed
-    from deepspeed.module_inject.auto_ep_config import AutoEPConfig, MoELayerSpec
+    from deepspeed.module_inject.auto_ep_config import MoELayerSpec, parse_autoep_config
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
     from fluid_hf.integrations.deepspeed import init_communication
@@ -129,9 +133,8 @@ def autoep_layer(
     # Only this rank's slice is read: a view of the right length stands in for the other ranks' experts.
     full = [w.expand(size, *w.shape).reshape(-1, *w.shape[1:]) if size > 1 else w for w in (gate_up, down)]
     source.experts.gate_up_proj, source.experts.down_proj = (nn.Parameter(w) for w in full)
-    layer = AutoEPMoELayer(
-        spec, source, size, dist.get_rank() % size, AutoEPConfig(enabled=True, autoep_size=size, gate_up_impl="fused")
-    )
+    block = {"enabled": True, "autoep_size": size, **({"gate_up_impl": "fused"} if fused else {})}
+    layer = AutoEPMoELayer(spec, source, size, dist.get_rank() % size, parse_autoep_config(block))
     layer.to(gate_up.device)
     layer.ep_group = dist.group.WORLD if size == dist.get_world_size() else None
     router = _FixedRouter(shape.experts)

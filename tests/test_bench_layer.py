@@ -1,0 +1,68 @@
+"""`fluid-hf bench layer`: AutoEP as its users have it and with its other setting, and the table of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import RankPool, rank_pool
+
+from fluid_hf.bench.report import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "examples/benchmarks/results"
+pool2 = rank_pool(2)
+
+
+def run_settings(rank: int, world: int) -> dict[str, list[Any]]:
+    from deepspeed.module_inject.auto_ep_config import parse_autoep_config
+
+    from fluid_hf.bench.layer import LayerBench
+    from fluid_hf.bench.model_variants import PEERS
+    from fluid_hf.bench.shapes import SHAPES
+
+    bench = LayerBench(SHAPES["tiny"], world, 8, torch.device("cpu"), dtype=torch.float32, layers=1)
+    variants = bench.variants([1])
+    layers: dict[str, Any] = {name: variants[name]()[1] for name in ("AutoEP", "AutoEP fused")}
+    layers["bench model"] = PEERS["AutoEP"](bench.shape, bench.gate_up, bench.down)[1]
+    found = {name: [x.experts.gate_up_impl, x.comm_backend, x.async_split_plan] for name, x in layers.items()}
+    plain = parse_autoep_config({"enabled": True})
+    return {**found, "defaults": [plain.gate_up_impl, plain.comm_backend, plain.async_split_plan]}
+
+
+def test_autoep_has_its_defaults_and_in_a_variant_of_its_own_joins_gate_and_up(pool2: RankPool) -> None:
+    for found in pool2.run(run_settings):
+        assert found["AutoEP"] == found["bench model"] == found["defaults"]
+        assert found["AutoEP fused"] == ["fused", *found["defaults"][1:]] != found["defaults"]
+
+
+def cell(**variants: tuple[float, float]) -> dict[str, Any]:
+    times = {name.replace("_", " "): {"forward": f, "both": b} for name, (f, b) in variants.items()}
+    limits = {"limit": 1.0, "limit_both": 2.0}
+    return {"shape": "tiny", "ep_size": 2, "planned_waves": 1, "limits": limits, "variants": times}
+
+
+@pytest.mark.parametrize(
+    ("peers", "shown", "ratio"),
+    [
+        ({"AutoEP": (6.0, 12.0), "AutoEP_fused": (5.0, 14.0)}, "5.0 / 12.0", "2.50x / 3.00x"),
+        ({"AutoEP": (6.0, 12.0)}, "6.0 / 12.0", "3.00x / 3.00x"),  # all that older files have
+        ({"AutoEP_fused": (5.0, 14.0)}, "5.0 / 14.0", "2.50x / 3.50x"),
+    ],
+)
+def test_the_table_shows_the_faster_autoep_of_each_pass(
+    peers: dict[str, tuple[float, float]], shown: str, ratio: str
+) -> None:
+    heads, _, line = markdown_table({"cells": [cell(overlap_1=(2.0, 4.0), **peers)]}).splitlines()
+    columns = dict(zip(heads.split(" | "), line.split(" | "), strict=True))
+    assert (columns["AutoEP"], columns["over AutoEP"]) == (shown, ratio)
+
+
+def test_the_readme_has_the_table_of_its_results() -> None:
+    report = json.loads((RESULTS / "2026-11-29_layer_h200_mirror.json").read_text(encoding="utf-8"))
+    table = markdown_table(report).split("\n\n")[0].splitlines()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(table) == 2 + len(report["cells"]) and not [line for line in table if line not in text.splitlines()]
