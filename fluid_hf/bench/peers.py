@@ -1,6 +1,6 @@
 """The layers a user has without fluid_hf, with their own code: transformers' experts and AllToAllEP, DeepSpeed AutoEP.
 
-Settings are the defaults. AutoEP's `comm_backend: "deepep"` is not built: it needs NVSHMEM and the deep_ep package.
+Settings are the defaults. AutoEP's `comm_backend: "deepep"` is not built: it needs the package deep_ep and its NCCL.
 """
 
 from __future__ import annotations
