@@ -92,7 +92,11 @@ def run_model(
         norms = [torch.stack([p.grad.norm() for p in m.parameters()]).norm() for m in (model, expected)]
         errors["grad_norm"] = relative_error(*norms)
         grads = {name: p.grad for name, p in expected.named_parameters()}
-        errors |= {name: relative_error(p.grad, grads[name]) for name, p in model.named_parameters()}
+        # What is zero but for roundings (queries and keys, where the only token that has a loss sees itself alone) is
+        # compared with the whole gradient.
+        scale = 1e-3 * norms[1]
+        for name, parameter in model.named_parameters():
+            errors[name] = float((parameter.grad - grads[name]).norm() / grads[name].norm().clamp(min=scale))
     else:
         errors |= gradient_errors(model, expected, 1)
     fluid_hf.unpatch_model(model)

@@ -52,15 +52,22 @@ def scatter_heads_gather_seq(
 
     Key/value heads that several ranks need are sent to each of them; their gradients are summed.
     """
-    size, batch, _, length, dim = exchange.size, *q_BNLD.shape
     if layout.replicated:
         k_BNLD, v_BNLD = (_replicate(tensor, layout) for tensor in (k_BNLD, v_BNLD))
-    parts = [tensor.unflatten(1, (size, -1)) for tensor in (q_BNLD, k_BNLD, v_BNLD)]
-    sent = torch.cat(parts, dim=2).transpose(0, 1)  # [S, B, n, L, D], one message per rank
-    received = _AllToAll.apply(sent, exchange)  # type: ignore[no-untyped-call]
-    whole = received.permute(1, 2, 0, 3, 4).reshape(batch, -1, size * length, dim)
+    if v_BNLD.shape[3] != q_BNLD.shape[3]:  # values of another size (MiMo-V2) travel by themselves
+        q, k = _gathered([q_BNLD, k_BNLD], exchange).split([layout.local_q, layout.local_kv], dim=1)
+        return q, k, _gathered([v_BNLD], exchange)
+    whole = _gathered([q_BNLD, k_BNLD, v_BNLD], exchange)
     q, k, v = whole.split([layout.local_q, layout.local_kv, layout.local_kv], dim=1)
     return q, k, v
+
+
+def _gathered(tensors: list[torch.Tensor], exchange: PeerExchange) -> torch.Tensor:
+    """One message per rank: [B, N, L, D] each to this rank's heads of all of them, [B, n, T, D]."""
+    size, batch, _, length, dim = exchange.size, *tensors[0].shape
+    sent = torch.cat([tensor.unflatten(1, (size, -1)) for tensor in tensors], dim=2).transpose(0, 1)  # [S, B, n, L, D]
+    received = _AllToAll.apply(sent, exchange)  # type: ignore[no-untyped-call]
+    return received.permute(1, 2, 0, 3, 4).reshape(batch, -1, size * length, dim)  # type: ignore[no-any-return]
 
 
 def _replicate(heads_BNLD: torch.Tensor, layout: HeadLayout) -> torch.Tensor:
@@ -89,7 +96,7 @@ def ulysses_attention(
     """Attention over the whole sequences for this rank's tokens. Collective over the group.
 
     Args:
-        q_BNLD, k_BNLD, v_BNLD: this rank's tokens, rotary embedding applied.
+        q_BNLD, k_BNLD, v_BNLD: this rank's tokens, rotary embedding applied; values may have another D.
         core: attention of [B, n, T, D] queries, keys, values; returns [B, T, n, D].
         layout: which rank gets which heads.
         exchange: exchange of the sequence-parallel group.

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fluid_hf.attention.heads import HeadLayout, plan_heads
 from fluid_hf.errors import ConfigError, UnsupportedModelError
+from fluid_hf.models.mask_code import read_mask_code
 
 __all__ = ["AttentionSite", "find_attention"]
 
@@ -49,10 +50,12 @@ def find_attention(model: nn.Module, sp_size: int) -> list[AttentionSite]:
         ConfigError: the number of heads is not divisible by `sp_size`.
     """
     config: Any = _text_config(model)
+    body: Any = model.base_model
+    windowed = read_mask_code(body).windowed
     sites = []
     for name, module in model.named_modules():
         if all(isinstance(getattr(module, projection, None), nn.Module) for projection in PROJECTIONS):
-            sites.append(_site(name, module, sp_size))
+            sites.append(_site(name, module, sp_size, windowed))
     layers = getattr(config, "num_hidden_layers", None)
     if not sites or len(sites) != layers:
         raise UnsupportedModelError(
@@ -67,6 +70,11 @@ def _text_config(model: Any) -> Any:
     config = model.config
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         raise UnsupportedModelError(f"{name} is no decoder-only language model; set sp_size 1.")
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # it leaves text causal
+        raise UnsupportedModelError(
+            f"use_bidirectional_attention ({config.use_bidirectional_attention!r}) must be off with sequence "
+            "parallelism, which serves causal attention; set sp_size 1."
+        )
     if not getattr(type(model), "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{name} does not use transformers' attention interface; set sp_size 1.")
     implementation = config._attn_implementation
@@ -91,7 +99,7 @@ def _text_config(model: Any) -> Any:
     return config
 
 
-def _site(name: str, module: Any, sp_size: int) -> AttentionSite:
+def _site(name: str, module: Any, sp_size: int, windowed: bool) -> AttentionSite:
     where = f"{type(module).__name__} ({name})"
     config = getattr(module, "config", None)
     if config is None or not hasattr(module, "head_dim") or not getattr(module, "is_causal", False):
@@ -101,11 +109,27 @@ def _site(name: str, module: Any, sp_size: int) -> AttentionSite:
     if types is not None and index is not None:
         kind = types[index]
     else:
-        kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        cut = windowed and getattr(config, "sliding_window", None) is not None
+        kind = "sliding_attention" if cut else "full_attention"
     if kind not in KINDS:
         raise UnsupportedModelError(
             f"{where} has layer type {kind!r}; sequence parallelism supports {', '.join(KINDS)}."
         )
+    return AttentionSite(name, module, plan_heads(*_heads(where, module), sp_size), kind)
+
+
+def _heads(where: str, module: Any) -> tuple[int, int]:
+    """Query and key/value heads of a layer: its own; MiMo-V2 and Laguna have layers with others than the config's."""
+    config = module.config
     heads = config.num_attention_heads
-    layout = plan_heads(heads, getattr(config, "num_key_value_heads", None) or heads, sp_size)
-    return AttentionSite(name, module, layout, kind)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    columns, group = getattr(module.k_proj, "out_features", None), getattr(module, "num_key_value_groups", None)
+    if columns is None or group is None:
+        return heads, kv_heads
+    if columns % module.head_dim:
+        raise UnsupportedModelError(
+            f"{where} has k_proj of {columns} features, which are no heads of head_dim ({module.head_dim}); "
+            "set sp_size 1."
+        )
+    kv_heads = columns // module.head_dim
+    return kv_heads * group, kv_heads

@@ -31,6 +31,7 @@ from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelErro
 from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.models.core_arguments import CoreLayer, core_arguments
+from fluid_hf.models.mask_code import read_mask_code
 from fluid_hf.models.sequence_inputs import check_inputs
 from fluid_hf.overlap.wgrad import WgradScheduler
 
@@ -95,7 +96,7 @@ class LayerAttention:
 
     @torch.compiler.disable  # exchanges are host code, here and below: the compiled parts end there
     def run(
-        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **kwargs: Any
+        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The attention interface: queries, keys and values [B, N, L, D] of this rank's tokens to [B, L, N, D]."""
         sequence = kwargs.pop(KEYWORD, None)
@@ -106,7 +107,7 @@ class LayerAttention:
             )
         if not isinstance(sequence, ShardedSequence):
             output: tuple[torch.Tensor, torch.Tensor | None]
-            output = self.core()(CoreLayer(module, self.config, None), q, k, v, mask, **kwargs)
+            output = self.core()(CoreLayer(module, self.config, None), q, k, v, attention_mask, **kwargs)
             return output
 
         def core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -252,6 +253,8 @@ class SequenceParallel:
         self._sites = list(sites)
         self._scheduler, self._chunks, self._overlap = scheduler, chunks, overlap
         self._kinds = sorted({site.kind for site in sites})
+        body: Any = model.base_model
+        self._masks_by_position = read_mask_code(body).by_position
         self._hooks: list[Any] = []
 
     def attach(self) -> None:
@@ -358,7 +361,9 @@ class SequenceParallel:
 
     @torch.no_grad()
     def _masks(self, embeds: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
-        common: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        common: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask}
+        if self._masks_by_position:
+            common["position_ids"] = positions
         config = self._model.config
         return {kind: MASKS[kind](config=config, past_key_values=None, **common) for kind in self._kinds}
 
