@@ -17,7 +17,7 @@ from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 
-__all__ = ["CutBatches", "FilledBatches", "agree_on_sp_size", "check_sp_size", "fill_batches"]
+__all__ = ["CutBatches", "FilledBatches", "agree_on_sp_size", "check_loss", "check_sp_size", "fill_batches"]
 
 
 def _asked(parallelism_config: Any) -> int:
@@ -48,6 +48,24 @@ def check_sp_size(sp_size: int, parallelism_config: Any) -> None:
             f"sp_size ({sp_size}) of the fluid settings must equal sp_size ({asked}) of the Trainer's "
             f'ParallelismConfig; set ParallelismConfig(sp_size={sp_size}, sp_backend="deepspeed"), or leave sp_size '
             "out of the fluid settings."
+        )
+
+
+def check_loss(sp_size: int, args: Any) -> None:
+    """Raise if the Trainer would leave out of its loss what its arguments ask for.
+
+    Args:
+        sp_size: ranks that share a sequence.
+        args: the Trainer's `TrainingArguments`.
+
+    Raises:
+        ConfigError: with `sp_size` over 1 it computes its loss by itself, without label smoothing.
+    """
+    smoothing = float(getattr(args, "label_smoothing_factor", 0.0) or 0.0)
+    if sp_size > 1 and smoothing:
+        raise ConfigError(
+            f"label_smoothing_factor ({smoothing}) must be 0 with sp_size ({sp_size}) over 1: the Trainer leaves it "
+            "out of the loss of sequences that ranks share; set it to 0, or compute the loss in a loop of your own."
         )
 
 
@@ -108,8 +126,28 @@ def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
 
+    class Epochs(UlyssesSPDataLoaderAdapter):  # type: ignore[misc]
+        """Begins anew for every epoch.
+
+        The Trainer takes as many batches as an epoch has and no more, so the adapter does not see its end, tells it at
+        the begin of the next one, and each later epoch loses a step.
+        """
+
+        begun = False
+
+        def __iter__(self) -> Iterator[Any]:
+            if self.begun:
+                self.iter, self.begun = iter(self.dl), False
+                self.micro_batches.clear()
+            return self
+
+        def __next__(self) -> Any:
+            self.begun = True
+            return super().__next__()
+
     if not isinstance(loader, UlyssesSPDataLoaderAdapter) or isinstance(loader.dl, FilledBatches):
         return
+    loader.__class__ = Epochs
     # Resuming within an epoch, the Trainer skips batches by these; the adapter lacks them.
     loader.dataset, loader.batch_size, loader.drop_last = CutBatches(loader), None, False
     loader.prefetch_factor = None

@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import CallbackHandler
 
 from fluid_hf.config import FluidConfig
-from fluid_hf.integrations.accelerate import agree_on_sp_size, check_sp_size, fill_batches
+from fluid_hf.integrations.accelerate import agree_on_sp_size, check_loss, check_sp_size, fill_batches
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.patching import get_state, patch_model
@@ -67,6 +67,7 @@ class FluidCallback(TrainerCallback):
             requested = self.config if self.config is not None else FluidConfig.from_dict(block)
             patch_model(model, agree_on_sp_size(requested, parallelism))
         check_sp_size(get_state(model).groups.sp_size, parallelism)
+        check_loss(get_state(model).groups.sp_size, args)
         get_state(model).staging_folder = args.output_dir
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None

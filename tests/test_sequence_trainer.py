@@ -18,6 +18,7 @@ from fluid_hf import FluidConfig
 pool4 = rank_pool(4)
 
 
+EPOCHS = {"epochs": 3, "samples": 8}
 AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5}}
 
 
@@ -27,6 +28,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     runs = [
         {"name": "plain", "stage": 1, "positions": True, "predict": 5, "save_model": str(folder / "saved")},
         {"name": "odd", "stage": 1, "length": 11, "steps": 4, **AUXILIARY},
+        {"name": "epochs", "stage": 1, "positions": True, **EPOCHS},
     ]
     return train(runs, folder, nproc=1)
 
@@ -45,6 +47,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     runs.append({**runs[1], "name": "resumed", "resume": str(tmp_path / "run" / "checkpoint-5")})
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
+    runs.append({**base, "name": "epochs", "stage": 1, "fluid": {"ep_size": 2}, **EPOCHS})
+    runs.append({**base, "name": "smooth", "stage": 1, "fluid": {"ep_size": 1}, "label_smoothing": 0.1})
     found = train(runs, tmp_path)
     for stage in range(4):
         for result in found[str(stage)]:
@@ -58,8 +62,12 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     assert found["2"][0]["eval_loss"] == pytest.approx(expected["plain"][0]["eval_loss"], rel=1e-4)
     assert len(found["2"][0]["predicted"]) == 1 + 5 * 4
     assert found["2"][0]["predicted"][1:] == pytest.approx(expected["plain"][0]["predicted"][1:], rel=1e-3, abs=1e-4)
-    for name in ("differ", "alone"):
+    for result in found["epochs"]:
+        assert_equal(curve(result), curve(expected["epochs"][0]))
+        assert len(curve(result)) == 3 * 4
+    for name in ("differ", "alone", "smooth"):
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
+    assert "label_smoothing_factor (0.1) must be 0 with sp_size (2) over 1" in found["smooth"][0]["message"]
     assert "sp_size (1) of the fluid settings must equal sp_size (2)" in found["differ"][0]["message"]
 
 

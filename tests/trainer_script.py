@@ -64,7 +64,12 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         output_dir=options["output"],
         deepspeed=deepspeed_json(options),
         use_cpu=True,
-        max_steps=options.get("steps", 10),
+        max_steps=-1 if "epochs" in options else options.get("steps", 10),
+        num_train_epochs=options.get("epochs", 3),
+        train_sampling_strategy="sequential"
+        if "epochs" in options
+        else "random",  # two runs shuffle later epochs unlike
+        label_smoothing_factor=options.get("label_smoothing", 0.0),
         per_device_train_batch_size=2,
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=options.get("accumulation", 1),
@@ -81,7 +86,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         seed=7,
     )
     model = tiny_model(options.get("family", "qwen3_moe"), **options.get("model", {}))
-    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 96, length=options.get("length", 12))]
+    data = [
+        {"input_ids": ids, "labels": ids}
+        for ids in batch(0, options.get("samples", 96), length=options.get("length", 12))
+    ]
     if options.get("positions"):
         data = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in data]
     callbacks: list[TrainerCallback] = (
