@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluid_hf.bench.report import breakdown_table
-from fluid_hf.errors import MissingPackageError, TraceError
+from fluid_hf.errors import TraceError
 from fluid_hf.profiling.breakdown import breakdown, record
 from fluid_hf.profiling.picture import draw_timeline
 from fluid_hf.profiling.timeline import PassTimeline, layer_passes, summarize
@@ -37,9 +37,12 @@ def trace_pass(run: Callable[[], None], is_first: bool) -> dict[str, Any] | None
 
 
 def draw_pictures(cell: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Draw the timelines of a slice under each other; nothing where matplotlib is missing.
+    """Draw the timelines of a slice under each other.
 
     They can be drawn later, from the JSON: `fluid-hf bench table --json FILE --pictures FOLDER`.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
     """
     passes = []
     for name, timeline in cell["timeline"].items():
@@ -49,10 +52,7 @@ def draw_pictures(cell: dict[str, Any], folder: str | Path) -> list[Path]:
     shared = f"_sp{cell['sp']}" if cell["sp"] > 1 else ""
     out = Path(folder) / f"{cell['model']}_{cell['layers']}x{cell['batch']}{shared}"
     title = f"{slice_name(cell)} x {cell['sequence']} tokens: one layer"
-    try:
-        return draw_timeline(passes, out, title=title) if passes else []
-    except MissingPackageError:
-        return []
+    return draw_timeline(passes, out, title=title) if passes else []
 
 
 def model_table(report: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from fluid_hf.bench.sequence_memory import memory_table
 from fluid_hf.bench.train_report import train_table
 from fluid_hf.errors import ConfigError
 
-TABLES = {"attention": attention_table, "memory": memory_table, "model": model_table, "train": train_table}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "layer": markdown_table,
+    "attention": attention_table,
+    "memory": memory_table,
+    "model": model_table,
+    "train": train_table,
+}
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -29,13 +36,29 @@ def run(options: argparse.Namespace) -> int:
     """Print the table.
 
     Raises:
-        ConfigError: the file holds no results.
+        ConfigError: the file holds no results, or others; there is nothing to draw.
+        MissingPackageError: pictures are asked for, and matplotlib is not installed; the table is printed before.
     """
     report = _read(options.json)
-    print(TABLES.get(str(report.get("what")), markdown_table)(report))
-    if options.pictures:
-        for cell in report["cells"]:
-            draw_pictures(cell, options.pictures)
+    kind = str(report.get("what", "layer"))  # `bench layer` writes no name
+    if kind not in TABLES:
+        raise ConfigError(f"--json ({options.json}) must hold results of {', '.join(TABLES)}, holds those of {kind!r}.")
+    try:
+        text = TABLES[kind](report)
+        drawn = [cell for cell in report["cells"] if kind == "model" and cell["timeline"]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # cut, changed, or another tool's
+        raise ConfigError(
+            f"--json ({options.json}) must hold whole results of `bench {kind}`: no table can be made of them "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if options.pictures and not drawn:
+        raise ConfigError(
+            f"--pictures must come with results of `bench model --trace`: --json ({options.json}) holds those of "
+            f"`bench {kind}`, without timelines."
+        )
+    print(text)
+    for cell in drawn if options.pictures else ():
+        draw_pictures(cell, options.pictures)
     return 0
 
 
