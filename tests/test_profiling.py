@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,21 @@ def test_layer_is_traced_on_a_mirror_link(
 def test_profile_refuses_what_it_cannot_run(arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         profile.run(cli.build_parser().parse_args(["profile", *arguments]))
+
+
+def test_profile_asks_for_matplotlib_first_and_gives_numbers_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(profile, "LayerRun", None)  # nothing may run
+    out = tmp_path / "picture"
+    assert cli.main(["profile", "--shape", "tiny", "--out", str(out)]) == 1
+    assert "MissingPackageError: pictures need matplotlib" in capsys.readouterr().err
+    arguments = ["profile", "--from", str(gpu_trace(tmp_path / "t.json")), "--out", str(out), "--json", "-"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads(out.with_suffix(".json").read_text())
+    assert printed.err.startswith("no picture: pictures need matplotlib") and not list(tmp_path.glob("*.svg"))
 
 
 def test_files_that_are_no_traces(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from fluid_hf.bench.shapes import SHAPES
 from fluid_hf.commands.arguments import add_json, positive, write_whole
-from fluid_hf.errors import ConfigError, TraceError
+from fluid_hf.errors import ConfigError, MissingPackageError, TraceError
 from fluid_hf.profiling.layer_run import LayerRun
+from fluid_hf.profiling.picture import check_pictures
 from fluid_hf.profiling.session import draw_traces
 from fluid_hf.profiling.timeline import summarize
 from fluid_hf.profiling.trace import Trace, read_trace
@@ -22,7 +24,8 @@ DESCRIPTION = """Traces one layer's forward and backward pass, serial and overla
 of five passes the one of median length; or, with --from, draws a trace made anywhere by FluidCallback or
 torch.profiler.
 
-Writes OUT.png, OUT.svg and OUT.json; without --from also OUT_overlapped.json.gz, for https://ui.perfetto.dev."""
+Writes OUT.png, OUT.svg and OUT.json; without --from also OUT_overlapped.json.gz, for https://ui.perfetto.dev. Pictures
+need matplotlib; with --json it does without."""
 
 KEPT = ("none", "overlapped", "both")
 
@@ -55,6 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Trace if there is no trace yet, draw, and write the summary."""
     _check(options)
+    draws = _draws(options)
     title = options.title
     paths: list[tuple[str, str | Path]]
     if options.trace:
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     numbers.write_text(text, encoding="utf-8")
     if options.json and options.json != "-":
         write_whole(options.json, text)
-    pictures = draw_traces(traces, options.out, layer=options.layer, title=title)
+    pictures = draw_traces(traces, options.out, layer=options.layer, title=title) if draws else []
     if options.json == "-":
         print(text)
         return 0
@@ -101,6 +105,22 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--ep ({options.ep}) must be at least 2 and divide the experts of {options.shape} ({experts})."
         )
+
+
+def _draws(options: argparse.Namespace) -> bool:
+    """Whether there will be pictures; who asks for the numbers by `--json` gets them without.
+
+    Raises:
+        MissingPackageError: only pictures are asked for, and matplotlib is not installed.
+    """
+    try:
+        check_pictures()
+    except MissingPackageError as error:
+        if not options.json:
+            raise
+        print(f"no picture: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _trace_layer(options: argparse.Namespace) -> tuple[list[tuple[str, str | Path]], str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +13,9 @@ from fluid_hf.errors import MissingPackageError
 from fluid_hf.profiling.timeline import PassTimeline
 from fluid_hf.profiling.trace import Work
 
-__all__ = ["draw_expert_load", "draw_timeline"]
+__all__ = ["check_pictures", "draw_expert_load", "draw_timeline"]
 
+MISSING = "pictures need matplotlib (not installed); run `pip install 'fluid-hf[plot]'`."
 TEXT, CARD, LANE = "#1f2937", "#ffffff", "#eef0f3"
 EXPOSED, HIDDEN = "#dc2626", "#9fb0c3"  # only what is lost may catch the eye
 KINDS = {
@@ -201,11 +204,21 @@ def _save(figure: Any, out: str | Path) -> list[Path]:
     return [png, svg]
 
 
+def check_pictures() -> None:
+    """Find out now, not after what is to be drawn has run, that nothing can be.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    with contextlib.suppress(ImportError):
+        if importlib.util.find_spec("matplotlib") is not None:
+            return
+    raise MissingPackageError(MISSING)
+
+
 def _matplotlib() -> Any:
     try:
         from matplotlib import figure
     except ImportError as error:
-        raise MissingPackageError(
-            "pictures need matplotlib (not installed); run `pip install 'fluid-hf[plot]'`."
-        ) from error
+        raise MissingPackageError(MISSING) from error
     return figure
