@@ -65,3 +65,13 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     value, reference = value.detach().double(), reference.detach().double()
     error = float((value - reference).norm() / reference.norm().clamp(min=1e-12))
     return error if error == error else float("inf")
+
+
+def errors_by_name(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative error of each gradient; one below a thousandth of all together, which may be nothing but roundings (of
+    queries and keys, where the only token that has a loss sees itself alone), against that."""
+    least = 1e-3 * float(torch.stack([gradient.norm() for gradient in wanted.values()]).norm())
+    return {
+        name: float((found[name] - gradient).norm() / gradient.norm().clamp(min=least))
+        for name, gradient in wanted.items()
+    }

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from distributed import RankPool, rank_pool
-from families import relative_error
+from families import errors_by_name, relative_error
 from packaging.version import Version
 from transformers import PreTrainedModel
 
@@ -70,10 +70,7 @@ def errors_of(rank: int, world: int, folder: str, settings: dict[str, Any], pack
     wanted = {name: p.grad for name, p in expected.named_parameters() if p.grad is not None}
     assert all(not found[name].any() for name in found.keys() - wanted.keys())
     assert found.keys() >= wanted.keys()
-    scale = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
-    errors = {"output": relative_error(output, whole[:, piece])}
-    for name, gradient in wanted.items():  # what is zero but for rounding is compared with the whole gradient
-        errors[name] = float((found[name] - gradient).norm() / gradient.norm().clamp(min=1e-3 * scale))
+    errors = {"output": relative_error(output, whole[:, piece]), **errors_by_name(found, wanted)}
     fluid_hf.unpatch_model(model)
     return errors
 
