@@ -103,6 +103,10 @@ class DeepSpeedExperts(ExpertParallelLayer, AutoEPMoELayer):
         experts = SplitExperts(weights, dict.fromkeys(weights, False), transposed)
         return {f"experts.{name}": value for name, value in experts.state_dict().items()}
 
+    def weights_in_parameters(self) -> dict[str, tuple[str, ...]]:
+        first, *biases = (name for name in self.weight_names if name != "down_proj")
+        return {"experts.w1": (first,), "experts.w3": tuple(biases) or (first,), "experts.w2": ("down_proj",)}
+
     def checkpoint_metadata(self, parameter: torch.Tensor) -> dict[str, Any]:
         """What DeepSpeed's universal checkpoint stores about one expert parameter."""
         placement = self.expert_placement_descriptor
@@ -122,6 +126,7 @@ class FrozenExperts(ExpertParallelLayer):
     experts: SplitExperts
     expert_parameters = DeepSpeedExperts.expert_parameters
     own_weights = DeepSpeedExperts.own_weights
+    weights_in_parameters = DeepSpeedExperts.weights_in_parameters
 
 
 class DeepSpeedBackend(TorchBackend):

@@ -15,6 +15,7 @@ from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.accelerate import agree_on_sp_size, check_loss, check_sp_size, fill_batches
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
+from fluid_hf.integrations.trainer_methods import calling_trainer, keep_weight_decay
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
 
@@ -69,6 +70,9 @@ class FluidCallback(TrainerCallback):
         check_sp_size(get_state(model).groups.sp_size, parallelism)
         check_loss(get_state(model).groups.sp_size, args)
         get_state(model).staging_folder = args.output_dir
+        trainer = calling_trainer()
+        if trainer is not None:
+            keep_weight_decay(trainer)
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:

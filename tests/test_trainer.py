@@ -10,9 +10,19 @@ import families
 import pytest
 import torch
 import trainer_script
-from distributed import RankError, fresh_ranks
-from families import batch
-from transformers import AutoModelForCausalLM
+from distributed import RankError, RankPool, fresh_ranks, rank_pool
+from families import batch, relative_error
+from moe_families import tiny_model as listed_model
+from safetensors.torch import load_file
+from test_saving import build_stored
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer
+
+import fluid_hf
+from fluid_hf import FluidConfig
+from fluid_hf.integrations.trainer_methods import keep_weight_decay
+
+pool2 = rank_pool(2)
 
 TOLERANCE = 1e-4
 
@@ -151,6 +161,63 @@ def test_expert_data_parallel_with_accumulation(tmp_path: Path) -> None:
     for found in results["patched"]:
         assert len(found["predicted"]) == 1 + 7 * 4
         assert found["predicted"] == pytest.approx(results["plain"][0]["predicted"], rel=1e-3, abs=1e-4)
+
+
+def test_weight_decay_of_experts_with_biases(tmp_path: Path) -> None:
+    """What the Trainer's optimizer leaves alone by name, it leaves alone where DeepSpeed gives the names."""
+    base = {"steps": 4, "weight_decay": 20.0, "folder": "gpt_oss"}  # six percent a step
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"stage": 1},
+        "whole": {"stage": 1, "fluid": {"ep_size": 1}},
+        "split": {"stage": 1, "fluid": {"ep_size": 2}},
+        "zero3": {"stage": 3, "fluid": {"ep_size": 2}},
+    }
+    runs = [
+        {**base, **kind, "name": name, "save_model": str(tmp_path / "saved" / name)} for name, kind in kinds.items()
+    ]
+    results = train(runs, tmp_path)
+    weights = {name: load_file(tmp_path / "saved" / name / "model.safetensors") for name in kinds}
+    for name, found in weights.items():
+        assert_equal(curve(results[name][0]), curve(results["plain"][0]))
+        assert found.keys() == weights["plain"].keys()
+        for key, expected in weights["plain"].items():
+            assert relative_error(found[key], expected) < 1e-3, (name, key)
+
+
+def num_decayed(trainer: Trainer, model: nn.Module) -> tuple[int, int]:
+    """Values of the experts, over all ranks, and others that are decayed."""
+    state = getattr(model, "fluid", None)
+    split = {id(p) for layer in state.layers.values() for p in layer.split_parameters()} if state else set()
+    chosen = set(trainer.get_decay_parameter_names(model))
+    assert chosen <= {name for name, _ in model.named_parameters()}
+    counts = [0, 0]
+    for name, parameter in model.named_parameters():
+        counts["experts" in name] += parameter.numel() * (name in chosen) * (2 if id(parameter) in split else 1)
+    return counts[0], counts[1]
+
+
+def run_decay_names(rank: int, world: int, kind: str) -> None:
+    """Also of a Trainer that chooses otherwise, and of one whose model is unpatched again."""
+
+    class Own(Trainer):
+        def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+            return [name for name, _ in model.named_parameters() if "attn" not in name]
+
+    for trainer_class in (Trainer, Own):
+        model = build_stored(kind) if kind.startswith("pairs") else listed_model(kind)
+        trainer = trainer_class.__new__(trainer_class)
+        expected, names = num_decayed(trainer, model), trainer.get_decay_parameter_names(model)
+        keep_weight_decay(trainer)
+        children = [name for name, _ in fluid_hf.patch_model(model, FluidConfig(ep_size=world)).named_modules()]
+        assert num_decayed(trainer, model) == expected
+        assert [name for name, _ in model.named_modules()] == children
+        fluid_hf.unpatch_model(model)
+        assert trainer.get_decay_parameter_names(model) == names
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "muse_spark", "nemotron_h", "pairs with biases", "dbrx"])
+def test_the_same_parameters_are_decayed(pool2: RankPool, kind: str) -> None:
+    pool2.run(run_decay_names, kind)
 
 
 def test_bad_settings_raise_on_every_rank_before_training(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from families import batch, tiny_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from moe_families import tiny_model as listed_model
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fluid_hf import FluidCallback
@@ -57,7 +58,14 @@ def parallelism(options: dict[str, Any]) -> ParallelismConfig | None:
     return ParallelismConfig(sp_size=options["parallelism_sp_size"], sp_backend="deepspeed", sp_handler=handler)
 
 
+def build(options: dict[str, Any]) -> PreTrainedModel:
+    if "folder" in options:
+        return listed_model(options["folder"])
+    return tiny_model(options.get("family", "qwen3_moe"), **options.get("model", {}))
+
+
 def run(options: dict[str, Any]) -> dict[str, Any]:
+    model = build(options)  # before the arguments: ZeRO 3 would have it built in parts
     args = TrainingArguments(
         parallelism_config=parallelism(options),
         gradient_checkpointing=options.get("checkpointing", False),
@@ -74,7 +82,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=options.get("accumulation", 1),
         learning_rate=3e-3,
-        weight_decay=0.1,
+        weight_decay=options.get("weight_decay", 0.1),
         max_grad_norm=1.0,
         logging_steps=1,
         save_strategy="steps" if options.get("save_steps") else "no",
@@ -85,7 +93,6 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
         seed=7,
     )
-    model = tiny_model(options.get("family", "qwen3_moe"), **options.get("model", {}))
     data = [
         {"input_ids": ids, "labels": ids}
         for ids in batch(0, options.get("samples", 96), length=options.get("length", 12))

@@ -163,6 +163,10 @@ class ExpertParallelLayer(nn.Module):
         """What `named_weights` gives, by the names of this layer's parameters."""
         return weights
 
+    def weights_in_parameters(self) -> dict[str, tuple[str, ...]]:
+        """Names of this layer's split parameters, and which of `weight_names` each holds, whole or in part."""
+        return {name: (name,) for name in self.weight_names}
+
     def extra_parameters(self) -> dict[str, torch.Tensor]:
         """Parameters that every rank holds whole, by the names that `context.math` knows them under."""
         math = self.context.math

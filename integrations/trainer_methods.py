@@ -1,0 +1,79 @@
+"""Methods of a Trainer that must know of patched models: which parameters are decayed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from transformers import Trainer
+
+from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
+from fluid_hf.state import FluidState
+
+__all__ = ["calling_trainer", "keep_weight_decay"]
+
+
+def calling_trainer() -> Trainer | None:
+    """The Trainer in whose constructor this is called; callbacks are not told."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer):
+            return found
+        frame = frame.f_back
+    return None
+
+
+def keep_weight_decay(trainer: Trainer) -> None:
+    """Let the Trainer's optimizer decay of a patched model what it decays of the unpatched one.
+
+    It goes by names, and DeepSpeed's protocol leaves experts' biases no name with "bias" in it. The Trainer's own
+    method, or that of a subclass, is asked about the unpatched model; of an unpatched model it is left alone.
+    """
+    ask = trainer.get_decay_parameter_names
+
+    @functools.wraps(ask)
+    def names(model: nn.Module) -> list[str]:
+        state = getattr(model, "fluid", None)
+        return _decayed(ask, model, state) if isinstance(state, FluidState) else ask(model)
+
+    trainer.get_decay_parameter_names = names  # type: ignore[method-assign]
+
+
+def _decayed(ask: Callable[[nn.Module], list[str]], model: nn.Module, state: FluidState) -> list[str]:
+    with _originals_in_place(model, state):
+        found = ask(model)
+        chosen = set(found)
+        decayed = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in chosen}
+    places = {id(module): place for place, module in model.named_modules()}
+    for name, layer in state.layers.items():
+        original = state.originals[name]
+        for own, weights in layer.weights_in_parameters().items():
+            parts = [part for weight in weights for part in stored_parameters(original, weight)]
+            if all(id(part) in decayed for part in parts):
+                found.append(f"{places[id(layer)]}.{own}")
+    held = {name for name, _ in model.named_parameters()}
+    return [name for name in dict.fromkeys(found) if name in held]
+
+
+@contextlib.contextmanager
+def _originals_in_place(model: nn.Module, state: FluidState) -> Iterator[None]:
+    """For reading names: the experts' own modules where they were before patching, without their weights."""
+    originals = {id(layer): state.originals[name] for name, layer in state.layers.items()}
+    places = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if id(child) in originals
+    ]
+    try:
+        for parent, name, layer in places:
+            original = originals[id(layer)]
+            parent._modules[name] = original.module if isinstance(original, StoredExperts) else original
+        yield
+    finally:
+        for parent, name, layer in places:
+            parent._modules[name] = layer
