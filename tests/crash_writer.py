@@ -41,6 +41,11 @@ def write_forever(model: torch.nn.Module, folder: Path, sizes: list[str]) -> Non
         generation += 1
 
 
+def left(folder: Path) -> list[str]:
+    """What killed writers have left of saves that were not complete."""
+    return [str(path) for path in (*folder.parent.glob(f".{folder.name}.*"), *folder.rglob("*.tmp"))]
+
+
 def main(folder: Path, kills: int, sizes: list[str]) -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # bars share a lock with forked processes, and the dead never give it back
@@ -64,10 +69,10 @@ def main(folder: Path, kills: int, sizes: list[str]) -> None:
         os.waitpid(child, 0)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         values = {float(value) for parameter in loaded.parameters() for value in parameter.unique()}
-        left = [path.name for path in folder.parent.glob(f".{folder.name}.*")]
-        found.append({"values": sorted(values), "saved": (folder.parent / "saved").read_text(), "aside": len(left)})
+        saved = (folder.parent / "saved").read_text()
+        found.append({"values": sorted(values), "saved": saved, "aside": len(left(folder))})
     fluid_hf.save_pretrained(model, folder, max_shard_size=sizes[-1])
-    print(json.dumps({"found": found, "left": [path.name for path in folder.parent.glob(f".{folder.name}.*")]}))
+    print(json.dumps({"found": found, "left": left(folder)}))
 
 
 if __name__ == "__main__":

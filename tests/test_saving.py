@@ -16,6 +16,7 @@ import pytest
 import torch
 from distributed import LAUNCH_ENV, ROOT, RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from moe_families import tiny_model as build_family
 from safetensors.torch import load_file, save_file
 from test_remote_code import build as build_listed
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import fluid_hf
 from fluid_hf import FluidConfig
 from fluid_hf.checkpoint import saving
-from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec
+from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, remove_folder
 
 pool2 = rank_pool(2)
 
@@ -165,12 +166,50 @@ def test_full_disk_leaves_the_old_model(pool2: RankPool, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def memory_or(folder: Path) -> Path:
+    memory = Path("/dev/shm")
+    return memory if os.access(memory, os.W_OK) else folder
+
+
+def test_a_folder_that_links_to_another_file_system(tmp_path: Path) -> None:
+    """Nothing is written beside the link; what a killed writer left is in no upload, and goes with the next save."""
+    with tempfile.TemporaryDirectory() as beside, tempfile.TemporaryDirectory(dir=memory_or(tmp_path)) as folder:
+        if os.stat(folder).st_dev == os.stat(beside).st_dev:
+            pytest.skip("/dev/shm is no file system of its own")
+        link = Path(beside) / "out"
+        link.symlink_to(folder)
+        for size in ("10GB", "20KB", "20KB", "10GB"):
+            new_folder(link).joinpath("model.safetensors").touch()
+            left = [path.relative_to(link) for path in link.rglob("*.tmp/*")]
+            assert len(left) == 1
+            assert not list(filter_repo_objects(map(str, left), ignore_patterns=DEFAULT_IGNORE_PATTERNS))
+            run_save_options(0, 1, str(link), max_shard_size=size)
+            assert same_weights(link, tiny_model("mixtral")) and not list(link.glob(".*"))
+        assert list(Path(beside).iterdir()) == [link]
+
+
+@pytest.mark.parametrize("kind", ["new", "there"])
+def test_leftovers_of_the_same_target_only(tmp_path: Path, kind: str) -> None:
+    others = [".model.best.0123abcd.tmp", ".model.x.tmp", ".m1.0123abcd.tmp", ".model.0123abcd.tmp.old"]
+    for name in (*others, ".model.0123abcd.tmp", ".m[1].0123abcd.tmp"):
+        (tmp_path / name).mkdir()
+    for name in ("model", "m[1]"):
+        if kind == "there":
+            (tmp_path / name).mkdir()
+        remove_folder(new_folder(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(others)
+    shared = tmp_path / "model" / ".cache" / "huggingface"
+    shared.mkdir(parents=True)
+    (shared / "download").mkdir()
+    remove_folder(new_folder(tmp_path / "model"))
+    assert [path.name for path in shared.iterdir()] == ["download"]
+
+
 @pytest.mark.parametrize("sizes", [("20KB",), ("10GB", "20KB", "60KB")], ids=["same shards", "other shards"])
 def test_killed_writer_leaves_a_whole_model(tmp_path: Path, sizes: tuple[str, ...]) -> None:
     """SIGKILL at 20 random moments of saving: the folder always loads, with the weights of one save."""
     # In memory where that can be: what a dying process leaves does not depend on how fast the disk is.
-    memory = Path("/dev/shm")
-    base = memory if os.access(memory, os.W_OK) else tmp_path
+    base = memory_or(tmp_path)
     known = {
         name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
     }  # it forks and is killed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["SafetensorsFile", "TensorSpec", "new_folder", "publish", "sync_folder"]
+__all__ = ["SafetensorsFile", "TensorSpec", "new_folder", "publish", "remove_folder", "sync_folder"]
+
+INSIDE = Path(".cache", "huggingface")  # in a model's folder; left out of every upload
 
 # Names of the safetensors format: https://huggingface.co/docs/safetensors
 DTYPES = {
@@ -105,13 +108,37 @@ class SafetensorsFile:
 
 
 def new_folder(target: Path) -> Path:
-    """An empty folder beside `target`; what killed writers of the same target left is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for path in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    """An empty folder on the file system of `target`; what killed writers of the same target left is removed.
+
+    Of a target that exists it is inside: that may be a mount point, a link, or in a folder that cannot be written.
+    There it is where `huggingface_hub` keeps files of its own, which it never uploads. `remove_folder` removes it.
+    """
+    beside = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    inside = re.compile(r"fluid_hf\.[0-9a-f]{8}\.tmp")
+    token = uuid.uuid4().hex[:8]
+    if target.exists():
+        place = target.resolve() / INSIDE
+        aside = place / f"fluid_hf.{token}.tmp"
+    else:
+        place = target.parent
+        aside = place / f".{target.name}.{token}.tmp"
+    place.mkdir(parents=True, exist_ok=True)
+    for folder, name in ((target.parent, beside), (target / INSIDE, inside)):
+        with contextlib.suppress(OSError):  # no longer there, or a parent that cannot be read
+            for path in [path for path in folder.iterdir() if name.fullmatch(path.name)]:
+                shutil.rmtree(path, ignore_errors=True)
     aside.mkdir()
     return aside
+
+
+def remove_folder(aside: Path) -> None:
+    """Remove what `new_folder` made, with what is in it."""
+    shutil.rmtree(aside, ignore_errors=True)
+    place = aside.parent
+    if place.parts[-len(INSIDE.parts) :] == INSIDE.parts:
+        with contextlib.suppress(OSError):  # others' files are there
+            place.rmdir()
+            place.parent.rmdir()
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging
 
-from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish
+from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish, remove_folder
 from fluid_hf.checkpoint.gather import as_stored, iterate_weights, local_weights, weight_specs
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
@@ -34,8 +33,9 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
 
     Of a model with adapters (PEFT), the adapters alone, as PEFT writes them.
 
-    Weights are gathered one at a time and written as they come, into a folder beside `directory` that then takes its
-    place. A reader, or a restart after a crash at any moment, finds the old model or the new one, whole.
+    Weights are gathered one at a time and written as they come, into a hidden folder in `directory`, or beside one that
+    is not there yet, and then take their place. A reader, or a restart after a crash at any moment, finds the old model
+    or the new one, whole.
 
     Args:
         model: a patched model.
@@ -174,7 +174,7 @@ class _ModelWriter:
 
     def abandon(self) -> None:
         """Remove what is not in place."""
-        shutil.rmtree(self._aside, ignore_errors=True)
+        remove_folder(self._aside)
 
     def _write_configs(self) -> None:
         """config.json, generation_config.json and remote code, as transformers writes them beside weights."""
