@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import sys
 from typing import Any, Protocol
 
@@ -48,8 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit status: 0, 1 with the named error on the error stream, or argparse's 2 for unknown ones."""
+    """Entry point.
+
+    Returns:
+        The exit status: 0, or 1 with the named error on the error stream, or 130 if the user interrupts; argparse ends
+        the process itself, with 2.
+    """
     options = build_parser().parse_args(arguments)
+    target = getattr(options, "json", None)
+    before = _version(target)
     try:
         check_targets(options)
         return COMMANDS[options.command].run(options)
@@ -58,6 +68,19 @@ def main(arguments: list[str] | None = None) -> int:
         more = f"\n`fluid-hf errors {name}` has cause and remedy." if isinstance(error, FluidError) else ""
         print(f"fluid-hf {options.command}: {name}: {error}{more}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        kept = f"; what was finished is in {target}" if _version(target) != before else ""
+        print(f"fluid-hf {options.command}: interrupted{kept}", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _version(target: str | bool | None) -> tuple[int, int] | None:
+    """Differs once the file of `--json` has been written; `None` without such a file."""
+    if isinstance(target, str) and target != "-":
+        with contextlib.suppress(OSError):
+            found = os.stat(target)
+            return found.st_ino, found.st_mtime_ns
+    return None
 
 
 if __name__ == "__main__":

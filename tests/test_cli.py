@@ -82,6 +82,13 @@ def test_nccl_without_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None
         ("bench layer --shapes mixtral-9x9b", "ConfigError: shape .* must be one of .*no such file or folder"),
         ("bench layer --shapes tiny --ep 7", r"ConfigError: --ep \(7\) must divide the experts .*'tiny': 16"),
         ("bench layer --shapes tiny --ep 0", "argument --ep: must be a positive integer, is '0'"),
+        ("bench layer --skew nan", "argument --skew: must be a number of at least 0, is 'nan'"),
+        ("bench layer --skew 0 -1", "argument --skew: must be a number of at least 0, is '-1'"),
+        ("bench model --budget nan", "argument --budget: must be a number of at least 0, is 'nan'"),
+        ("bench model --timeout 0", "argument --timeout: must be a positive number, is '0'"),
+        ("bench model --stack-after soon", "argument --stack-after: must be a number of at least 0, is 'soon'"),
+        ("doctor --seconds nan", "argument --seconds: must be a number of at least 0, is 'nan'"),
+        ("doctor --timeout inf", "argument --timeout: must be a positive number, is 'inf'"),
         ("profile --tokens 0", "argument --tokens: must be a positive integer, is '0'"),
         ("bench attention --shapes tiny --sp 3", r"ConfigError: --sp \(\[3\]\) must divide"),
         ("bench table --json NONE", "ConfigError: --json .* wrote with its --json .*FileNotFoundError"),
@@ -169,7 +176,11 @@ def test_families_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ],
 )
 def test_a_run_that_is_cut_keeps_what_is_finished(
-    module: types.ModuleType, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: types.ModuleType,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "results.json"
     number = 0
@@ -182,12 +193,15 @@ def test_a_run_that_is_cut_keeps_what_is_finished(
         return {"number": number, "errors": {}}
 
     monkeypatch.setattr(module, "_cell", cell)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main([*command.split(), "--json", str(out)])
+    assert cli.main([*command.split(), "--json", str(out)]) == 130
+    assert capsys.readouterr().err.endswith(f"fluid-hf bench: interrupted; what was finished is in {out}\n")
     report = json.loads(out.read_text())
     assert [cell["number"] for cell in report["cells"]] == [1, 2]
     assert report["link"] == "mirror" and report["command"]["repeats"] == 20
     assert list(tmp_path.iterdir()) == [out]
+    number = 2  # no cell is finished this time: the file is of before
+    assert cli.main([*command.split(), "--json", str(out)]) == 130
+    assert capsys.readouterr().err.endswith("fluid-hf bench: interrupted\n")
     assert not torch.distributed.is_initialized()
 
 

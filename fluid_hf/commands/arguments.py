@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["add_json", "check_targets", "positive", "write_whole"]
+__all__ = ["add_json", "check_targets", "not_negative", "positive", "positive_number", "write_whole"]
 
 # A folder that takes no new files, a file that only its owner may replace, a file that is a mount of its own.
 IN_PLACE_ONLY = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
@@ -28,6 +29,30 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, is {text!r}")
     return value
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number over 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, is {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, is {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    """NaN, which compares with nothing, for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "results", instead: str = "the text") -> None:

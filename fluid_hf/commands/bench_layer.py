@@ -20,7 +20,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world, several_processes,
 from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
-from fluid_hf.commands.arguments import add_json, positive, write_whole
+from fluid_hf.commands.arguments import add_json, not_negative, positive, write_whole
 from fluid_hf.errors import ConfigError
 from fluid_hf.overlap.cost_model import hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
@@ -46,7 +46,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add("--tokens", type=positive, default=8192, help="tokens per rank")
     add("--waves", nargs="+", type=positive, help="waves to time beside the planner's choice")
-    add("--skew", nargs="+", type=float, default=[0.0], help="Zipf exponents of expert popularity; 0 is balanced")
+    add(
+        "--skew", nargs="+", type=not_negative, default=[0.0], help="Zipf exponents of expert popularity; 0 is balanced"
+    )
     add("--layers", type=positive, default=4, help="calls timed in a row, as layers run in a model; times are per call")
     add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")

@@ -17,7 +17,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelSlice
 from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
-from fluid_hf.commands.arguments import add_json, positive, write_whole
+from fluid_hf.commands.arguments import add_json, not_negative, positive, positive_number, write_whole
 from fluid_hf.errors import ConfigError
 
 MODES = ["inference", "forward", "backward", "step"]
@@ -56,9 +56,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add("--ctas", nargs="+", type=positive, default=[], help="nccl_max_ctas, in the smallest slice of each model")
     add("--trace", help="folder for a picture of one pass of the smallest slices; the JSON gets its numbers")
-    add("--budget", type=float, help="seconds after which no slice or fixed setting is started")
-    add("--timeout", type=float, default=300.0, help="seconds after which a collective that hangs ends the run")
-    add("--stack-after", type=float, default=60.0, help="seconds of one stage after which every rank shows its stacks")
+    add("--budget", type=not_negative, help="seconds after which no slice or fixed setting is started")
+    add(
+        "--timeout",
+        type=positive_number,
+        default=300.0,
+        help="seconds after which a collective that hangs ends the run",
+    )
+    add(
+        "--stack-after",
+        type=not_negative,
+        default=60.0,
+        help="seconds of one stage after which every rank shows its stacks, 0 for never",
+    )
     add_json(parser)
     return parser
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fluid_hf.commands import doctor_parity, doctor_ranks
-from fluid_hf.commands.arguments import add_json, write_whole
+from fluid_hf.commands.arguments import add_json, not_negative, positive_number, write_whole
 from fluid_hf.commands.doctor_checks import CHECKS, Finding
 
 SIGNS = {"ok": " ", "warning": "!", "error": "X"}
@@ -37,8 +37,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--fixed", nargs="*", default=[], metavar="NAME=VALUE", help="--parity with these settings only"
     )
     parser.add_argument("--quick", action="store_true", help="--parity with every value of every setting once")
-    parser.add_argument("--seconds", type=float, help="--parity starts no more cells after so long")
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a rank waits for others (default: 120)")
+    parser.add_argument("--seconds", type=not_negative, help="--parity starts no more cells after so long")
+    parser.add_argument(
+        "--timeout", type=positive_number, default=120.0, help="seconds a rank waits for others (default: 120)"
+    )
     parser.add_argument("--skip", nargs="+", default=[], choices=list(CHECKS), help="checks to leave out")
     return parser
 
