@@ -40,7 +40,7 @@ from fluid_hf.process_groups import (
 )
 from fluid_hf.state import FluidState
 
-__all__ = ["get_state", "patch_model", "requested_config", "unpatch_model"]
+__all__ = ["check_config", "get_state", "patch_model", "requested_config", "unpatch_model"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -232,8 +232,7 @@ def _prepare(
 ) -> tuple[Exception | None, FluidConfig | None, FluidConfig | None, Backend | None, list[ExpertsSite]]:
     """Every check that one rank can make by itself. Changes nothing; returns the error instead of raising it."""
     try:
-        if config is not None and not isinstance(config, FluidConfig):
-            raise ConfigError(f"config ({config!r}) must be a FluidConfig; use FluidConfig.from_dict({{...}}).")
+        check_config(config)
         requested = requested_config(config)
         state = getattr(model, "fluid", None)
         if isinstance(state, FluidState):
@@ -265,6 +264,12 @@ def _prepare(
         return None, requested, resolved, backend, sites
     except Exception as error:  # reported to the other ranks, then raised on this one
         return as_error(error), None, None, None, []
+
+
+def check_config(config: Any) -> None:
+    """Raise `ConfigError` unless it is a `FluidConfig` or `None`."""
+    if config is not None and not isinstance(config, FluidConfig):
+        raise ConfigError(f"config ({config!r}) must be a FluidConfig; use FluidConfig.from_dict({{...}}).")
 
 
 def requested_config(config: FluidConfig | None) -> FluidConfig:

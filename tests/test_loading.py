@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from distributed import RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -231,3 +232,22 @@ def test_settings_and_models_that_do_not_fit(pool2: RankPool, tmp_path: Path) ->
     LlamaForCausalLM(LlamaConfig(**small, num_attention_heads=2)).save_pretrained(tmp_path / "dense")
     message = pool2.expect("UnsupportedModelError", run_load, str(tmp_path / "dense"))[0]
     assert "LlamaForCausalLM" in message
+
+
+def run_relative_path(rank: int, world: int, folder: str) -> None:
+    path = Path(os.path.relpath(Path(folder) / "model"))
+    assert not path.is_absolute()
+    fluid_hf.unpatch_model(fluid_hf.from_pretrained(path, FluidConfig(ep_size=world)))
+
+
+def run_models_own_config(rank: int, world: int, folder: str) -> None:
+    fluid_hf.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
+
+
+def test_paths_and_configurations_of_transformers(pool2: RankPool, tmp_path: Path) -> None:
+    tiny_model("mixtral").save_pretrained(tmp_path / "model")
+    pool2.run(run_relative_path, str(tmp_path))
+    for message in pool2.expect("ConfigError", run_models_own_config, str(tmp_path / "model")):
+        assert "config (MixtralConfig) must be a FluidConfig" in message and "by keyword" in message
+    with pytest.raises(fluid_hf.ConfigError, match="use FluidConfig.from_dict"):
+        fluid_hf.from_pretrained(str(tmp_path / "model"), {"ep_size": 1})  # type: ignore[arg-type]

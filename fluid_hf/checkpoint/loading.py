@@ -29,11 +29,11 @@ from fluid_hf.checkpoint.reading import (
 from fluid_hf.checkpoint.saving import quiet_progress
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
-from fluid_hf.errors import CheckpointError, FluidError, UnsupportedModelError
+from fluid_hf.errors import CheckpointError, ConfigError, FluidError, UnsupportedModelError
 from fluid_hf.models.expert_lists import AbsentExpert, ExpertList
 from fluid_hf.models.registry import ExpertsSite, find_experts
 from fluid_hf.models.stored_experts import StoredExperts
-from fluid_hf.patching import patch_model, requested_config
+from fluid_hf.patching import check_config, patch_model, requested_config
 from fluid_hf.process_groups import resolve_ep_size
 
 __all__ = ["from_pretrained"]
@@ -45,7 +45,11 @@ LOADING_TIMEOUT_SECONDS = 3600.0
 
 
 def from_pretrained(
-    path: str, config: FluidConfig | None = None, *, auto_class: Any = AutoModelForCausalLM, **hf_kwargs: Any
+    path: str | os.PathLike[str],
+    config: FluidConfig | None = None,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    **hf_kwargs: Any,
 ) -> Any:
     """Load a model by shares and patch it. Collective over all ranks.
 
@@ -58,7 +62,7 @@ def from_pretrained(
 
     Args:
         path: a folder or a name on the Hub, with safetensors files.
-        config: settings, as for `patch_model`.
+        config: settings, as for `patch_model`; not transformers' own `config`, which is read from `path`.
         auto_class: transformers' auto class, or a model class.
         **hf_kwargs: those of transformers' `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
 
@@ -67,14 +71,15 @@ def from_pretrained(
 
     Raises:
         CheckpointError: on every rank: files are missing, cut off or do not fit the model; names the file and tensor.
-        ConfigError: the settings do not fit the model or the world size.
+        ConfigError: the settings are no `FluidConfig`, or do not fit the model or the world size.
         UnsupportedModelError: the model cannot be patched, or its experts are not read by shares (DBRX, LongCat-Flash).
     """
-    control = ControlGroup(LOADING_TIMEOUT_SECONDS)
+    path, control = os.fspath(path), ControlGroup(LOADING_TIMEOUT_SECONDS)
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         loader = _ShareLoader(path, control, control.hosts("fluid_hf.from_pretrained"))
         try:
+            _check_settings(config)
             loader.requested = requested_config(config)
             _check_folder(path)
             with _without_zero_init(), quiet_progress(rank != 0):
@@ -90,6 +95,17 @@ def from_pretrained(
         control.close()
     return_freed_memory()
     return patch_model(model, config)
+
+
+def _check_settings(config: Any) -> None:
+    """transformers' own function takes the model's configuration under this name."""
+    if isinstance(config, PreTrainedConfig):
+        raise ConfigError(
+            f"config ({type(config).__name__}) must be a FluidConfig; fluid_hf.from_pretrained reads the model's own "
+            "config.json from its folder: change fields by keyword (num_experts_per_tok=1), or load the model with "
+            "transformers and call patch_model."
+        )
+    check_config(config)
 
 
 def _check_folder(path: str) -> None:
@@ -220,9 +236,7 @@ def _class_of_its_own(auto_class: Any, path: str, options: dict[str, Any]) -> An
     """The class that comes with a model, as transformers' auto classes find it; `None` if it is transformers' own."""
     where = {name: options[name] for name in HUB_OPTIONS if name in options}
     revision = options.pop("code_revision", None)
-    config = options.get("config")
-    if not isinstance(config, PreTrainedConfig):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=True, code_revision=revision, **where)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True, code_revision=revision, **where)
     reference = (getattr(config, "auto_map", None) or {}).get(auto_class.__name__)
     if reference is None:
         return None
