@@ -14,12 +14,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from fluid_hf.errors import ConfigError
 
 __all__ = [
     "ParallelGroups",
+    "backend_of",
     "create_groups",
     "crossing_groups",
     "expert_data_parallel_ranks",
@@ -65,6 +67,23 @@ class ParallelGroups:
     def sp_exchange(self) -> dist.ProcessGroup | None:
         """The group whose communicator carries the heads."""
         return self.exchange_groups[-1] if len(self.exchange_groups) > 1 else self.sp_group
+
+
+def backend_of(group: dist.ProcessGroup | None = None, device: str | None = None) -> str:
+    """The name of the backend that carries a group's tensors: "nccl", "gloo", ...; empty if none does.
+
+    `dist.get_backend` gives it of groups that were started by that one name only. Of those that were started without
+    one, or for each kind of device, it says "undefined" or "cpu:gloo,cuda:nccl".
+
+    Args:
+        group: `None` is the default group.
+        device: kind of device that the tensors are on; `None` for a GPU, if there is one that the group serves, or else
+            the CPU.
+    """
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    if device is None:
+        device = "cuda" if "cuda" in backends and torch.cuda.is_available() else "cpu"
+    return backends.get(device, "")
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
@@ -195,7 +214,7 @@ def with_exchange_groups(groups: ParallelGroups, max_ctas: int | None) -> Parall
     Args:
         max_ctas: most thread blocks that NCCL takes from the GPU for one exchange; `None` for NCCL's choice.
     """
-    if groups.ep_size * groups.sp_size == 1 or dist.get_backend() != "nccl":
+    if groups.ep_size * groups.sp_size == 1 or backend_of() != "nccl":
         return groups
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     if max_ctas is not None:
@@ -220,5 +239,5 @@ def set_group_timeout(group: dist.ProcessGroup | None, seconds: float, watchdog:
     Whoever waits on the host raises a named error after `seconds`, and needs the time between to say so.
     """
     if group is not None and group is not dist.group.WORLD:
-        seconds += watchdog if dist.get_backend(group) == "nccl" else 0.0
+        seconds += watchdog if backend_of(group) == "nccl" else 0.0
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)

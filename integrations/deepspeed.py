@@ -44,7 +44,7 @@ from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer
-from fluid_hf.process_groups import ParallelGroups
+from fluid_hf.process_groups import ParallelGroups, backend_of
 from fluid_hf.state import FluidState
 
 __all__ = ["DeepSpeedBackend", "DeepSpeedExperts", "SplitExperts", "init_communication"]
@@ -218,7 +218,7 @@ def init_communication() -> None:
     known = operators.get("deepspeed_shm_comm")
     operators["deepspeed_shm_comm"] = False
     try:
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
+        deepspeed.init_distributed(dist_backend=backend_of(), auto_mpi_discovery=False)
     finally:
         if known is None:
             del operators["deepspeed_shm_comm"]

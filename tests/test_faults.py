@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -10,18 +11,18 @@ from itertools import repeat
 import faults
 import pytest
 import torch
-from distributed import Failure, RankError, RankPool, rank_pool
+from distributed import Failure, RankError, RankPool, fresh_ranks, rank_pool
 from families import batch, tiny_model
 
 import fluid_hf
-from fluid_hf import ConfigError, FluidConfig, PeerError, RankMismatchError, RoutingError
+from fluid_hf import ConfigError, ExpertParallelExperts, FluidConfig, PeerError, RankMismatchError, RoutingError
 from fluid_hf.comm.call_form import CallForm, check_forms
 from fluid_hf.comm.faults import input_status, peer_error, raise_flagged
 from fluid_hf.comm.host_reader import HostReader
 from fluid_hf.comm.late_status import LateStatus
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import meet_first, meet_in_time
-from fluid_hf.process_groups import set_group_timeout
+from fluid_hf.process_groups import backend_of, set_group_timeout
 
 LIMIT = f"{faults.TIMEOUT:g} s"
 TRIED = {
@@ -207,6 +208,51 @@ def test_waiting_for_the_device_ends_with_a_named_error(monkeypatch: pytest.Monk
         exchange.wait_for(NeverDone(), "the norm of")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("started", "gpu", "expected"),
+    [
+        ("cuda:nccl", True, ["nccl", "", "nccl"]),
+        ("cpu:gloo,cuda:nccl", True, ["nccl", "gloo", "nccl"]),
+        ("cpu:gloo,cuda:nccl", False, ["gloo", "gloo", "nccl"]),
+        ("cpu:gloo,cuda:gloo", True, ["gloo", "gloo", "gloo"]),
+        ("cpu:gloo", True, ["gloo", "gloo", ""]),
+        ("cpu:mirror,cuda:mirror", True, ["mirror", "mirror", "mirror"]),
+    ],
+)
+def test_backend_of_a_group(started: str, gpu: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: started)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert [backend_of(None, device) for device in (None, "cpu", "cuda")] == expected
+
+
+def run_without_a_peer(rank: int, world: int, backend: str | None, how: str) -> None:
+    """Rank 1 takes part once: then it dies, or sleeps for longer than rank 0 waits."""
+    torch.distributed.init_process_group(backend)
+    layer = ExpertParallelExperts(4, 8, 6, group=torch.distributed.new_group([0, 1]), waves=1)
+    exchange = layer.context.exchange
+    exchange.timeout_seconds = 2.0
+    inputs = torch.ones(5, 8), torch.tensor([[0, 3]]).repeat(5, 1), torch.ones(5, 2)
+    layer(*inputs)
+    exchange.all_reduce(torch.ones(1))
+    if rank == 0 and how == "sleeps in a sum":
+        exchange.all_reduce(torch.ones(1), "a sum")
+    elif rank == 0:
+        layer(*inputs)
+    elif how == "dies":
+        os._exit(1)
+    else:
+        time.sleep(7)
+
+
+@pytest.mark.parametrize(("backend", "how"), [(None, "dies"), (None, "sleeps"), ("cpu:gloo", "sleeps in a sum")])
+def test_groups_that_were_not_started_by_the_name_of_one_backend(backend: str | None, how: str) -> None:
+    with fresh_ranks(2, group=False) as ranks, pytest.raises(RankError) as caught:
+        ranks.run(run_without_a_peer, backend, how, timeout=90.0)
+    failure = caught.value.failures[0]
+    assert failure.kind == "PeerError", failure.text
+    assert "rank 1 did not take part in " + ("a sum" if "sum" in how else "forward") in failure.message
+
+
 def run_meetings(rank: int, world: int, late: float) -> float:
     """As before NCCL's first call; seconds that this rank waited in the second meeting."""
     group = torch.distributed.group.WORLD
@@ -265,7 +311,8 @@ def test_the_named_error_comes_before_the_watchdog(
     backend: str, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[float] = []
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: backend)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: f"cpu:gloo,cuda:{backend}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.distributed.distributed_c10d, "_set_pg_timeout", lambda time, group: found.append(time.total_seconds())
     )

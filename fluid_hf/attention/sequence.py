@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn import functional
 
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError
+from fluid_hf.process_groups import backend_of
 
 __all__ = [
     "IGNORED_LABEL",
@@ -165,8 +165,8 @@ def _check_equal_batches(ids: torch.Tensor, exchange: PeerExchange) -> None:
 
 
 def _wire_device(tensor: torch.Tensor, exchange: PeerExchange) -> torch.device:
-    """Where a tensor must be for the group's collectives: a batch may still be on the host."""
-    if tensor.device.type == "cpu" and exchange.group is not None and dist.get_backend(exchange.group) == "nccl":
+    """Where a tensor must be for the group's collectives: a batch may still be on the host, unknown to NCCL."""
+    if tensor.device.type == "cpu" and exchange.group is not None and not backend_of(exchange.group, "cpu"):
         return torch.device("cuda", torch.cuda.current_device())
     return tensor.device
 

@@ -15,6 +15,7 @@ from fluid_hf.bench.parity_cells import Cell, covering_cells
 from fluid_hf.bench.parity_train import Outcome, train_patched, train_plain
 from fluid_hf.comm.faults import peer_error
 from fluid_hf.errors import FluidError
+from fluid_hf.process_groups import backend_of
 
 __all__ = ["CellResult", "markdown_summary", "run"]
 
@@ -180,7 +181,7 @@ def markdown_summary(results: list[CellResult]) -> str:
 
 
 def _on_cuda() -> bool:
-    return torch.cuda.is_available() and (not dist.is_initialized() or dist.get_backend() == "nccl")
+    return torch.cuda.is_available() and (not dist.is_initialized() or backend_of() == "nccl")
 
 
 def _judge(cell: Cell, outcome: Outcome, device: torch.device, world: int, references: References) -> tuple[str, str]:

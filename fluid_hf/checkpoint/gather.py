@@ -189,6 +189,7 @@ def _gather_weight(layer: ExpertParallelLayer, state: FluidState, name: str, *, 
                 if to_all
                 else dist.gather(share, parts, dst=0, group=group, async_op=True)
             ),
+            share.device,
             group,
             state.config.timeout_seconds,
             f"the gathering of {name} of layer {layer.context.name}",

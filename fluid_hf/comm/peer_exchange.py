@@ -22,6 +22,7 @@ from fluid_hf.comm.side_stream import SideStream, record
 from fluid_hf.comm.spared import AS_IT_IS, Spared
 from fluid_hf.errors import PeerError
 from fluid_hf.overlap.sampler import OverlapSampler
+from fluid_hf.process_groups import backend_of
 from fluid_hf.ranges import span
 
 __all__ = ["ExchangeHandle", "PeerExchange", "PeerTensor"]
@@ -64,7 +65,7 @@ class ExchangeHandle:
         self._owner._in_flight.discard(self)
 
     def _wait_for_all(self) -> None:
-        if self._owner.host_waits:
+        if self._owner.host_waits and self._buffers and self._buffers[0].device.type in self._owner.host_waits:
             for index, work in enumerate(self._works):
                 self._wait_on_host(work, index)
         else:
@@ -100,7 +101,7 @@ class PeerExchange:
         timeout_seconds: how long a rank waits for another one.
         ranks: global ranks of the group.
         place: layer, step and round of what is posted, for errors.
-        host_waits: whether `ExchangeHandle.wait` makes the host wait.
+        host_waits: kinds of devices for whose tensors `ExchangeHandle.wait` makes the host wait.
         spared: multiprocessors that GEMMs leave to messages in flight; `None` until it was measured
             (`fluid_hf.comm.calibration.measure_spared`).
     """
@@ -119,10 +120,11 @@ class PeerExchange:
         self._all_to_all_options.asyncOp = True
         self.timeout_seconds = 600.0
         self.place: Place = ("experts", "exchange", 0)
-        self.host_waits = group is not None and dist.get_backend(group) == "gloo"
+        backends = {kind: backend_of(group, kind) for kind in ("cpu", "cuda")} if group is not None else {}
+        self.host_waits = frozenset(kind for kind, backend in backends.items() if backend == "gloo")
         self._in_flight: set[ExchangeHandle] = set()
         self.ranks = dist.get_process_group_ranks(group) if group is not None else [0]
-        self._batched = group is not None and dist.get_backend(group) == "nccl"
+        self._batched = backends.get("cuda") == "nccl"
         self._met: set[str] = set()  # groups whose ranks have met, of `meet_first`
         self.spared: int | None = None
 
@@ -149,21 +151,22 @@ class PeerExchange:
             else:
                 works = self._start(sends, recvs)
         except RuntimeError as error:
-            raise self._posting_error(error) from error
+            raise self._posting_error(error, (sends + recvs)[0][1]) from error
         messages = sends + recvs
         return self._track(works, [tensor for _, tensor in messages], [peer for peer, _ in messages])
 
     def _start(self, sends: Sequence[PeerTensor], recvs: Sequence[PeerTensor]) -> list[dist.Work]:
         if self.group is None or not (sends or recvs):
             return []
-        if self._batched:
+        device = (*sends, *recvs)[0][1].device
+        batched = self._batched and device.type == "cuda"  # a group may carry what is on the host by another backend
+        if batched:
             # One NCCL group call: both directions and all peers of the wave progress together. This is what
             # dist.batch_isend_irecv does, without checks that take the host longer than the posting.
-            device = (*sends, *recvs)[0][1].device
             self.group._start_coalescing(device)  # type: ignore[attr-defined]
         works: list[dist.Work] = [self.group.send([tensor], peer, 0) for peer, tensor in sends]
         works += [self.group.recv([tensor], peer, 0) for peer, tensor in recvs]
-        return [self.group._end_coalescing(device)] if self._batched else works  # type: ignore[attr-defined]
+        return [self.group._end_coalescing(device)] if batched else works  # type: ignore[attr-defined]
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_splits: list[int], input_splits: list[int]
@@ -185,7 +188,7 @@ class PeerExchange:
             else:
                 work = self.group.alltoall_base(*arguments)
         except RuntimeError as error:
-            raise self._posting_error(error) from error
+            raise self._posting_error(error, output) from error
         return self._track([work], [output, input])
 
     def all_gather(self, tensor: torch.Tensor, place: str) -> list[torch.Tensor]:
@@ -236,9 +239,9 @@ class PeerExchange:
         """The range in which an exchange is started, counted already."""
         return span("post", self.name, self.num_posted, num_bytes)
 
-    def _posting_error(self, error: RuntimeError) -> RuntimeError:
+    def _posting_error(self, error: RuntimeError, tensor: torch.Tensor) -> RuntimeError:
         """What to raise when nothing could be posted: a peer that is gone closes its connections."""
-        gone = self.host_waits or isinstance(error, dist.DistBackendError)
+        gone = tensor.device.type in self.host_waits or isinstance(error, dist.DistBackendError)
         return self.fault(error) if gone else error
 
     def fault(self, cause: object, peers: Sequence[int] = (), place: Place | str | None = None) -> PeerError:

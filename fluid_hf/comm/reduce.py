@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from fluid_hf.comm.faults import peer_error
 from fluid_hf.errors import PeerError
+from fluid_hf.process_groups import backend_of
 
 __all__ = ["all_gather_in_time", "all_reduce_in_time", "in_time", "meet_first", "meet_in_time"]
 
@@ -38,7 +40,8 @@ def all_reduce_in_time(
     Raises:
         PeerError: a rank did not take part in time; names it and the place.
     """
-    in_time(lambda: dist.all_reduce(tensor, op, group=group, async_op=True), group, timeout_seconds, place, met)
+    start = functools.partial(dist.all_reduce, tensor, op, group=group, async_op=True)
+    in_time(start, tensor.device, group, timeout_seconds, place, met)
 
 
 def all_gather_in_time(
@@ -47,7 +50,8 @@ def all_gather_in_time(
     """The tensors of all ranks, of equal shapes, in rank order; see `all_reduce_in_time`."""
     own = tensor.contiguous()
     values = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    in_time(lambda: dist.all_gather(values, own, group=group, async_op=True), group, timeout_seconds, place, met)
+    start = functools.partial(dist.all_gather, values, own, group=group, async_op=True)
+    in_time(start, own.device, group, timeout_seconds, place, met)
     return values
 
 
@@ -86,15 +90,16 @@ def meet_in_time(group: dist.ProcessGroup, timeout_seconds: float, place: str) -
 
 def in_time(
     start: Callable[[], dist.Work | None],
+    device: torch.device,
     group: dist.ProcessGroup | None,
     timeout_seconds: float,
     place: str,
     met: set[str],
 ) -> None:
-    """Start a collective without waiting and wait for it; see `all_reduce_in_time`."""
+    """Start a collective of tensors on `device` without waiting, and wait for it; see `all_reduce_in_time`."""
     group = dist.group.WORLD if group is None else group
     assert group is not None
-    backend = dist.get_backend(group)
+    backend = backend_of(group, device.type)
     if backend == "nccl":
         meet_first(group, timeout_seconds, place, met)
     try:
