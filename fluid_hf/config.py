@@ -10,7 +10,7 @@ from typing import Any
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["FluidConfig"]
+__all__ = ["FluidConfig", "check_sizes", "check_wgrad"]
 
 WGRAD_POLICIES = ("off", "layer", "cross_layer")
 
@@ -59,8 +59,7 @@ class FluidConfig:
         seconds = self.timeout_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < 1e7:
             raise ConfigError(f"timeout_seconds ({seconds!r}) must be a positive number of seconds.")
-        if self.wgrad not in WGRAD_POLICIES:
-            raise ConfigError(f"wgrad ({self.wgrad!r}) must be one of {', '.join(map(repr, WGRAD_POLICIES))}.")
+        check_wgrad(self.wgrad)
         if self.wgrad == "cross_layer" and (self.sp_size or 1) > 1:
             raise ConfigError(
                 f"wgrad ('cross_layer') needs sp_size ({self.sp_size}) to be 1: sequence parallel attention "
@@ -98,6 +97,19 @@ class FluidConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-ready mapping; `from_dict(to_dict())` is equal to `self`."""
         return dataclasses.asdict(self)
+
+
+def check_wgrad(policy: object) -> None:
+    """Raise `ConfigError` unless it is a policy for weight gradients."""
+    if policy not in WGRAD_POLICIES:
+        raise ConfigError(f"wgrad ({policy!r}) must be one of {', '.join(map(repr, WGRAD_POLICIES))}.")
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise `ConfigError` unless each of the named sizes is a positive integer."""
+    for name, size in sizes.items():
+        if not _is_positive_int(size):
+            raise ConfigError(f"{name} ({size!r}) must be a positive integer.")
 
 
 def _is_positive_int(value: object) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from fluid_hf import ExpertParallelExperts
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
+from fluid_hf.overlap.wgrad import WgradScheduler
 from fluid_hf.process_groups import (
     ParallelGroups,
     create_groups,
@@ -53,6 +55,27 @@ def test_bad_values_name_the_field_and_the_value(values: dict[str, Any], message
         FluidConfig(**values)
     with pytest.raises(ValueError, match=message):  # a ConfigError is a ValueError too
         FluidConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"waves": 0}, r"^waves \(0\) must be a positive integer"),
+        ({"waves": -1}, r"^waves \(-1\) must be a positive integer"),
+        ({"waves": 2.0}, r"^waves \(2\.0\) must be a positive integer"),
+        ({"waves": 2, "overlap": False}, r"^waves \(2\) needs overlap \(false\) to be true"),
+        ({"recompute": 1}, r"^recompute \(1\) must be true or false"),
+        ({"num_experts": 0}, r"^num_experts \(0\) must be a positive integer\."),
+        ({"hidden_size": 8.0}, r"^hidden_size \(8\.0\) must be a positive integer\."),
+        ({"intermediate_size": -6}, r"^intermediate_size \(-6\) must be a positive integer\."),
+    ],
+)
+def test_arguments_of_the_plain_module_are_checked_alike(values: dict[str, Any], message: str) -> None:
+    sizes = {"num_experts": 4, "hidden_size": 8, "intermediate_size": 6}
+    with pytest.raises(ConfigError, match=message):
+        ExpertParallelExperts(**{**sizes, **values})
+    with pytest.raises(ConfigError, match=r"^wgrad \('late'\) must be one of 'off', 'layer'"):
+        WgradScheduler("late")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fluid_hf.comm.calibration import measure_launch, measure_link, measure_spared
 from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.config import FluidConfig, check_sizes
 from fluid_hf.errors import ConfigError, GradientError
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_parallel import expert_parallel
@@ -264,6 +265,9 @@ class ExpertParallelExperts(ExpertParallelLayer):
         down_proj: parameter [E_local, H, I].
 
     Gradients are those of the sum of all ranks' losses: divide by the number of ranks for a mean.
+
+    Raises:
+        ConfigError: a size or setting is out of range, or the group's size does not divide `num_experts`.
     """
 
     def __init__(
@@ -281,6 +285,8 @@ class ExpertParallelExperts(ExpertParallelLayer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_sizes(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
+        FluidConfig(overlap=overlap, waves=waves, recompute=recompute)  # checks them
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         super().__init__(
             num_experts,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fluid_hf.config import check_wgrad
 from fluid_hf.errors import WgradPendingError
 from fluid_hf.nodes import apply_inner
 
@@ -68,9 +69,13 @@ class WgradScheduler:
     Args:
         policy: `"layer"` leaves them for the layer's communication window while enabled; `"cross_layer"` also leaves
             those of attention and the router for the window of the MoE layer before; `"off"` never does.
+
+    Raises:
+        ConfigError: there is no such policy.
     """
 
     def __init__(self, policy: str) -> None:
+        check_wgrad(policy)
         self.policy = policy
         self.enabled = True
         self.stats = WgradStats()
