@@ -9,7 +9,14 @@ import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.errors import ConfigError
 from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
+from fluid_hf.moe.expert_math import ExpertFormat
+from fluid_hf.moe.expert_parallel import expert_parallel
+from fluid_hf.moe.general_experts import GeneralMath
+from fluid_hf.moe.layer_context import LayerContext
+from fluid_hf.overlap.wgrad import WgradScheduler
 
 ACTIVATIONS = {
     "silu": functional.silu,
@@ -48,6 +55,41 @@ def test_against_autograd_in_float64(name: str) -> None:
     torch.testing.assert_close((grad_gate, grad_up, grad_weight), gradients)
     torch.testing.assert_close(output, expected.detach())
     assert not any(tensor.requires_grad for tensor in (grad_gate, grad_up, output, grad_weight))
+
+
+@pytest.mark.parametrize("act", [torch.nn.SiLU(inplace=True), torch.nn.ELU(inplace=True)], ids=["silu", "elu"])
+def test_activation_in_place_leaves_what_backward_reads(act: Activation) -> None:
+    torch.manual_seed(0)
+    plain = *torch.randn(2, 7, 5, dtype=torch.float64).unbind(0), torch.rand(7, dtype=torch.float64)
+    gate = plain[0].clone()
+    same = functional.silu if is_silu(act) else functional.elu
+    torch.testing.assert_close(glu_forward(*plain, act), glu_forward(*plain, same))
+    grad = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(glu_backward(grad, *plain, act), glu_backward(grad, *plain, same))
+    assert torch.equal(plain[0], gate)
+
+
+def test_experts_without_a_gate_take_an_activation_in_place() -> None:
+    torch.manual_seed(0)
+    x, first, down = torch.randn(5, 8), torch.randn(4, 6, 8), torch.randn(4, 8, 6)
+    index, found = torch.tensor([[0, 3]]).repeat(5, 1), []
+    for act in (torch.nn.SiLU(inplace=True), functional.silu):
+        context = LayerContext(PeerExchange(None, 0, 1), 4, act, WgradScheduler("layer"))
+        context.math = GeneralMath(ExpertFormat(gate=act))
+        weights = {"first": first.clone().requires_grad_(), "down": down.clone().requires_grad_()}
+        tokens = x.clone().requires_grad_()
+        y = expert_parallel(tokens, index, torch.ones(5, 2), lambda weights=weights: weights, context)  # type: ignore[misc]
+        y.sum().backward()  # type: ignore[union-attr]
+        found.append((y, tokens.grad, *(weight.grad for weight in weights.values())))
+    torch.testing.assert_close(*found)
+
+
+def test_activation_that_does_not_say_that_it_is_in_place() -> None:
+    gate, up, weight = torch.ones(2, 3), torch.ones(2, 3), torch.ones(2)
+    with pytest.raises(ConfigError, match=r"^act \(.*relu_.*\) must not write to its input"):
+        glu_forward(gate, up, weight, torch.relu_)
+    with torch.inference_mode():  # where nothing is kept
+        assert glu_forward(gate.clone(), up, weight, torch.relu_).tolist() == [[1.0] * 3] * 2
 
 
 def test_gradient_of_the_routing_weight_needs_no_routing_weight() -> None:

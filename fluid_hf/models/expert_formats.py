@@ -15,6 +15,7 @@ from torch import nn
 from transformers.integrations import moe as transformers_moe
 
 from fluid_hf.errors import UnsupportedModelError
+from fluid_hf.moe.activation import activated
 from fluid_hf.moe.expert_math import ExpertFormat
 
 __all__ = ["expert_format", "extra_modules", "is_experts", "weight_names"]
@@ -77,7 +78,7 @@ def expert_format(module: Any, where: str) -> ExpertFormat | None:
 def _gate_of(act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     def gate(gate_up_SN: torch.Tensor) -> torch.Tensor:
         gate_SI, up_SI = gate_up_SN.chunk(2, dim=-1)
-        return up_SI * act(gate_SI)
+        return up_SI * activated(act, gate_SI)
 
     return gate
 

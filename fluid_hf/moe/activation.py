@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from fluid_hf.errors import ConfigError
 from fluid_hf.moe.permutation import sum_dtype
 
-__all__ = ["Activation", "glu_backward", "glu_forward", "is_silu"]
+__all__ = ["Activation", "activated", "glu_backward", "glu_forward", "is_silu"]
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,10 +25,29 @@ def is_silu(act: Activation) -> bool:
     return act is functional.silu or type(act).__name__ in ("SiLU", "SiLUActivation")
 
 
+def activated(act: Activation, input: torch.Tensor) -> torch.Tensor:
+    """`act(input)`, and `input` as it was: backward reads it again. Copied only for an `act` that says it is in place.
+
+    Raises:
+        ConfigError: `act` works in place without an attribute `inplace` that says so.
+    """
+    if getattr(act, "inplace", False):
+        return act(input.clone())
+    if input.is_inference():  # nothing is kept, and no version is counted
+        return act(input)
+    version = input._version
+    result = act(input)
+    if input._version != version:
+        raise ConfigError(
+            f"act ({act!r}) must not write to its input, which backward needs; pass one that returns a new tensor."
+        )
+    return result
+
+
 def glu_forward(gate_SI: torch.Tensor, up_SI: torch.Tensor, weight_S: torch.Tensor, act: Activation) -> torch.Tensor:
     """`weight * act(gate) * up`: [S, I] in the type of `gate`, computed in float32 or wider."""
     wide = sum_dtype(gate_SI.dtype)
-    hidden = act(gate_SI.to(wide)) * up_SI.to(wide)
+    hidden = activated(act, gate_SI.to(wide)) * up_SI.to(wide)
     return (hidden * weight_S[:, None].to(wide)).to(gate_SI.dtype)
 
 
@@ -46,14 +66,14 @@ def glu_backward(
     """
     wide = sum_dtype(gate_SI.dtype)
     grad, gate, up, weight = grad_SI.to(wide), gate_SI.to(wide), up_SI.to(wide), weight_S[:, None].to(wide)
-    activated, slope = _value_and_slope(gate, act)
-    hidden = activated * up
+    value, slope = _value_and_slope(gate, act)
+    hidden = value * up
     grad_weight = (grad * hidden).sum(-1)
     grad_hidden = grad * weight
     dtype = gate_SI.dtype
     return (
         (grad_hidden * up * slope).to(dtype),
-        (grad_hidden * activated).to(dtype),
+        (grad_hidden * value).to(dtype),
         (hidden * weight).to(dtype),
         grad_weight,
     )
@@ -63,10 +83,10 @@ def _value_and_slope(gate: torch.Tensor, act: Activation) -> tuple[torch.Tensor,
     """`act(gate)` and its elementwise derivative."""
     if is_silu(act):
         sigmoid = torch.sigmoid(gate)
-        activated = gate * sigmoid
-        return activated, sigmoid * (1 + gate - activated)
+        value = gate * sigmoid
+        return value, sigmoid * (1 + gate - value)
     with torch.enable_grad():
         leaf = gate.detach().requires_grad_()
-        activated = act(leaf)
-        (slope,) = torch.autograd.grad(activated, leaf, torch.ones_like(activated))
-    return activated.detach(), slope
+        value = activated(act, leaf)
+        (slope,) = torch.autograd.grad(value, leaf, torch.ones_like(value))
+    return value.detach(), slope

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fluid_hf.moe.activation import activated
 from fluid_hf.moe.expert_math import ExpertFormat, Projections
 from fluid_hf.moe.experts import Piece, Projected
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad
@@ -71,7 +72,7 @@ class GeneralMath:
         return False
 
     def finish(self, piece: Piece, projected: Projected, weights: GeneralWeights, out_RH: torch.Tensor) -> None:
-        hidden_SI = self.format.gate(projected.kept[0])
+        hidden_SI = activated(self.format.gate, projected.kept[0])
         output_SH = _add_bias(self.linear(hidden_SI, weights.down, piece.plan), weights.down_bias, piece.plan)
         if self.format.norm is not None:
             output_SH = self.format.norm(output_SH)
@@ -127,7 +128,7 @@ class GeneralGradients:
         self._widths = [weight.shape[2 if math.format.transposed else 1] for weight in weights.first]
         leaf_SN = projections[0].detach().requires_grad_()
         with torch.enable_grad():
-            hidden_SI = math.format.gate(leaf_SN)
+            hidden_SI = activated(math.format.gate, leaf_SN)
         grad_output, grad_hidden, grad_weight_S = self._through_down(piece, grad_RH, hidden_SI.detach(), weights)
         grad_first = self._differentiate(hidden_SI, leaf_SN, grad_hidden)
         parts = grad_first.split(self._widths, dim=-1)
