@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from fluid_hf import ExpertParallelExperts
 from fluid_hf.comm.late_status import LateStatus
 from fluid_hf.errors import RoutingError
 from fluid_hf.moe.activation import glu_backward, glu_forward
@@ -240,3 +241,19 @@ def test_torchs_weight_gradient_of_experts_without_pairs_is_zero() -> None:
         found = grouped_wgrad([grads], [inputs], [offsets])
         assert found.isfinite().all()
         assert all(found[expert].eq(0).all() for expert, count in enumerate(counts) if not count)
+
+
+def test_layer_takes_tokens_and_ids_of_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a router that works on the transposed tokens gives them; the gradient of a sum has strides of 0."""
+    monkeypatch.setattr("fluid_hf.moe.permutation.use_kernels", lambda tensor: True)
+    torch.manual_seed(0)
+    layer = ExpertParallelExperts(4, 16, 8, device=DEVICE)
+    x, w = torch.randn(5, 16, device=DEVICE), torch.rand(5, 2, device=DEVICE)
+    index, found = routing(5, 2, 4), []
+    for arrange in (torch.Tensor.contiguous, lambda tensor: tensor.t().contiguous().t()):
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, w)]
+        hidden, weights = (arrange(tensor) for tensor in inputs)
+        y = layer(hidden, arrange(index), weights)
+        found.append((y, *torch.autograd.grad(y.sum(), [*inputs, *layer.parameters()])))
+    layer.context.late_status.check("x")
+    torch.testing.assert_close(*found)

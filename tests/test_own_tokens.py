@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fluid_hf.moe.experts import Piece, Projected
+from fluid_hf import ExpertParallelExperts
+from fluid_hf.moe.experts import Piece, Projected, project_piece
 from fluid_hf.moe.own_tokens import OwnTokens
-from fluid_hf.moe.permutation import PairPlan
+from fluid_hf.moe.permutation import PairPlan, make_pair_plan
 
 TOKENS, TOP_K, RANKS = 400, 4, 2
 EXPECTED = TOKENS * TOP_K // RANKS
@@ -72,3 +73,26 @@ def test_without_a_plan_one_is_made() -> None:
     own.start_early(hidden, weights, None, RANKS)
     own.start(hidden, weights, None, plan, 9)
     assert [piece.plan.num_pairs for piece in math.pieces] == [9]
+
+
+def test_elements_of_a_row_reach_the_math_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels take any distance between rows, and none inside them."""
+    found: list[tuple[int, ...]] = []
+
+    def planned(ids_RK: torch.Tensor, *sizes: Any, **places: Any) -> PairPlan:
+        found.append(ids_RK.stride())
+        return make_pair_plan(ids_RK, *sizes, **places)
+
+    def project(piece: Piece, *arguments: Any) -> Projected:
+        found.extend((piece.rows_RH.stride(), piece.weights_RK.stride()))
+        return project_piece(piece, *arguments)
+
+    monkeypatch.setattr("fluid_hf.moe.layer_call.make_pair_plan", planned)
+    monkeypatch.setattr("fluid_hf.moe.expert_math.project_piece", project)
+    index = torch.tensor([[0, 3], [1, 2], [3, 1]])
+    ExpertParallelExperts(4, 8, 6)(
+        *(tensor.t().contiguous().t() for tensor in (torch.ones(3, 8), index, torch.ones(3, 2)))
+    )
+    assert found == [(2, 1), (8, 1), (2, 1)]
+    ExpertParallelExperts(4, 8, 6)(torch.ones(1, 8).expand(3, 8), index, torch.ones(3, 2))
+    assert found[4] == (0, 1), "rows may lie anywhere"

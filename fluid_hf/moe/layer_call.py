@@ -91,6 +91,7 @@ class LayerCall:
         """Plan the rows, tell every peer how many come, and post all waves of the dispatch; the rows' `places`."""
         if hidden_TH.dtype != self.dtype:
             hidden_TH = hidden_TH.to(self.dtype)
+        hidden_TH, index_TK = _side_by_side(hidden_TH), _side_by_side(index_TK)
         self._inputs = hidden_TH, weights_TK, index_TK
         context, exchange = self.context, self.context.exchange
         status = input_status(weights_TK, index_TK, context.num_experts) if index_TK.device.type == "cpu" else GOOD
@@ -334,3 +335,8 @@ class LayerCall:
         self, piece: Piece, kept: Sequence[tuple[torch.Tensor, ...]], index: int, weights: Any
     ) -> tuple[torch.Tensor, ...]:
         return kept[index] if kept else self.math.project(piece, weights, True).kept
+
+
+def _side_by_side(rows: torch.Tensor) -> torch.Tensor:
+    """The same, the elements of a row side by side: kernels take any distance between rows, and none inside them."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
