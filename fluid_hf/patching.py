@@ -40,7 +40,7 @@ from fluid_hf.process_groups import (
 )
 from fluid_hf.state import FluidState
 
-__all__ = ["check_config", "get_state", "patch_model", "requested_config", "unpatch_model"]
+__all__ = ["check_config", "get_state", "patch_model", "release_model", "requested_config", "unpatch_model"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -170,6 +170,20 @@ def unpatch_model(model: ModelT) -> ModelT:
     for name in ("_ddp_params_and_buffers_to_ignore", "__deepcopy__", "__reduce_ex__"):
         inner.__dict__.pop(name, None)
     return model
+
+
+def release_model(model: nn.Module) -> None:
+    """Give back the process groups of a patched model that another one replaces. Collective over all ranks.
+
+    Nothing is gathered: its experts stay shared out. It can still be saved, but ranks no longer agree on errors.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+    """
+    state = get_state(model)
+    state.backend.detach(inside_adapters(model))
+    state.control.close()
+    release_exchange_groups(state.groups)
 
 
 def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:

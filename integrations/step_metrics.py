@@ -34,13 +34,16 @@ class StepMetrics:
         model: the patched model.
         fluid: its state.
         peak: TFLOP/s of one device for MFU; `None` looks it up by the device's name.
+
+    Attributes:
+        steps: optimizer steps since the last `collect`.
     """
 
     def __init__(self, model: nn.Module, fluid: FluidState, peak: float | None) -> None:
         self.fluid = fluid
         self.model = model
         self.peak = peak if peak is not None else peak_tflops()
-        self._tokens, self._seq_len, self._steps = 0, 0, 0
+        self._tokens, self._seq_len, self.steps = 0, 0, 0
         self._begin: float | None = None
         self._last_end, self._interrupted = 0.0, False
         self._sampler: OverlapSampler | None = None
@@ -67,7 +70,7 @@ class StepMetrics:
 
     def end_step(self) -> None:
         """An optimizer step ended; its samples are read when the next log waits for the device anyway."""
-        self._steps += 1
+        self.steps += 1
         self._last_end = time.perf_counter()
         if self._sampler is not None:
             self.fluid.stop_sampling()
@@ -88,7 +91,7 @@ class StepMetrics:
             self._unread = None
         metrics.update(self._overlap)
         seconds = time.perf_counter() - (self._begin or time.perf_counter())
-        metrics["fluid/bytes_per_step"] = metrics["fluid/bytes_sent"] / max(1, self._steps)
+        metrics["fluid/bytes_per_step"] = metrics["fluid/bytes_sent"] / max(1, self.steps)
         if seconds and metrics["fluid/tokens"]:
             metrics["fluid/tokens_per_second"] = metrics["fluid/tokens"] / seconds
             ranks = self.fluid.groups.world_size
@@ -96,7 +99,7 @@ class StepMetrics:
             metrics["fluid/model_tflops"] = tflops
             if self.peak:
                 metrics["fluid/mfu"] = tflops / self.peak
-        self._tokens, self._steps, self._begin = 0, 0, None
+        self._tokens, self.steps, self._begin = 0, 0, None
         return metrics
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.accelerate import agree_on_sp_size, check_loss, check_sp_size, fill_batches
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
-from fluid_hf.integrations.trainer_methods import calling_trainer, keep_weight_decay
+from fluid_hf.integrations.trainer_methods import calling_trainer, keep_weight_decay, patch_new_models
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
 
@@ -59,8 +59,21 @@ class FluidCallback(TrainerCallback):
         self._metrics: dict[str, float] = {}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Patch the model unless it is patched, and take a place before the reporters."""
-        model: nn.Module = kwargs["model"]
+        """Patch the model unless it is patched, and those of `model_init`; take a place before the reporters."""
+        self._patch(kwargs["model"], args)
+        trainer = calling_trainer()
+        if trainer is not None:
+            keep_weight_decay(trainer)
+            patch_new_models(trainer, lambda model: self._patch(model, trainer.args))
+        frame = inspect.currentframe()
+        handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+            # Reporters (TensorBoard, W&B) are called before a user's callbacks and would not see what `on_log` adds.
+            # The first callback is the Trainer's own, which decides whether this step logs.
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(1, self)
+
+    def _patch(self, model: nn.Module, args: TrainingArguments) -> None:
         parallelism = getattr(args, "parallelism_config", None)
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
             active = deepspeed_config()
@@ -70,16 +83,6 @@ class FluidCallback(TrainerCallback):
         check_sp_size(get_state(model).groups.sp_size, parallelism)
         check_loss(get_state(model).groups.sp_size, args)
         get_state(model).staging_folder = args.output_dir
-        trainer = calling_trainer()
-        if trainer is not None:
-            keep_weight_decay(trainer)
-        frame = inspect.currentframe()
-        handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-            # Reporters (TensorBoard, W&B) are called before a user's callbacks and would not see what `on_log` adds.
-            # The first callback is the Trainer's own, which decides whether this step logs.
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(1, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +98,8 @@ class FluidCallback(TrainerCallback):
         if fluid.groups.sp_size > 1:
             fill_batches(kwargs.get("train_dataloader"), fluid.groups.sp_size, kwargs["model"].config)
         self._step_metrics = StepMetrics(kwargs["model"], fluid, self._peak)
+        if self._history is not None and state.global_step == 0:
+            self._history = LoadHistory()  # what a training before this one has left
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,9 +125,19 @@ class FluidCallback(TrainerCallback):
             return
         self._step_metrics.end_step()
         if control.should_log:
-            self._metrics = self._step_metrics.collect()
-            if self._history is not None:
-                self._history.add(state.global_step, self._step_metrics.fluid.expert_load)
+            self._collect(self._step_metrics, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Collect metrics if the epoch logs, and its last step has not (on all ranks alike)."""
+        if control.should_log and self._step_metrics is not None and self._step_metrics.steps:
+            self._collect(self._step_metrics, state)
+
+    def _collect(self, step_metrics: StepMetrics, state: TrainerState) -> None:
+        self._metrics = step_metrics.collect()
+        if self._history is not None:
+            self._history.add(state.global_step, step_metrics.fluid.expert_load)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation is no part of the training speed."""
@@ -149,6 +164,9 @@ class FluidCallback(TrainerCallback):
         """Stop scheduling weight gradients and measuring; write the load of the experts, if asked for."""
         get_state(kwargs["model"]).scheduler.disable()
         if self._step_metrics is not None:
+            if self._history is not None and self._step_metrics.steps:  # since the last log, on all ranks alike
+                self._collect(self._step_metrics, state)
+                self._metrics = {}
             self._step_metrics.close()
             self._step_metrics = None
         if self._history is not None and state.is_world_process_zero:

@@ -1,4 +1,4 @@
-"""Methods of a Trainer that must know of patched models: which parameters are decayed."""
+"""Methods of a Trainer that must know of patched models: which parameters are decayed, how a model is made anew."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import number_of_arguments
 
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
+from fluid_hf.patching import release_model
 from fluid_hf.state import FluidState
 
-__all__ = ["calling_trainer", "keep_weight_decay"]
+__all__ = ["calling_trainer", "keep_weight_decay", "patch_new_models"]
 
 
 def calling_trainer() -> Trainer | None:
@@ -41,6 +44,34 @@ def keep_weight_decay(trainer: Trainer) -> None:
         return _decayed(ask, model, state) if isinstance(state, FluidState) else ask(model)
 
     trainer.get_decay_parameter_names = names  # type: ignore[method-assign]
+
+
+def patch_new_models(trainer: Trainer, patch: Callable[[nn.Module], None]) -> None:
+    """Patch what the Trainer's `model_init` makes at every `train`; the model before gives its process groups back.
+
+    Args:
+        trainer: a Trainer; without `model_init`, nothing is done.
+        patch: patches a model. Called on all ranks.
+    """
+    make: Any = trainer.model_init
+    if make is None:
+        return
+
+    def follow(model: Any) -> Any:
+        patch(model)
+        earlier: Any = trainer.model
+        if earlier is not model and isinstance(getattr(earlier, "fluid", None), FluidState):
+            release_model(earlier)
+        return model
+
+    def made_for(trial: Any) -> Any:
+        return follow(make(trial))
+
+    def made() -> Any:
+        return follow(make())
+
+    # The Trainer gives as many arguments as it counts, and counts those of a functools.partial in a way of its own.
+    trainer.model_init = made_for if number_of_arguments(make) == 1 else made
 
 
 def _decayed(ask: Callable[[nn.Module], list[str]], model: nn.Module, state: FluidState) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import fluid_hf
 from fluid_hf import FluidConfig
-from fluid_hf.integrations.trainer_methods import keep_weight_decay
+from fluid_hf.integrations.trainer_methods import keep_weight_decay, patch_new_models
 
 pool2 = rank_pool(2)
 
@@ -129,6 +130,53 @@ def test_reporters_profiles_and_expert_load(tmp_path: Path) -> None:
     events.Reload()
     assert "train/fluid/bytes_sent" in events.Tags()["scalars"]
     assert len(events.Scalars("train/fluid/wgrad_in_window")) == 3
+
+
+def test_every_model_of_model_init_is_patched(tmp_path: Path) -> None:
+    """As in a search for hyperparameters, on which `train` is called for every trial; nothing adds up over them."""
+    base = {"steps": 3, "trials": 3, "save_model": str(tmp_path / "saved")}
+    plain = {**base, "name": "plain", "stage": 1, "save_model": None}
+    runs = [plain, *({**base, "name": f"{stage}", "stage": stage, "fluid": {"ep_size": 2}} for stage in (1, 3))]
+    runs[1]["callback"] = {"expert_load": True}
+    results = train(runs, tmp_path)
+    for name in ("1", "3"):
+        found = results[name][0]
+        for trial, expected in zip(found["trials"], results["plain"][0]["trials"], strict=True):
+            assert_equal(curve({"history": trial}), curve({"history": expected}))
+            assert [entry["fluid/tokens"] for entry in trial if "loss" in entry] == [2 * batch(0, 2).numel()] * 3
+        assert len(set(found["groups"])) == 1, found["groups"]
+    assert json.loads((tmp_path / "1" / "fluid_profile" / "expert_load.json").read_text())["steps"] == [1, 2, 3]
+
+
+def test_arguments_of_model_init() -> None:
+    def with_trial(trial: Any) -> tuple[str, Any]:
+        return "with", trial
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.model = None
+    for make, expected in (
+        (with_trial, ("with", None)),
+        (functools.partial(with_trial, 1), ("with", 1)),
+        (functools.partial(with_trial, trial=2), ("with", 2)),
+        (lambda: ("without",), ("without",)),
+    ):
+        trainer.model_init, patched = make, []  # type: ignore[assignment]
+        patch_new_models(trainer, patched.append)
+        assert trainer.call_model_init() == expected == patched[0]
+    trainer.model_init = None  # type: ignore[assignment]
+    patch_new_models(trainer, patched.append)
+    assert trainer.model_init is None
+
+
+def test_metrics_of_epochs_and_of_what_was_not_logged(tmp_path: Path) -> None:
+    base = {"stage": 1, "fluid": {"ep_size": 2}, "callback": {"expert_load": True}}
+    epochs = {**base, "name": "epochs", "epochs": 2, "samples": 12, "logging_strategy": "epoch"}
+    results = train([epochs, {**base, "name": "rare", "steps": 5, "logging_steps": 3}], tmp_path)
+    entries = [entry for entry in results["epochs"][0]["history"] if "loss" in entry]
+    assert [(entry["step"], entry["fluid/tokens"]) for entry in entries] == [(3, 12 * 12), (6, 12 * 12)]
+    for name, steps in (("epochs", [3, 6]), ("rare", [3, 5])):
+        load = json.loads((tmp_path / name / "fluid_profile" / "expert_load.json").read_text())
+        assert load["steps"] == steps
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -84,7 +85,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         learning_rate=3e-3,
         weight_decay=options.get("weight_decay", 0.1),
         max_grad_norm=1.0,
-        logging_steps=1,
+        logging_strategy=options.get("logging_strategy", "steps"),
+        logging_steps=options.get("logging_steps", 1),
         save_strategy="steps" if options.get("save_steps") else "no",
         save_steps=options.get("save_steps", 500),
         save_on_each_node=options.get("save_on_each_node", False),
@@ -104,9 +106,16 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     )
     if "die_after_save" in options:
         callbacks.append(DieAfterSave(options["die_after_save"]))
-    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=options.get("resume"))
-    result: dict[str, Any] = {"history": trainer.state.log_history}
+    source: dict[str, Any] = (
+        {"model_init": functools.partial(build, options)} if "trials" in options else {"model": model}
+    )
+    trainer = Trainer(**source, args=args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
+    trials, groups = [], []
+    for _ in range(options.get("trials", 1)):
+        trainer.train(resume_from_checkpoint=options.get("resume"))
+        trials.append(trainer.state.log_history)
+        groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
+    result: dict[str, Any] = {"history": trainer.state.log_history, "trials": trials, "groups": groups}
     if options.get("save_model"):
         result["eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.save_model(options["save_model"])
