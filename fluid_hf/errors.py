@@ -33,15 +33,16 @@ class ConfigError(FluidError, ValueError):
 
 
 class UnsupportedModelError(FluidError, ValueError):
-    """The model has no experts module that can be patched; the message names the class and what is missing.
+    """The model is not transformers', or has no experts module that can be patched; the message names the class and
+    what is missing.
 
-    Remedy: Use a model of a supported family, load it without quantisation and without transformers' own tensor or
-    expert parallelism, or train it without fluid_hf.
+    Remedy: Patch the transformers model itself, not what is around it. Use a model of a supported family, load it
+    without quantisation and without transformers' own tensor or expert parallelism, or train it without fluid_hf.
     """
 
 
 class AlreadyPatchedError(FluidError, ValueError):
-    """The model is patched already, with another configuration.
+    """The model is patched already, with another configuration, or holds or is a part of one that is patched.
 
     Remedy: Patch once with the settings you want, or call `fluid_hf.unpatch_model(model)` before patching again.
     """

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import PreTrainedModel
 
 from fluid_hf.backends import LOADED_SHARE, Backend, TorchBackend
 from fluid_hf.checkpoint.gather import gather_experts, stack_stored, trained_weights
@@ -38,7 +39,7 @@ from fluid_hf.process_groups import (
     with_exchange_groups,
     with_sequence_groups,
 )
-from fluid_hf.state import FluidState
+from fluid_hf.state import FluidState, patched_elsewhere
 
 __all__ = ["check_config", "get_state", "patch_model", "release_model", "requested_config", "unpatch_model"]
 
@@ -53,16 +54,17 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     experts too, exchange heads for sequence. Patching again with the same settings does nothing.
 
     Args:
-        model: a transformers model whose experts follow `use_experts_implementation`.
+        model: a whole transformers model whose experts follow `use_experts_implementation`, or PEFT's around one.
         config: settings. `None` reads the `"fluid"` block of the DeepSpeed JSON in force; without one, defaults.
 
     Returns:
         The same model; `model.fluid` is its `FluidState`.
 
     Raises:
-        UnsupportedModelError: the model has no experts that can be patched; names the class and what is missing.
+        UnsupportedModelError: the model is not transformers', or has no experts that can be patched; names the class
+            and what is missing.
         ConfigError: the settings do not fit the model, the world size or the DeepSpeed JSON.
-        AlreadyPatchedError: the model is patched with other settings.
+        AlreadyPatchedError: the model is patched with other settings, or holds or is a part of one that is patched.
         RankMismatchError: ranks pass different settings or models, or another rank raised one of the above.
 
     Nothing is changed on any rank if any rank raises.
@@ -106,6 +108,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
 def _bind(model: nn.Module, state: FluidState) -> None:
     """All on the model inside PEFT's, which passes attributes on: it is what is left when adapters are merged."""
     model.fluid = state  # type: ignore[assignment]
+    for layer in state.layers.values():
+        layer.patched_in = type(model).__name__
     if state.groups.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
         bind_generation(model)
@@ -256,6 +260,7 @@ def _prepare(
                     "Call unpatch_model(model) first, or pass the same settings."
                 )
             return None, requested, state.config, state.backend, []
+        _check_model(model)
         world = dist.get_world_size() if dist.is_initialized() else 1
         sp_size = resolve_sp_size(requested.sp_size, world)
         if sp_size > 1:
@@ -278,6 +283,19 @@ def _prepare(
         return None, requested, resolved, backend, sites
     except Exception as error:  # reported to the other ranks, then raised on this one
         return as_error(error), None, None, None, []
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise unless it is a transformers model, whose checkpoints can be written, and not patched in part."""
+    kind = type(model).__name__
+    if place := patched_elsewhere(model):
+        raise AlreadyPatchedError(
+            f"{kind} cannot be patched: {place}, already; use it as it is, or call unpatch_model on that one first."
+        )
+    if not isinstance(model, PreTrainedModel):
+        inside = next((name for name, part in model.named_modules() if isinstance(part, PreTrainedModel)), None)
+        remedy = f"the model inside: {inside}" if inside else "a transformers model that has experts"
+        raise UnsupportedModelError(f"{kind} is no transformers model (PreTrainedModel); patch {remedy}.")
 
 
 def check_config(config: Any) -> None:

@@ -27,9 +27,19 @@ from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
 from fluid_hf.process_groups import ParallelGroups, set_group_timeout
 
-__all__ = ["FluidState"]
+__all__ = ["FluidState", "patched_elsewhere"]
 
 WATCHDOG_SECONDS = 10.0  # what a rank that has waited in vain needs to ask who is missing, and to say it
+
+
+def patched_elsewhere(model: nn.Module) -> str:
+    """Of a model that is not patched itself: which one is, that it holds or is a part of; "" if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("fluid"), FluidState):
+            return f"its part {name} ({type(module).__name__}) is"
+        if isinstance(module, ExpertParallelLayer) and module.patched_in:
+            return f"it is a part of a {module.patched_in} that is"
+    return ""
 
 
 class FluidState:

@@ -228,6 +228,39 @@ def test_patching_twice_with_other_settings(pool2: RankPool) -> None:
     assert "overlap=True" in message and "overlap=False" in message
 
 
+class ValueHead(nn.Module):
+    """No transformers model, but around one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_model = tiny_model("mixtral")
+        self.head = nn.Linear(32, 1)
+
+
+def test_what_is_no_transformers_model_is_refused() -> None:
+    model = ValueHead()
+    with pytest.raises(
+        fluid_hf.UnsupportedModelError, match=r"ValueHead is no .* the model inside: pretrained_model\."
+    ):
+        fluid_hf.patch_model(model)
+    fluid_hf.unpatch_model(fluid_hf.patch_model(model.pretrained_model))
+    with pytest.raises(fluid_hf.UnsupportedModelError, match="Linear is no .* patch a transformers model"):
+        fluid_hf.patch_model(model.head)
+
+
+def test_parts_of_a_patched_model_and_what_is_around_it() -> None:
+    model: Any = tiny_model("mixtral")
+    for patched, other, words in (
+        (model, model.model, "MixtralModel cannot be patched: it is a part of a MixtralForCausalLM that is"),
+        (model.model, model, r"MixtralForCausalLM cannot be patched: its part model \(MixtralModel\) is"),
+    ):
+        fluid_hf.patch_model(patched)
+        with pytest.raises(fluid_hf.AlreadyPatchedError, match=words):
+            fluid_hf.patch_model(other)
+        fluid_hf.unpatch_model(patched)
+        fluid_hf.unpatch_model(fluid_hf.patch_model(other))
+
+
 def test_ep_size_needs_torch_distributed() -> None:
     assert not dist.is_initialized()
     model = tiny_model("mixtral")

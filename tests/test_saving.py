@@ -20,7 +20,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from moe_families import tiny_model as build_family
 from safetensors.torch import load_file, save_file
 from test_remote_code import build as build_listed
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -83,6 +83,47 @@ def run_load_state_dict(rank: int, world: int, kind: str) -> None:
 def test_the_unpatched_models_state_dict_is_loaded(pool2: RankPool, kind: str) -> None:
     run_load_state_dict(0, 1, kind)
     pool2.run(run_load_state_dict, kind)
+
+
+def run_save_part(rank: int, world: int, folder: str) -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+    model.model.save_pretrained(folder)
+    with pytest.raises(fluid_hf.NotPatchedError, match="Qwen3MoeModel is not patched, but it is a part of a Qwen3MoeF"):
+        fluid_hf.save_pretrained(model.model, folder)
+    fluid_hf.unpatch_model(model)
+    assert not any("save_pretrained" in vars(module) for module in model.modules())
+
+
+def test_a_part_of_the_patched_model_is_saved_whole(pool2: RankPool, tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").model.save_pretrained(tmp_path / "theirs")
+    pool2.run(run_save_part, str(tmp_path / "ours"))
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def run_save_around(rank: int, world: int, kind: str, folder: str) -> None:
+    model = tiny_model(kind) if kind in FAMILIES else build_stored(kind)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fluid_hf.patch_model(model.model, FluidConfig(ep_size=world))
+    around = f"{type(model).__name__} cannot be written.*{type(model.model).__name__} that was given to patch_model"
+    with pytest.raises(fluid_hf.CheckpointError, match=around):
+        model.save_pretrained(folder, is_main_process=rank == 0)
+    with pytest.raises(fluid_hf.CheckpointError, match="cannot be written"):
+        PreTrainedModel.save_pretrained(model.model, folder, is_main_process=rank == 0)
+    with pytest.raises(fluid_hf.NotPatchedError, match="is not patched, but its part model"):
+        fluid_hf.save_pretrained(model, folder)
+    assert not list(Path(folder).glob("*.safetensors"))
+    model.load_state_dict(model.state_dict())  # who asks for what this rank has gets it
+    fluid_hf.unpatch_model(model.model)
+    if rank == 0:
+        model.save_pretrained(folder)
+        saved = type(model).from_pretrained(folder).state_dict()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_model_around_the_patched_one_is_not_saved_in_part(pool2: RankPool, tmp_path: Path) -> None:
+    pool2.run(run_save_around, "qwen3_moe", str(tmp_path))
+    run_save_around(0, 1, "longcat_flash", str(tmp_path / "stored"))
 
 
 def test_tied_weights_are_saved_once(pool2: RankPool, tmp_path: Path) -> None:

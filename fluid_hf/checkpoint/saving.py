@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import tempfile
@@ -16,14 +17,15 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish, remove_folder
-from fluid_hf.checkpoint.gather import as_stored, iterate_weights, local_weights, weight_specs
+from fluid_hf.checkpoint.gather import as_stored, iterate_weights, local_weights, split_layers, weight_specs
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
 from fluid_hf.models.adapters import saves_adapters
-from fluid_hf.state import FluidState
+from fluid_hf.state import FluidState, patched_elsewhere
 
 __all__ = ["StagedWeights", "bind_adapter_saving", "bind_saving", "save_pretrained", "stage_weights", "unbind_saving"]
 
@@ -50,7 +52,14 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
     """
     state = getattr(model, "fluid", None)
     if not isinstance(state, FluidState):
-        raise NotPatchedError(f"{type(model).__name__} is not patched; use its own save_pretrained.")
+        place = patched_elsewhere(model)
+        remedy = f", but {place}; save the one given to patch_model." if place else "; use its own save_pretrained."
+        raise NotPatchedError(f"{type(model).__name__} is not patched{remedy}")
+    _save_whole(model, state, directory, kwargs)
+
+
+def _save_whole(model: nn.Module, state: FluidState, directory: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    """`save_pretrained` of the patched model, or of a part of it that is a transformers model, too."""
     _refuse_push(kwargs)
     state.control.gather(None, "saving a patched model")
     writer = _Attempt(_is_main())
@@ -270,22 +279,14 @@ class _StageWriter:
 
 
 def bind_saving(model: nn.Module, state: FluidState) -> None:
-    """Let the model's own `save_pretrained`, and its `state_dict` under an engine, give complete checkpoints."""
+    """Let the own `save_pretrained` of the model and of its parts, and its `state_dict` under an engine, write all."""
     if state.groups.ep_size == 1 and not state.bound_methods:
         return
-
-    def save(directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        if saves_adapters(model):
-            _save_adapters(model, directory, *args, **kwargs)
-            return
-        weights = kwargs.pop("state_dict", None)
-        is_main = kwargs.pop("is_main_process", None)
-        if weights is None and state.groups.ep_size == 1 and not state.engine_bound:
-            weights = local_weights(model)  # nothing to gather: one rank may call it alone, as without patching
-        if weights is None:
-            save_pretrained(model, directory, **kwargs)
-        elif is_main is None or is_main:
-            write_checkpoint(model, directory, weights, **kwargs)
+    for part in model.modules():
+        if part is model or (isinstance(part, PreTrainedModel) and split_layers(part)):
+            part.save_pretrained = functools.partial(_save_bound, part, state)  # type: ignore[assignment]
+    for layer in split_layers(model).values():
+        layer.register_state_dict_pre_hook(_refuse_unbound_save)
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:
         # accelerate asks without arguments, on all ranks, to save; DeepSpeed and nesting modules pass arguments and
@@ -294,8 +295,45 @@ def bind_saving(model: nn.Module, state: FluidState) -> None:
             return nn.Module.state_dict(model, *args, **kwargs)
         return stage_weights(model, state)
 
-    model.save_pretrained = save  # type: ignore[assignment]
     model.state_dict = state_dict  # type: ignore[assignment]
+
+
+def _save_bound(
+    model: nn.Module, state: FluidState, directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    if saves_adapters(model):
+        _save_adapters(model, directory, *args, **kwargs)
+        return
+    weights = kwargs.pop("state_dict", None)
+    is_main = kwargs.pop("is_main_process", None)
+    if weights is None and state.groups.ep_size == 1 and not state.engine_bound:
+        weights = local_weights(model)  # nothing to gather: one rank may call it alone, as without patching
+    if weights is None:
+        _save_whole(model, state, directory, kwargs)
+    elif is_main is None or is_main:
+        write_checkpoint(model, directory, weights, **kwargs)
+
+
+def _refuse_unbound_save(layer: Any, *_: Any) -> None:
+    """Before a layer's `state_dict`: not for transformers' own saving, which would take this rank's experts for all.
+
+    A model around the one given to `patch_model` cannot be bound, as nothing leads to it, and anyone may call a class's
+    method on a bound one. Only the stack tells who asks; engines, and whoever wants this rank's part, get it as ever.
+
+    Raises:
+        CheckpointError: transformers' `save_pretrained` asks for the weights of a model that holds the layer.
+    """
+    frame, code = inspect.currentframe(), inspect.unwrap(PreTrainedModel.save_pretrained).__code__
+    while frame is not None:
+        if frame.f_code is code and frame.f_locals.get("state_dict") is None:
+            saved = frame.f_locals["self"]
+            if not saves_adapters(saved) and any(module is layer for module in saved.modules()):
+                raise CheckpointError(
+                    f"{type(saved).__name__} cannot be written by transformers' save_pretrained: the experts of the "
+                    f"{layer.patched_in} that was given to patch_model are not here as checkpoints have them; save "
+                    "that model with fluid_hf.save_pretrained, or unpatch it and patch the whole one."
+                )
+        frame = frame.f_back
 
 
 def bind_adapter_saving(model: nn.Module) -> None:
@@ -311,9 +349,13 @@ def _save_adapters(model: Any, directory: str | os.PathLike[str], *args: Any, **
 
 
 def unbind_saving(model: nn.Module) -> None:
-    """Give the model its class's own methods back."""
+    """Give the model and its parts their classes' own methods back."""
     for name in ("save_pretrained", "state_dict"):
         model.__dict__.pop(name, None)
+    for part in model.modules():
+        bound = vars(part).get("save_pretrained")
+        if isinstance(bound, functools.partial) and bound.func is _save_bound:
+            del part.save_pretrained
 
 
 @contextlib.contextmanager

@@ -82,6 +82,7 @@ class ExpertParallelLayer(nn.Module):
         weight_names: transformers' names of the weights that are split over the ranks.
         unstack: of experts that a model stores otherwise, makes what is stored from a weight's name and value.
         stack: of such experts, makes some experts' weight from its name and what is stored of all.
+        patched_in: class of the model that was given to `patch_model`; "" for a layer of the user's own.
 
     Args:
         num_experts: experts of the whole layer.
@@ -94,6 +95,7 @@ class ExpertParallelLayer(nn.Module):
 
     unstack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
     stack: Callable[[str, Mapping[str, torch.Tensor], slice], torch.Tensor] | None = None
+    patched_in = ""
     adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
 
     def __init__(
