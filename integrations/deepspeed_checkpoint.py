@@ -7,17 +7,20 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.checkpoint import constants
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.utils import logger
 from torch import nn
 
 from fluid_hf.checkpoint.files import sync_folder
+from fluid_hf.checkpoint.gather import split_layers, trained_weights
 from fluid_hf.checkpoint.saving import stage_weights
 from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CheckpointError
@@ -42,17 +45,72 @@ if __name__ == "__main__":
 
 
 def bind_checkpoints(engine: Any, model: nn.Module, state: FluidState) -> None:
-    """Give an engine of a patched model `save_checkpoint` and `load_checkpoint` that know its layout."""
+    """Give an engine of a patched model methods that save and load in its layout, or whole."""
     layout = {"ep_size": state.groups.ep_size, "world_size": state.groups.world_size}
     engine.save_checkpoint = _wrap_save(engine, engine.save_checkpoint, model, state, layout)
     engine.load_checkpoint = _wrap_load(engine, engine.load_checkpoint, model, state, layout)
 
     def consolidated(exclude_frozen_parameters: bool = False) -> Mapping[str, torch.Tensor]:
-        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        return stage_weights(model, state, frozen if exclude_frozen_parameters else ())
+        return stage_weights(model, state, _frozen_names(model) if exclude_frozen_parameters else ())
 
     if state.groups.ep_size > 1 or state.bound_methods:
         engine._zero3_consolidated_16bit_state_dict = consolidated
+        engine.save_16bit_model = _wrap_save_16bit(engine, engine.save_16bit_model, model, state, consolidated)
+
+
+def _frozen_names(model: nn.Module) -> set[str]:
+    """Names of the weights that are not trained, as the unpatched model has them, tied ones under each name."""
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    for prefix, layer in split_layers(model).items():
+        frozen |= {f"{prefix}.{name}" for name, trained in trained_weights(layer).items() if not trained}
+    return frozen
+
+
+def _wrap_save_16bit(
+    engine: Any,
+    save: Callable[..., Any],
+    model: nn.Module,
+    state: FluidState,
+    consolidated: Callable[[bool], Mapping[str, torch.Tensor]],
+) -> Callable[..., bool]:
+    """DeepSpeed's own writes rank 0's experts only, and refuses at stage 3."""
+
+    @functools.wraps(save)
+    def save_16bit_model(
+        save_dir: Any, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        path = Path(save_dir) / save_filename
+        if engine.zero_optimization_partition_weights() and not engine.zero_gather_16bit_weights_on_model_save():
+            logger.warning(f"Did not save the model {path} because stage3_gather_16bit_weights_on_model_save is False")
+            return False
+        staged = consolidated(exclude_frozen_parameters)
+        commit = CheckpointCommitInfo(tag=f"global_step{engine.global_steps}", save_dir=save_dir, save_latest=False)
+        engine.checkpoint_engine.create(commit)
+
+        def write() -> None:
+            weights = dict(staged)
+            _add_tied(model, weights)
+            engine.checkpoint_engine.makedirs(save_dir, exist_ok=True)
+            engine.checkpoint_engine.save(weights, str(path))
+
+        write_here = write if dist.get_rank() == 0 else None
+        _write_or_raise(write_here, path, state.control, "engine.save_16bit_model")
+        engine.checkpoint_engine.commit(commit)
+        return True
+
+    return save_16bit_model
+
+
+def _add_tied(model: nn.Module, weights: MutableMapping[str, torch.Tensor]) -> None:
+    """Name tied weights by all their names, as a state dict does; `stage_weights` has each of them once."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    for tied in names.values():
+        weight = next((weights[name] for name in tied if name in weights), None)
+        if weight is not None:
+            weights.update(dict.fromkeys(tied, weight))
 
 
 def _wrap_save(
@@ -99,15 +157,17 @@ def _wrap_save(
     return save_checkpoint
 
 
-def _write_or_raise(write: Callable[[], None] | None, path: Path, control: ControlGroup) -> None:
+def _write_or_raise(
+    write: Callable[[], None] | None, path: Path, control: ControlGroup, what: str = "engine.save_checkpoint"
+) -> None:
     """Write on the ranks that are given something to write; if that fails on any, raise on all. Collective."""
-    failure = None
+    failure: Exception | None = None
     try:
         if write is not None:
             write()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter is what torch.save makes of a full or missing folder
         failure = error
-    problems = control.gather(None if failure is None else str(failure), "engine.save_checkpoint")
+    problems = control.gather(None if failure is None else str(failure), what)
     problem = next((found for found in problems if found is not None), None)
     if problem is not None:
         raise CheckpointError(
