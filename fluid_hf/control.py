@@ -28,6 +28,11 @@ class ControlGroup:
         several = several and not getattr(dist.group.WORLD, "plays_all_ranks", False)
         self._group = dist.new_group(backend="gloo", timeout=self._timeout) if several else None
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group itself, for tensors on the CPU; `None` in a single process."""
+        return self._group
+
     def wait_at_most(self, timeout_seconds: float) -> None:
         """How long a rank waits for the others from now on."""
         self._timeout = datetime.timedelta(seconds=timeout_seconds)

@@ -206,7 +206,11 @@ class FluidState:
         """Average gradients over the ranks in a loop without DeepSpeed or DDP: collective over all ranks.
 
         Dense gradients become the mean over the world; expert gradients, which already hold every token of their
-        expert-parallel group, are summed over the expert-data-parallel group and divided by the world size.
+        expert-parallel group, are summed over the expert-data-parallel group and divided by the world size. A
+        parameter that no rank has used keeps `None`. Where experts of one rank have a gradient that is not finite, all
+        ranks get a NaN in theirs, so that loss scaling skips the step everywhere: call it before `scaler.unscale_`.
+
+        The device is not waited for; the hosts are, for the others' list of gradients.
 
         Raises:
             PeerError: a rank did not take part within `timeout_seconds` (over gloo).
@@ -214,18 +218,60 @@ class FluidState:
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
             return
-        expert = (
-            {id(p) for layer in self.layers.values() for p in layer.split_parameters()}
-            if self.groups.ep_size > 1
-            else set()
+        expert = self._split_parameters()
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        used = self._used_anywhere([p.grad is not None for _, p in trained])
+        expert_gradients = []
+        for (name, parameter), is_used in zip(trained, used, strict=True):
+            if not is_used:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            group = self.groups.expert_data_group if id(parameter) in expert else None
+            self._sum(parameter.grad, group, f"the reduction of the gradient of {name}")
+            parameter.grad /= self.groups.world_size
+            if id(parameter) in expert:
+                expert_gradients.append(parameter.grad)
+        if expert_gradients:
+            self._spread_overflow(expert_gradients)
+
+    def _split_parameters(self) -> set[int]:
+        """Ids of the parameters of which each rank of an expert-parallel group has its own."""
+        several = self.groups.ep_size > 1
+        return {id(p) for layer in self.layers.values() for p in layer.split_parameters()} if several else set()
+
+    def _used_anywhere(self, used: list[bool]) -> list[bool]:
+        """Which parameters have a gradient on any rank. Experts too are used if those of any rank are: unpatched, they
+        are one parameter. Over the control group, as what the hosts know needs no wait for the device.
+        """
+        if self.control.group is None:
+            return used
+        flags = torch.tensor(used, dtype=torch.uint8)
+        place = "the list of gradients in reduce_gradients"
+        all_reduce_in_time(
+            flags, self.control.group, self.config.timeout_seconds, place, self.groups.met, dist.ReduceOp.MAX
         )
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                group = self.groups.expert_data_group if id(parameter) in expert else None
-                self._sum(parameter.grad, group, f"the reduction of the gradient of {name}")
-                parameter.grad /= self.groups.world_size
+        return [bool(flag) for flag in flags.tolist()]
+
+    def _spread_overflow(self, gradients: list[torch.Tensor]) -> None:
+        """Put NaN into the experts' gradients of every rank for which some rank's is not finite, without a host read.
+
+        Dense gradients are equal on all ranks, but a rank that alone has an overflow in its experts would skip a step
+        that the others make.
+        """
+        largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # the sum of squares may overflow
+        flags = largest.isfinite().logical_not().float()
+        all_reduce_in_time(
+            flags,
+            None,
+            self.config.timeout_seconds,
+            "the check of the experts' gradients",
+            self.groups.met,
+            dist.ReduceOp.MAX,
+        )
+        poison = torch.zeros_like(flags).masked_fill_(flags > 0, float("nan"))
+        for gradient, value in zip(gradients, poison, strict=True):
+            gradient[(0,) * gradient.dim()].add_(value)
 
     def _sum(self, tensor: torch.Tensor, group: dist.ProcessGroup | None, place: str) -> None:
         all_reduce_in_time(tensor, group, self.config.timeout_seconds, place, self.groups.met)
@@ -239,14 +285,13 @@ class FluidState:
         Returns:
             The norm before clipping, float64, equal on all ranks up to rounding.
         """
-        several = self.groups.ep_size > 1
-        expert = {id(p) for layer in self.layers.values() for p in layer.split_parameters()} if several else set()
+        expert = self._split_parameters()
         gradients = [(p.grad, id(p) in expert) for p in model.parameters() if p.grad is not None]
         device = gradients[0][0].device if gradients else None
         squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
         for gradient, is_expert in gradients:
             squares[is_expert] += gradient.double().square().sum()
-        if several:
+        if self.groups.ep_size > 1:
             self._sum(squares[1], self.groups.ep_group, "the norm of the gradients")
         norm = (squares[0] + squares[1]).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -1,0 +1,100 @@
+"""Training loops without DeepSpeed: loss scaling, weight decay and clipping as in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from distributed import RankPool, rank_pool
+from families import batch, relative_error, tiny_model
+
+import fluid_hf
+from fluid_hf import FluidConfig
+
+pool2 = rank_pool(2)
+pool4 = rank_pool(4)
+
+EXPERT = 3  # of the four: on the last rank of an expert-parallel group
+
+
+def worst_change(model: Any, reference: Any) -> float:
+    """Largest relative error of the weights of the unpatched model."""
+    expected = dict(reference.named_parameters())
+    return max(relative_error(p, expected[name]) for name, p in fluid_hf.unpatch_model(model).named_parameters())
+
+
+def joint_loss(model: Any, batches: list[torch.Tensor]) -> torch.Tensor:
+    losses = [model(input_ids=ids, labels=ids).loss for ids in batches]
+    return torch.stack(losses).mean()
+
+
+def run_scaled(rank: int, world: int, ep_size: int, bad: float, clip: bool) -> tuple[list[tuple[float, ...]], float]:
+    """Of each of three steps the loss scale and whether the step was skipped, here and in one process; the worst
+    weight."""
+    reference, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    fluid_hf.patch_model(model, FluidConfig(ep_size=ep_size, timeout_seconds=30))
+    scales, found = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2)], []
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]
+    experts = {"alone": reference.model.layers[0].mlp.experts, "here": model.model.layers[0].mlp.experts.experts}
+    for step in range(3):
+        batches = [batch(other, 2, step=step) for other in range(world)]
+        scales[0].scale(joint_loss(reference, batches)).backward()
+        scales[1].scale(model(input_ids=batches[rank], labels=batches[rank]).loss).backward()
+        if step == 1:
+            experts["alone"].down_proj.grad[EXPERT, 0, 0] = bad
+            if rank == ep_size - 1:  # of the first expert-parallel group only
+                experts["here"].w2.grad[-1, 0, 0] = bad
+        model.fluid.reduce_gradients(model)
+        for scaler, optimizer in zip(scales, optimizers, strict=True):
+            scaler.unscale_(optimizer)
+        if clip:
+            norms = torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0), model.fluid.clip_grad_norm_(model, 1.0)
+            assert norms[0].isfinite() == norms[1].isfinite() == (step != 1)
+        for scaler, optimizer in zip(scales, optimizers, strict=True):
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        model.fluid.finish_batch()
+        found.append(tuple(scaler.get_scale() for scaler in scales))
+    return found, worst_change(model, reference)
+
+
+@pytest.mark.parametrize(("bad", "clip"), [(float("inf"), True), (float("nan"), False)])
+def test_an_overflow_in_the_experts_of_one_rank_skips_the_step_on_all(pool2: RankPool, bad: float, clip: bool) -> None:
+    for scales, error in pool2.run(run_scaled, 2, bad, clip):
+        assert scales == [(1024.0, 1024.0), (512.0, 512.0), (512.0, 512.0)] and error < 1e-5
+
+
+def test_an_overflow_in_one_of_two_expert_parallel_groups(pool4: RankPool) -> None:
+    for scales, error in pool4.run(run_scaled, 2, float("inf"), True):
+        assert scales == [(1024.0, 1024.0), (512.0, 512.0), (512.0, 512.0)] and error < 1e-5
+
+
+def run_unused(rank: int, world: int, ep_size: int) -> float:
+    """Worst weight after three steps of AdamW with parts that no rank, or only the last one, uses."""
+    reference, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    for built in (reference, model):
+        built.unused, built.seldom = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        for module in (built.unused, built.seldom):
+            torch.nn.init.ones_(module.weight)
+            torch.nn.init.ones_(module.bias)
+    fluid_hf.patch_model(model, FluidConfig(ep_size=ep_size, timeout_seconds=30))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4) for m in (reference, model)]
+    for step in range(3):
+        batches = [batch(other, 2, step=step) for other in range(world)]
+        (joint_loss(reference, batches) + reference.seldom(torch.ones(4)).sum() / world).backward()
+        loss = model(input_ids=batches[rank], labels=batches[rank]).loss
+        (loss + model.seldom(torch.ones(4)).sum() if rank == world - 1 else loss).backward()
+        model.fluid.reduce_gradients(model)
+        assert model.unused.weight.grad is None and model.seldom.weight.grad is not None
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        model.fluid.finish_batch()
+    return worst_change(model, reference)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_what_no_rank_uses_does_not_decay(pool2: RankPool, ep_size: int) -> None:
+    assert max(pool2.run(run_unused, ep_size)) < 1e-5
