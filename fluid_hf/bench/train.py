@@ -292,10 +292,10 @@ def _read_trace(plan: TrainPlan, path: Path) -> dict[str, Any]:
         return found
     try:
         summary, files = write_report(path, Path(plan.out) / "timeline")
+        layers = list(summary["layers"].values())
+        middle = layers[len(layers) // 2]
     except Exception as error:  # times and losses stand without it
         return {**found, "error": f"{type(error).__name__}: {error}"}
-    layers = list(summary["layers"].values())
-    middle = layers[len(layers) // 2]
     times = {name: middle[name]["ms"] for name in ("forward", "backward")}
     return {**found, "layer_ms": times, "summary": summary, "files": [str(file) for file in files]}
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from fluid_hf.errors import TraceError
 from fluid_hf.overlap.intervals import Interval, intersect, length, subtract, union
 from fluid_hf.profiling.session import StepTrace
 from fluid_hf.profiling.trace import Trace, Work, read_trace
@@ -46,10 +47,18 @@ def breakdown(trace: Trace, kernels: dict[str, float], calls: int = 1) -> dict[s
         `link_ms` with messages in flight; `compute` by what is computed; `waits` by what computing waited for, the
         longest first: a message, or "host: " and what it queued late; `gaps`, the longest single ones of the run;
         `kernels`, the longest.
+
+    Raises:
+        TraceError: the trace has no work.
     """
     works, messages = trace.compute, trace.communication
     busy, flight = union(_spans(works)), union(_spans(messages))
     every = union([*busy, *flight])
+    if not every:
+        raise TraceError(
+            "trace must have work, neither computes nor sends anything; profile a whole step with ProfilerActivity.CPU "
+            "and, on a GPU, also ProfilerActivity.CUDA."
+        )
     low, high = every[0][0], every[-1][1]
     gaps = [part for gap in subtract([(low, high)], busy) for part in _causes(gap, works, messages, flight)]
     waits: dict[str, float] = defaultdict(float)

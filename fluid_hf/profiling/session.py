@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fluid_hf.errors import MissingPackageError
+from fluid_hf.errors import MissingPackageError, TraceError
 from fluid_hf.profiling.picture import draw_timeline
 from fluid_hf.profiling.timeline import layer_passes, summarize
 from fluid_hf.profiling.trace import Trace, read_trace
@@ -64,10 +64,16 @@ def draw_traces(
 
 
 def write_report(trace: str | Path, out: str | Path, *, layer: str | None = None) -> tuple[dict[str, Any], list[Path]]:
-    """Summary (`OUT.json`) and picture (`OUT.png`, `OUT.svg`) of a trace; no picture where matplotlib is missing.
+    """Summary (`OUT.json`) and picture (`OUT.png`, `OUT.svg`) of a trace.
+
+    No picture where matplotlib is missing, or where there is nothing to draw: a model without experts has no layer, a
+    short trace no whole pass.
 
     Returns:
         The summary, and the files written.
+
+    Raises:
+        TraceError: the file is no trace of a patched model, or has no whole pass of the `layer` asked for.
     """
     found = read_trace(trace)
     summary = summarize(found)
@@ -78,5 +84,9 @@ def write_report(trace: str | Path, out: str | Path, *, layer: str | None = None
     try:
         pictures = draw_traces([("", found)], base, layer=layer)
     except MissingPackageError:
+        pictures = []
+    except TraceError:
+        if layer is not None:
+            raise
         pictures = []
     return summary, [numbers, *pictures]

@@ -60,21 +60,29 @@ def layer_passes(trace: Trace, layer: str | None = None) -> list[PassTimeline]:
     """The forward and the backward pass of median length of a layer (by default the one in the middle).
 
     Raises:
-        TraceError: the trace has no such layer, or no whole pass of it.
+        TraceError: the trace has no such layer, no whole pass of it, or no work in one.
     """
     names = layer_names(trace)
-    layer = layer or (names[len(names) // 2] if names else "")
+    if not names:
+        raise TraceError("trace must have a layer with patched experts, has none; profile a model that has experts.")
+    layer = layer or names[len(names) // 2]
     if layer not in names:
         raise TraceError(f"layer ({layer}) must be one of those in the trace: {', '.join(names)}.")
     gaps = exposed(trace)
-    found = []
-    for backward in (False, True):
-        calls = _calls(trace, layer, backward)
-        if calls:
-            calls.sort(key=lambda call: length([_window(trace, call)]))
-            found.append(_pass_timeline(trace, calls[(len(calls) - 1) // 2], layer, backward, gaps))
-    if not found:
+    whole = [_calls(trace, layer, backward) for backward in (False, True)]
+    if not any(whole):
         raise TraceError(f"layer ({layer}) must have run a whole pass in the trace; profile a whole step.")
+    found = []
+    for backward, calls in zip((False, True), whole, strict=True):
+        timed = [call for call in calls if length([_window(trace, call)])]  # on a GPU, nothing may be known of a call
+        if timed:
+            timed.sort(key=lambda call: length([_window(trace, call)]))
+            found.append(_pass_timeline(trace, timed[(len(timed) - 1) // 2], layer, backward, gaps))
+    if not any(timeline.compute or timeline.communication for timeline in found):
+        raise TraceError(
+            f"layer ({layer}) must have work in the trace, has none; profile a whole step with ProfilerActivity.CPU "
+            "and, on a GPU, also ProfilerActivity.CUDA, whose trace says what launched which kernel."
+        )
     return found
 
 

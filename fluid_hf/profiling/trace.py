@@ -21,6 +21,7 @@ from fluid_hf.ranges import PREFIX
 
 __all__ = ["Phase", "Trace", "Work", "read_trace"]
 
+NEEDED = {"name", "ts", "dur", "tid"}  # without these an event says nothing: such are left out
 DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 # What an exchange moves in each phase, by the order in which it is posted there.
 MESSAGES = {
@@ -116,7 +117,7 @@ def read_trace(path: str | Path) -> Trace:
         opener = gzip.open if str(path).endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8") as file:
             found = json.load(file)["traceEvents"]
-            events = [event for event in found if event.get("ph") == "X" and "dur" in event]
+            events = [event for event in found if event.get("ph") == "X" and event.keys() >= NEEDED]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TraceError(f"trace ({path}) must be a Chrome trace of torch.profiler: {error}.") from error
     return _Reader(events, str(path)).read()
