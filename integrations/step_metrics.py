@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluid_hf.errors import ConfigError, MissingPackageError
+from fluid_hf.errors import ConfigError, FluidError, MissingPackageError
 from fluid_hf.metrics import model_flops_per_token, peak_tflops
 from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.profiling.picture import draw_expert_load
@@ -126,6 +126,8 @@ class StepMetrics:
 class ProfiledSteps:
     """Traces optimizer steps `first` to `last` (counted from 1, both included) on rank 0 and writes a report.
 
+    What cannot be written is warned of: an error here, on one rank only, would end a training that is sound.
+
     Raises:
         ConfigError: the steps are not two positive numbers in order.
     """
@@ -135,20 +137,47 @@ class ProfiledSteps:
             raise ConfigError(f"profile_steps ({steps!r}) must be (first, last) with 1 <= first <= last.")
         self.first, self.last = steps
         self._trace: StepTrace | None = None
+        self._start: int | None = None
+        self._step = 0
 
     def begin_step(self, step: int, folder: Path) -> None:
         """Optimizer step `step` begins, counted from 1."""
+        if self._start is None or step <= self._step:
+            if self._trace is not None:  # a training that raised left it running
+                self._finish(folder)
+            self._start = step
+        self._step = step
         if step == self.first:
             self._trace = StepTrace(folder / "trace.json.gz")
             self._trace.start()
 
     def end_step(self, step: int, folder: Path) -> None:
         """Optimizer step `step` ended."""
-        if self._trace is None or step < self.last:
+        if self._trace is not None and step >= self.last:
+            self._finish(folder)
+
+    def close(self, folder: Path) -> None:
+        """Training ended: write what is traced, and warn if it is not all that was asked for."""
+        asked = f"profile_steps ({self.first}, {self.last})"
+        if self._trace is not None:
+            logger.warning("%s: training ended; the trace has steps %d to %d", asked, self.first, self._step)
+            self._finish(folder)
+        elif self._start is None:
+            logger.warning("%s: nothing was traced, this training had no step", asked)
+        elif not self._start <= self.first <= self._step:
+            ran = (self._start, self._step)
+            logger.warning("%s: nothing was traced, this training had steps %d to %d", asked, *ran)
+        self._start, self._step = None, 0
+
+    def _finish(self, folder: Path) -> None:
+        assert self._trace is not None
+        trace, self._trace = self._trace, None
+        try:
+            path = trace.stop()
+            summary, files = write_report(path, folder / "timeline")
+        except (FluidError, OSError) as error:
+            logger.warning("no report of the profiled steps in %s: %s: %s", folder, type(error).__name__, error)
             return
-        path = self._trace.stop()
-        self._trace = None
-        summary, files = write_report(path, folder / "timeline")
         named = ", ".join(str(file) for file in [path, *files])
         logger.warning("%.0f%% of the communication was hidden; wrote %s", 100 * summary["overlap_ratio"], named)
 
@@ -166,8 +195,12 @@ class LoadHistory:
         self.loads.append({name: _relative(pairs) for name, pairs in load.items()})
 
     def write(self, folder: Path) -> list[Path]:
-        """`expert_load.json` with every layer, and the heat map of the layer that was least balanced in the end."""
-        if not self.steps:
+        """`expert_load.json` with every layer, and the heat map of the layer that was least balanced in the end.
+
+        Nothing where there is no load: no step has run, or the model has no layer with experts.
+        """
+        if not any(self.loads):
+            logger.warning("expert_load: nothing to write, no load of a layer with experts was read")
             return []
         folder.mkdir(parents=True, exist_ok=True)
         numbers = folder / "expert_load.json"

@@ -161,7 +161,7 @@ class FluidCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop scheduling weight gradients and measuring; write the load of the experts, if asked for."""
+        """Stop scheduling weight gradients, measuring and tracing; write the load of the experts, if asked for."""
         get_state(kwargs["model"]).scheduler.disable()
         if self._step_metrics is not None:
             if self._history is not None and self._step_metrics.steps:  # since the last log, on all ranks alike
@@ -169,6 +169,8 @@ class FluidCallback(TrainerCallback):
                 self._metrics = {}
             self._step_metrics.close()
             self._step_metrics = None
+        if self._profiled is not None and state.is_world_process_zero:
+            self._profiled.close(_folder(args))
         if self._history is not None and state.is_world_process_zero:
             self._history.write(_folder(args))
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidCallback, cli
-from fluid_hf.integrations.step_metrics import StepMetrics
+from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.metrics import global_load, imbalance, model_flops_per_token, peak_tflops
 from fluid_hf.overlap.sampler import OverlapSampler
 
@@ -139,6 +139,78 @@ def test_sampler_unites_flights_and_sums_waits(monkeypatch: pytest.MonkeyPatch) 
 def test_profiled_steps_are_checked(steps: Any) -> None:
     with pytest.raises(ConfigError, match="profile_steps"):
         FluidCallback(profile_steps=steps)
+
+
+def profile_steps(profiled: ProfiledSteps, steps: range, folder: Path) -> None:
+    for step in steps:
+        profiled.begin_step(step, folder)
+        with torch.profiler.record_function("fluid::net.0::forward attention"):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+        profiled.end_step(step, folder)
+
+
+def test_steps_beyond_the_training_are_written_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also of the training after it, and of one after a training that raised; without experts there is no picture."""
+    profiled = ProfiledSteps((2, 50))
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        profile_steps(profiled, range(1, 4), folder)
+        assert not folder.exists()
+        profiled.close(folder)
+        assert "profile_steps (2, 50): training ended; the trace has steps 2 to 3" in caplog.text
+        assert {path.name for path in folder.iterdir()} == {"trace.json.gz", "timeline.json"}
+        caplog.clear()
+    profile_steps(profiled, range(1, 4), tmp_path / "raised")
+    profile_steps(profiled, range(1, 3), tmp_path / "again")
+    profiled.close(tmp_path / "again")
+    assert "the trace has steps 2 to 2" in caplog.text and not torch.autograd._profiler_enabled()
+
+
+def test_the_callback_ends_its_trace_with_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=1, save_strategy="no", report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 2)]
+    callback = FluidCallback(profile_steps=(2, 50))
+    Trainer(tiny_model("qwen3_moe"), args, train_dataset=data, callbacks=[callback]).train()
+    assert "the trace has steps 2 to 2" in caplog.text
+    assert (tmp_path / "fluid_profile" / "timeline.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [(range(3, 6), "had steps 3 to 5"), (range(1, 2), "had steps 1 to 1"), (range(1, 1), "had no step")],
+)
+def test_a_first_step_that_never_came_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: range, message: str
+) -> None:
+    profiled = ProfiledSteps((2, 4))
+    profile_steps(profiled, steps, tmp_path / "folder")
+    profiled.close(tmp_path / "folder")
+    assert f"profile_steps (2, 4): nothing was traced, this training {message}" in caplog.text
+    assert not (tmp_path / "folder").exists()
+    caplog.clear()
+    profile_steps(profiled, range(1, 5), tmp_path / "whole")
+    profiled.close(tmp_path / "whole")
+    assert "profile_steps" not in caplog.text
+
+
+def test_a_report_that_fails_does_not_end_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    profiled = ProfiledSteps((1, 1))
+    profiled.begin_step(1, tmp_path)
+    profiled.end_step(1, tmp_path)  # no range of a patched model
+    assert "TraceError: trace" in caplog.text
+    (tmp_path / "file").touch()
+    profile_steps(profiled, range(1, 2), tmp_path / "file")
+    assert "FileExistsError" in caplog.text
+
+
+def test_no_load_is_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    history = LoadHistory()
+    history.add(1, {})
+    history.add(2, {})
+    assert history.write(tmp_path / "folder") == [] and not (tmp_path / "folder").exists()
+    assert "no load of a layer with experts was read" in caplog.text
 
 
 def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
