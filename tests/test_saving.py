@@ -20,7 +20,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from moe_families import tiny_model as build_family
 from safetensors.torch import load_file, save_file
 from test_remote_code import build as build_listed
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -83,6 +83,35 @@ def run_load_state_dict(rank: int, world: int, kind: str) -> None:
 def test_the_unpatched_models_state_dict_is_loaded(pool2: RankPool, kind: str) -> None:
     run_load_state_dict(0, 1, kind)
     pool2.run(run_load_state_dict, kind)
+
+
+def tiny_vision_model() -> Any:
+    """A whole one, whose converter asks the model for the shape of each weight of the experts."""
+    text = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+
+
+def run_save_vision(rank: int, world: int, folder: str) -> None:
+    model = fluid_hf.patch_model(tiny_vision_model(), FluidConfig(ep_size=world))
+    model.save_pretrained(folder)
+    assert "get_parameter" not in vars(model)
+    fluid_hf.unpatch_model(model)
+
+
+def test_a_converter_that_asks_for_shapes(pool2: RankPool, tmp_path: Path) -> None:
+    tiny_vision_model().save_pretrained(tmp_path / "theirs")
+    pool2.run(run_save_vision, str(tmp_path / "ours"))
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
+    assert ours == theirs
 
 
 def run_save_part(rank: int, world: int, folder: str) -> None:
@@ -179,7 +208,7 @@ def test_push_to_hub_is_refused(pool2: RankPool, tmp_path: Path) -> None:
     assert "push_to_hub (True)" in message and not (tmp_path / "out").exists()
 
 
-def run_disk_full(rank: int, world: int, folder: str) -> None:
+def run_disk_full(rank: int, world: int, folder: str, error: Exception) -> None:
     """The disk is full after a few weights; the other ranks must not wait for rank 0, and the old model must stay."""
     write, written = SafetensorsFile.write, 0
 
@@ -187,7 +216,7 @@ def run_disk_full(rank: int, world: int, folder: str) -> None:
         nonlocal written
         written += 1
         if written > 5:
-            raise OSError(28, "No space left on device")
+            raise error
         write(self, name, tensor)
 
     SafetensorsFile.write = fail  # type: ignore[method-assign]
@@ -202,7 +231,11 @@ def run_disk_full(rank: int, world: int, folder: str) -> None:
 def test_full_disk_leaves_the_old_model(pool2: RankPool, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     pool2.run(run_save_options, str(folder))
-    assert "No space left" in pool2.expect("CheckpointError", run_disk_full, str(folder))[0]
+    for error, words in (
+        (OSError(28, "No space left on device"), f"directory ({folder}) cannot be written: [Errno 28] No space left"),
+        (ValueError("odd"), f"model cannot be written to directory ({folder}): ValueError: odd"),
+    ):
+        assert words in pool2.expect("CheckpointError", run_disk_full, str(folder), error)[0]
     assert same_weights(folder, tiny_model("mixtral"))
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -85,8 +86,25 @@ def to_checkpoint_layout(
     """The tensors under the names and in the layout of the model's checkpoints on the Hub (experts one by one)."""
     tensors = as_stored(model, tensors)
     if original_format:
-        tensors = revert_weight_conversion(model, tensors)
+        with _whole_parameters(model, tensors):
+            tensors = revert_weight_conversion(model, tensors)
     yield from tensors.items()
+
+
+@contextlib.contextmanager
+def _whole_parameters(model: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While it lasts, `model.get_parameter` gives these tensors: some converters ask it for the shape of a weight.
+
+    The patched model has none of that name, or a share of it.
+    """
+    own, bound = model.get_parameter, vars(model).get("get_parameter")
+    model.get_parameter = lambda name: tensors[name] if name in tensors else own(name)
+    try:
+        yield
+    finally:
+        del model.get_parameter
+        if bound is not None:
+            model.get_parameter = bound
 
 
 def _converted(

@@ -45,7 +45,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
         **kwargs: those of transformers' `save_pretrained`: `max_shard_size`, `variant`, `save_original_format`.
 
     Raises:
-        CheckpointError: on every rank, when the directory cannot be written; the model there stays as it was.
+        CheckpointError: on every rank, when the directory, or the model, cannot be written; the one there stays as it
+            was.
         CollectiveError: not every rank called it in time.
         ConfigError: `push_to_hub` is asked for.
         NotPatchedError: the model is not patched.
@@ -123,9 +124,11 @@ class _Attempt:
         """Raise on every rank if the writing rank failed."""
         error = self.error
         if error is not None:
-            error = CheckpointError(
-                f"directory ({directory}) cannot be written: {error}; the model in it is as it was."
-            )
+            if isinstance(error, OSError):
+                reason = f"directory ({directory}) cannot be written: {error}"
+            else:  # of the model, or of a package that reads it
+                reason = f"model cannot be written to directory ({directory}): {type(error).__name__}: {error}"
+            error = CheckpointError(f"{reason}; the model in it is as it was.")
             error.__cause__ = self.error
         if state is not None:
             state.control.agree(error, None, "fluid_hf.save_pretrained")
