@@ -26,6 +26,7 @@ from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
+from fluid_hf.models.sharding import refuse_sharding
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
@@ -113,6 +114,7 @@ def _bind(model: nn.Module, state: FluidState) -> None:
     if state.groups.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
         bind_generation(model)
+        state.sharding_check = refuse_sharding(model, list(state.layers.values()))
     bind_saving(model, state)
     model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
     state.backend.attach(model)
@@ -165,6 +167,8 @@ def unpatch_model(model: ModelT) -> ModelT:
         state.sequence_router.detach()
     if state.cross_layer is not None:
         state.cross_layer.detach()
+    if state.sharding_check is not None:
+        state.sharding_check.remove()
     unbind_blocks(inner, state.bound_blocks)
     for name in state.originals:
         _swap_back(inner, name, state)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
@@ -54,6 +55,7 @@ class FluidState:
         sequence: the attention layers' sequence parallelism; `None` with `sp_size` 1.
         sequence_router: hands the balancing loss the router logits of whole sequences; `None` with `sp_size` 1.
         cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
+        sharding_check: ends the look for FSDP around split experts; `None` with `ep_size` 1.
         sequence_exchange: exchange of the sequence-parallel group.
         bound_blocks: methods that run a shared expert in the window, by the name of the block or layer that has them.
         bound_methods: names of the methods of the block around a list of experts that call all of them at once, by
@@ -87,6 +89,7 @@ class FluidState:
         self.sequence: SequenceParallel | None = None
         self.sequence_router: RouterGather | None = None
         self.cross_layer: CrossLayerWgrad | None = None
+        self.sharding_check: RemovableHandle | None = None
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
         self.bound_blocks: dict[str, list[str]] = {}

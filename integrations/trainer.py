@@ -15,7 +15,13 @@ from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.accelerate import agree_on_sp_size, check_loss, check_sp_size, fill_batches
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
-from fluid_hf.integrations.trainer_methods import calling_trainer, keep_weight_decay, patch_new_models
+from fluid_hf.integrations.trainer_methods import (
+    calling_trainer,
+    keep_weight_decay,
+    patch_new_models,
+    synchronise_generation,
+)
+from fluid_hf.models.sharding import refuse_fsdp
 from fluid_hf.patching import get_state, patch_model
 from fluid_hf.state import FluidState
 
@@ -64,6 +70,7 @@ class FluidCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             keep_weight_decay(trainer)
+            synchronise_generation(trainer)
             patch_new_models(trainer, lambda model: self._patch(model, trainer.args))
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
@@ -79,9 +86,13 @@ class FluidCallback(TrainerCallback):
             active = deepspeed_config()
             block = active.get("fluid", {}) if isinstance(active, dict) else {}
             requested = self.config if self.config is not None else FluidConfig.from_dict(block)
+            if args.fsdp:
+                refuse_fsdp(requested.ep_size)
             patch_model(model, agree_on_sp_size(requested, parallelism))
         check_sp_size(get_state(model).groups.sp_size, parallelism)
         check_loss(get_state(model).groups.sp_size, args)
+        if args.fsdp:
+            refuse_fsdp(get_state(model).groups.ep_size)
         get_state(model).staging_folder = args.output_dir
 
     def on_train_begin(

@@ -1,4 +1,4 @@
-"""Methods of a Trainer that must know of patched models: which parameters are decayed, how a model is made anew."""
+"""Methods of a Trainer that must know of patched models: weight decay, models made anew, generation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import number_of_arguments
 
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.patching import release_model
 from fluid_hf.state import FluidState
 
-__all__ = ["calling_trainer", "keep_weight_decay", "patch_new_models"]
+__all__ = ["calling_trainer", "keep_weight_decay", "patch_new_models", "synchronise_generation"]
 
 
 def calling_trainer() -> Trainer | None:
@@ -72,6 +72,31 @@ def patch_new_models(trainer: Trainer, patch: Callable[[nn.Module], None]) -> No
 
     # The Trainer gives as many arguments as it counts, and counts those of a functools.partial in a way of its own.
     trainer.model_init = made_for if number_of_arguments(make) == 1 else made
+
+
+def synchronise_generation(trainer: Trainer) -> None:
+    """Let `Seq2SeqTrainer(predict_with_generate=True)` generate until all ranks are done.
+
+    It tells `generate` so at ZeRO 3 and under FSDP only; experts that are split over ranks need it as well.
+    """
+    if not isinstance(trainer, Seq2SeqTrainer):
+        return
+    own: Any = trainer.prediction_step
+
+    @functools.wraps(own)
+    def prediction_step(
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **settings: Any,
+    ) -> Any:
+        state = getattr(trainer.model, "fluid", None)
+        if isinstance(state, FluidState) and state.groups.ep_size > 1:
+            settings = {"synced_gpus": True, **(settings or getattr(trainer, "_gen_kwargs", {}))}
+        return own(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **settings)
+
+    trainer.prediction_step = prediction_step  # type: ignore[method-assign]
 
 
 def _decayed(ask: Callable[[nn.Module], list[str]], model: nn.Module, state: FluidState) -> list[str]:

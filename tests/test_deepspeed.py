@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import ROOT, RankPool, rank_pool, run_script
-from families import batch, tiny_model
+from families import batch, relative_error, tiny_model
 from torch.optim import lr_scheduler
 
 import fluid_hf
@@ -314,6 +314,31 @@ def run_ddp(rank: int, world: int) -> None:
 
 def test_distributed_data_parallel_is_refused(pool2: RankPool) -> None:
     assert "use DeepSpeed" in pool2.expect("ConfigError", run_ddp)[0]
+
+
+def run_fsdp(rank: int, world: int, wrapped: str) -> str:
+    from torch.distributed.fsdp import fully_shard
+
+    model = fluid_hf.patch_model(tiny_model("mixtral"), FluidConfig(ep_size=world))
+    inputs = {"input_ids": batch(rank, 2), "labels": batch(rank, 2)}
+    wanted = model(**inputs).loss
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+    experts = {parameter for layer in model.fluid.layers.values() for parameter in layer.parameters()}
+    for layer in model.model.layers if wrapped == "layers" else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=experts if wrapped == "all but experts" else None)
+    assert relative_error(model(**inputs).loss, wanted) < 1e-6
+    return "the same"
+
+
+@pytest.mark.parametrize("wrapped", ["model", "layers"])
+def test_fully_sharded_experts_are_refused(pool2: RankPool, wrapped: str) -> None:
+    message = pool2.expect("ConfigError", run_fsdp, wrapped)[0]
+    assert "must not be sharded by FSDP" in message and "transformers_ep" in message
+
+
+def test_fully_sharded_around_experts(pool2: RankPool) -> None:
+    assert pool2.run(run_fsdp, "all but experts") == ["the same"] * 2
 
 
 def test_plain_loop_example(tmp_path: Path) -> None:

@@ -211,6 +211,20 @@ def test_expert_data_parallel_with_accumulation(tmp_path: Path) -> None:
         assert found["predicted"] == pytest.approx(results["plain"][0]["predicted"], rel=1e-3, abs=1e-4)
 
 
+def test_generation_in_evaluation(tmp_path: Path) -> None:
+    """Ranks are done after different numbers of tokens; one that is goes on until all are."""
+    ends = {"eos_token_id": list(range(3, 24)), "pad_token_id": 0}
+    run = {"stage": 1, "steps": 1, "generate": True, "predict": 6, "model": ends}
+    runs = [{**run, "name": "plain"}, {**run, "name": "fluid", "fluid": {"ep_size": 2, "timeout_seconds": 20}}]
+    results = train(runs, tmp_path)
+    assert curve(results["fluid"][0]) and curve(results["plain"][0])
+    expected = results["plain"][0]["generated"]
+    lengths = [sum(token != 0 for token in row[12:]) for row in expected]
+    assert len(expected) == 6 and max(lengths[0::2]) != max(lengths[1::2]) or max(lengths[:3]) != max(lengths[3:])
+    for result in results["fluid"]:
+        assert result["generated"] == expected
+
+
 def test_weight_decay_of_experts_with_biases(tmp_path: Path) -> None:
     """What the Trainer's optimizer leaves alone by name, it leaves alone where DeepSpeed gives the names."""
     base = {"steps": 4, "weight_decay": 20.0, "folder": "gpt_oss"}  # six percent a step

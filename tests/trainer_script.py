@@ -16,7 +16,14 @@ from accelerate.utils import DeepSpeedSequenceParallelConfig
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from families import batch, tiny_model
 from moe_families import tiny_model as listed_model
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fluid_hf import FluidCallback
@@ -65,9 +72,10 @@ def build(options: dict[str, Any]) -> PreTrainedModel:
     return tiny_model(options.get("family", "qwen3_moe"), **options.get("model", {}))
 
 
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    model = build(options)  # before the arguments: ZeRO 3 would have it built in parts
-    args = TrainingArguments(
+def arguments(options: dict[str, Any]) -> TrainingArguments:
+    generate = {"predict_with_generate": True, "generation_max_length": 24} if options.get("generate") else {}
+    return (Seq2SeqTrainingArguments if generate else TrainingArguments)(
+        **generate,
         parallelism_config=parallelism(options),
         gradient_checkpointing=options.get("checkpointing", False),
         output_dir=options["output"],
@@ -75,9 +83,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         use_cpu=True,
         max_steps=-1 if "epochs" in options else options.get("steps", 10),
         num_train_epochs=options.get("epochs", 3),
-        train_sampling_strategy="sequential"
-        if "epochs" in options
-        else "random",  # two runs shuffle later epochs unlike
+        # Later epochs are shuffled unlike on one rank and on two.
+        train_sampling_strategy="sequential" if "epochs" in options else "random",
         label_smoothing_factor=options.get("label_smoothing", 0.0),
         per_device_train_batch_size=2,
         per_device_eval_batch_size=3,
@@ -95,6 +102,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         disable_tqdm=True,
         seed=7,
     )
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    model = build(options)  # before the arguments: ZeRO 3 would have it built in parts
+    args = arguments(options)
     data = [
         {"input_ids": ids, "labels": ids}
         for ids in batch(0, options.get("samples", 96), length=options.get("length", 12))
@@ -109,7 +121,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     source: dict[str, Any] = (
         {"model_init": functools.partial(build, options)} if "trials" in options else {"model": model}
     )
-    trainer = Trainer(**source, args=args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
+    kind = Seq2SeqTrainer if options.get("generate") else Trainer
+    trainer = kind(**source, args=args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
     trials, groups = [], []
     for _ in range(options.get("trials", 1)):
         trainer.train(resume_from_checkpoint=options.get("resume"))
@@ -122,7 +135,11 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         trainer.model.save_pretrained(options["save_model"] + "_direct")
     if options.get("predict"):
         found = trainer.predict(data[: options["predict"]])
-        result["predicted"] = [found.metrics["test_loss"], *found.predictions[:, -1, :4].flatten().tolist()]
+        result["generated"] = found.predictions.tolist() if options.get("generate") else []
+        result["predicted"] = [
+            found.metrics["test_loss"],
+            *found.predictions[:, -1:].reshape(len(found.predictions), -1)[:, :4].flatten().tolist(),
+        ]
     return result
 
 
