@@ -234,8 +234,8 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         model: Any = bound.arguments.get("model")
-        state = getattr(model, "fluid", None)
-        if not isinstance(state, FluidState):
+        state = _patched_inside(model)
+        if state is None:
             return initialize(*args, **kwargs)
         settings = _take_settings(bound.arguments)
         _refuse_autoep(settings)
@@ -249,6 +249,26 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wrapped
+
+
+def _patched_inside(model: Any) -> FluidState | None:
+    """The state of the model to train, or of the one inside it, such as that of a value head."""
+    state = getattr(model, "fluid", None)
+    if isinstance(state, FluidState):
+        return state
+    if not isinstance(model, nn.Module):
+        return None
+    found = {
+        name: inside
+        for name, part in model.named_modules()
+        if isinstance(inside := vars(part).get("fluid"), FluidState)
+    }
+    if len(found) > 1:
+        raise ConfigError(
+            f"model ({type(model).__name__}) of deepspeed.initialize must hold one patched model, but holds "
+            f"{len(found)} ({', '.join(found)}); give each an engine of its own."
+        )
+    return next(iter(found.values()), None)
 
 
 def _take_settings(arguments: dict[str, Any]) -> Any:
