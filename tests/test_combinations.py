@@ -192,9 +192,10 @@ def run_way(rank: int, world: int, number: int, settings: dict[str, Any]) -> dic
     found = {n: p.grad for n, p in model.named_parameters() if not (inside and n.startswith(inside))}
     for name, layer in model.fluid.layers.items() if inside else ():
         for parameter in layer.parameters():
-            parameter.data = parameter.grad
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         found |= {f"{name}.{weight}": grad for weight, grad in gather_experts(layer, model.fluid, to_all=True).items()}
     for name, grad in found.items():
+        assert grad is not None or not isinstance(grads[name], torch.Tensor), name
         if isinstance(grads[name], torch.Tensor) and float(grads[name].norm()) > 1e-8:
             errors[name] = relative_error(grad * world, grads[name])
     assert len(errors) >= 3
