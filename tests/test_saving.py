@@ -119,6 +119,10 @@ def run_save_part(rank: int, world: int, folder: str) -> None:
     model.model.save_pretrained(folder)
     with pytest.raises(fluid_hf.NotPatchedError, match="Qwen3MoeModel is not patched, but it is a part of a Qwen3MoeF"):
         fluid_hf.save_pretrained(model.model, folder)
+    with pytest.raises(fluid_hf.CheckpointError, match=r"state_dict \(model.layers.0.mlp.experts.* without state_dict"):
+        model.save_pretrained(folder, state_dict=model.state_dict())
+    weights = dict(saving.stage_weights(model, model.fluid))
+    model.save_pretrained(f"{folder}.given", state_dict=weights, is_main_process=rank == 0)
     fluid_hf.unpatch_model(model)
     assert not any("save_pretrained" in vars(module) for module in model.modules())
 

@@ -22,6 +22,7 @@ from fluid_hf.state import FluidState
 
 __all__ = [
     "as_stored",
+    "check_whole",
     "gather_experts",
     "iterate_weights",
     "local_weights",
@@ -121,6 +122,22 @@ def local_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         own = {} if layer is None else layer.named_weights(layer.expert_parameters())
         found[name] = (own[attribute] if attribute in own else _lookup(model, name)).detach()
     return as_stored(model, found)
+
+
+def check_whole(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless the experts among weights that are to be saved are as the unpatched model has them.
+
+    Raises:
+        CheckpointError: they are this rank's, or under the layer's names: from a plain `model.state_dict()`.
+    """
+    whole = as_stored(model, {name: spec.meta() for name, spec in weight_specs(model).items()})
+    for prefix, layer in split_layers(model).items():
+        for name in (f"{prefix}.{key}" for key in layer.state_dict(keep_vars=True)):
+            if name in weights and (name not in whole or weights[name].shape != whole[name].shape):
+                raise CheckpointError(
+                    f"state_dict ({name}) given to save_pretrained has the experts as this rank holds them, not all "
+                    "of them as checkpoints do; call save_pretrained without state_dict, on all ranks."
+                )
 
 
 def _held_specs(layer: ExpertParallelLayer) -> dict[str, torch.Tensor]:

@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, publish, remove_folder
-from fluid_hf.checkpoint.gather import as_stored, iterate_weights, local_weights, split_layers, weight_specs
+from fluid_hf.checkpoint.gather import (
+    as_stored,
+    check_whole,
+    iterate_weights,
+    local_weights,
+    split_layers,
+    weight_specs,
+)
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
 from fluid_hf.models.adapters import saves_adapters
@@ -309,6 +316,8 @@ def _save_bound(
         return
     weights = kwargs.pop("state_dict", None)
     is_main = kwargs.pop("is_main_process", None)
+    if weights is not None and not isinstance(weights, StagedWeights):
+        check_whole(model, weights)
     if weights is None and state.groups.ep_size == 1 and not state.engine_bound:
         weights = local_weights(model)  # nothing to gather: one rank may call it alone, as without patching
     if weights is None:
