@@ -144,12 +144,12 @@ MUTATIONS = (
     # arithmetic: wrong signs, dropped weights, dropped pieces
     Mutation(
         "moe/activation.py",
-        "sigmoid * (1 + gate - activated)",
-        "sigmoid * (1 - gate + activated)",
+        "sigmoid * (1 + gate - value)",
+        "sigmoid * (1 - gate + value)",
         "tests/test_activation.py",
     ),
     Mutation("moe/activation.py", "(hidden * weight_S[:, None].to(wide))", "(hidden)", "tests/test_activation.py"),
-    Mutation("moe/activation.py", "(grad * hidden).sum(-1)", "(grad * activated).sum(-1)", "tests/test_activation.py"),
+    Mutation("moe/activation.py", "(grad * hidden).sum(-1)", "(grad * value).sum(-1)", "tests/test_activation.py"),
     Mutation("moe/activation.py", "grad_hidden = grad * weight", "grad_hidden = grad", "tests/test_activation.py"),
     Mutation("moe/grouped_gemm.py", "[0, *ends[:-1]]", "[0, *ends[1:]]", "tests/test_grouped_gemm.py"),
     Mutation(
