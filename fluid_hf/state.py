@@ -216,7 +216,8 @@ class FluidState:
         The device is not waited for; the hosts are, for the others' list of gradients.
 
         Raises:
-            PeerError: a rank did not take part within `timeout_seconds` (over gloo).
+            PeerError: a rank did not take part within `timeout_seconds`; names it. Over NCCL that is so until the first
+                gradient, after which the group's own timeout holds.
         """
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:

@@ -93,7 +93,11 @@ def synchronise_generation(trainer: Trainer) -> None:
     ) -> Any:
         state = getattr(trainer.model, "fluid", None)
         if isinstance(state, FluidState) and state.groups.ep_size > 1:
-            settings = {"synced_gpus": True, **(settings or getattr(trainer, "_gen_kwargs", {}))}
+            if settings:
+                settings = {"synced_gpus": True, **settings}
+            else:  # a subclass may take no settings: they are left where Seq2SeqTrainer looks for them
+                evaluated: Any = trainer
+                evaluated._gen_kwargs = {"synced_gpus": True, **getattr(trainer, "_gen_kwargs", {})}
         return own(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **settings)
 
     trainer.prediction_step = prediction_step  # type: ignore[method-assign]

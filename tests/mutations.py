@@ -222,7 +222,7 @@ MUTATIONS = (
         "comm/reduce.py",
         "work.wait(datetime.timedelta(seconds=timeout_seconds))",
         "work.wait()",
-        "tests/test_faults.py::ep_size",
+        "tests/test_faults.py::not_started",
     ),
     # the tool that judges all others
     Mutation("bench/parity.py", "place = max(ratios", "place = min(ratios", "tests/test_parity.py::test_deviations"),

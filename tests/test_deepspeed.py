@@ -317,13 +317,19 @@ def test_distributed_data_parallel_is_refused(pool2: RankPool) -> None:
 
 
 def run_fsdp(rank: int, world: int, wrapped: str) -> str:
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     model = fluid_hf.patch_model(tiny_model("mixtral"), FluidConfig(ep_size=world))
     inputs = {"input_ids": batch(rank, 2), "labels": batch(rank, 2)}
     wanted = model(**inputs).loss
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
     experts = {parameter for layer in model.fluid.layers.values() for parameter in layer.parameters()}
+    if wrapped.startswith("FSDP1"):  # with the parameters as they are, and flattened
+        policy, host = ModuleWrapPolicy({type(model.model.layers[0])}), torch.device("cpu")
+        FullyShardedDataParallel(
+            model, auto_wrap_policy=policy, use_orig_params=wrapped == "FSDP1, parameters kept", device_id=host
+        )(**inputs)
     for layer in model.model.layers if wrapped == "layers" else ():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=experts if wrapped == "all but experts" else None)
@@ -331,7 +337,7 @@ def run_fsdp(rank: int, world: int, wrapped: str) -> str:
     return "the same"
 
 
-@pytest.mark.parametrize("wrapped", ["model", "layers"])
+@pytest.mark.parametrize("wrapped", ["model", "layers", "FSDP1, parameters kept", "FSDP1"])
 def test_fully_sharded_experts_are_refused(pool2: RankPool, wrapped: str) -> None:
     message = pool2.expect("ConfigError", run_fsdp, wrapped)[0]
     assert "must not be sharded by FSDP" in message and "transformers_ep" in message

@@ -85,6 +85,17 @@ def test_the_unpatched_models_state_dict_is_loaded(pool2: RankPool, kind: str) -
     pool2.run(run_load_state_dict, kind)
 
 
+def test_a_state_dict_that_has_all_experts_is_saved(tmp_path: Path) -> None:
+    """As accelerate's users save; the model's names are others than the layer's."""
+    model = build_stored("pairs")
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fluid_hf.patch_model(model, FluidConfig(ep_size=1))
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def tiny_vision_model() -> Any:
     """A whole one, whose converter asks the model for the shape of each weight of the experts."""
     text = {

@@ -41,6 +41,13 @@ class DieAfterSave(TrainerCallback):
             os._exit(3)
 
 
+class OwnSteps(Seq2SeqTrainer):
+    """Takes no settings of `generate`, as Trainer's own method does not."""
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+
+
 def deepspeed_json(options: dict[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": "auto",
@@ -121,7 +128,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     source: dict[str, Any] = (
         {"model_init": functools.partial(build, options)} if "trials" in options else {"model": model}
     )
-    kind = Seq2SeqTrainer if options.get("generate") else Trainer
+    kind = OwnSteps if options.get("generate") else Trainer
     trainer = kind(**source, args=args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
     trials, groups = [], []
     for _ in range(options.get("trials", 1)):

@@ -130,7 +130,8 @@ def check_whole(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: they are this rank's, or under the layer's names: from a plain `model.state_dict()`.
     """
-    whole = as_stored(model, {name: spec.meta() for name, spec in weight_specs(model).items()})
+    stacked = {name: spec.meta() for name, spec in weight_specs(model).items()}
+    whole = stacked | as_stored(model, dict(stacked))
     for prefix, layer in split_layers(model).items():
         for name in (f"{prefix}.{key}" for key in layer.state_dict(keep_vars=True)):
             if name in weights and (name not in whole or weights[name].shape != whole[name].shape):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["check_inputs"]
+__all__ = ["check_inputs", "for_rotary"]
 
 PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -42,3 +43,12 @@ def check_inputs(given: dict[str, Any], sp_size: int) -> None:
             f"{', '.join(packed)} cannot be cut over ranks; describe packed samples by position_ids that start again "
             "at 0 (DataCollatorWithFlattening(return_position_ids=True, return_flash_attn_kwargs=False))."
         )
+
+
+def for_rotary(rotary: Any, positions: torch.Tensor) -> torch.Tensor:
+    """Positions [B, T] as a rotary embedding takes them: with three kinds of positions (Qwen3-VL) [3, B, T].
+
+    transformers' newer ones expand two dimensions themselves, those of 5.17 do not.
+    """
+    source = inspect.getsource(type(rotary).forward)
+    return positions.expand(3, -1, -1) if "expand(3, position_ids.shape[1]" in source else positions

@@ -32,7 +32,7 @@ from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.models.core_arguments import CoreLayer, core_arguments
 from fluid_hf.models.mask_code import read_mask_code
-from fluid_hf.models.sequence_inputs import check_inputs
+from fluid_hf.models.sequence_inputs import check_inputs, for_rotary
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_interface"]
@@ -315,7 +315,7 @@ class SequenceParallel:
         rotary = _rotary(body)
         tables = None
         if rotary is not None and self.overlapped:
-            cos, sin = rotary(embeds, positions)
+            cos, sin = rotary(embeds, for_rotary(rotary, positions))
             tables = RotaryTables.shaped(cos, sin, self.exchange.size)
         arguments = core_arguments(self._model.config._attn_implementation, positions, tokens.shape[0])
         sequence = ShardedSequence(positions, self._masks(embeds, positions, mask), tables, arguments)

@@ -56,10 +56,11 @@ def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableH
     @torch.compiler.disable
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         now = [next(layer.parameters(), None) for layer in layers]
-        if all(map(operator.is_, now, known)):
+        # FullyShardedDataParallel(use_orig_params=True) keeps the parameters, and marks them.
+        flattened = any(getattr(first, "_fsdp_flattened", False) for first in now)
+        if not flattened and all(map(operator.is_, now, known)):
             return
-        flattened = [first is None or getattr(first, "_fsdp_flattened", False) for first in now]
-        if any(flattened) or any(map(_shards, model.modules())):
+        if flattened or any(first is None for first in now) or any(map(_shards, model.modules())):
             raise ConfigError(
                 "parameters of experts that are split over ranks (ep_size over 1) must not be sharded by FSDP, which "
                 f"takes different experts for pieces of the same; {REMEDY}"
