@@ -114,7 +114,7 @@ class CutBatches(IterableDataset):  # type: ignore[misc, type-arg]
         return len(self._loader)
 
 
-def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
+def fill_batches(loader: Any, sp_size: int, config: Any, epoch: int = 0) -> None:
     """Fill up what DeepSpeed's adapter is about to cut; a loader that is no such adapter is left alone.
 
     Without it DeepSpeed stops the ranks of the group that met a length `sp_size` does not divide, and those only.
@@ -123,6 +123,7 @@ def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
         loader: the Trainer's training data loader.
         sp_size: ranks that share a sequence.
         config: the model's config, for the padding token and whether there is a balancing loss.
+        epoch: the one that training begins in; resuming within it, the Trainer does not tell the loader.
     """
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
 
@@ -133,17 +134,29 @@ def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
         the begin of the next one, and each later epoch loses a step.
         """
 
-        begun = False
+        begun = ended = False
 
         def __iter__(self) -> Iterator[Any]:
             if self.begun:
-                self.iter, self.begun = iter(self.dl), False
+                self.iter = iter(self.dl)
+                self.begun = self.ended = False
                 self.micro_batches.clear()
             return self
 
         def __next__(self) -> Any:
+            if self.ended:  # the adapter would go on with the next epoch's batches
+                raise StopIteration
             self.begun = True
-            return super().__next__()
+            try:
+                return super().__next__()
+            except StopIteration:
+                self.ended = True
+                raise
+
+        def set_epoch(self, epoch: int) -> None:
+            """The Trainer says it before each epoch; samplers shuffle by it."""
+            if hasattr(self.dl, "set_epoch"):
+                self.dl.set_epoch(epoch)
 
     if not isinstance(loader, UlyssesSPDataLoaderAdapter) or isinstance(loader.dl, FilledBatches):
         return
@@ -155,3 +168,4 @@ def fill_batches(loader: Any, sp_size: int, config: Any) -> None:
     marked = bool(getattr(config, "output_router_logits", False))
     filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0, marked)
     loader.dl, loader.iter = filled, map(filled.fill, loader.iter)
+    loader.set_epoch(epoch)

@@ -107,7 +107,8 @@ class FluidCallback(TrainerCallback):
         if self._step_metrics is not None:
             self._step_metrics.close()
         if fluid.groups.sp_size > 1:
-            fill_batches(kwargs.get("train_dataloader"), fluid.groups.sp_size, kwargs["model"].config)
+            loader, epoch = kwargs.get("train_dataloader"), int(state.epoch or 0)
+            fill_batches(loader, fluid.groups.sp_size, kwargs["model"].config, epoch)
         self._step_metrics = StepMetrics(kwargs["model"], fluid, self._peak)
         if self._history is not None and state.global_step == 0:
             self._history = LoadHistory()  # what a training before this one has left

@@ -19,6 +19,7 @@ pool4 = rank_pool(4)
 
 
 EPOCHS = {"epochs": 3, "samples": 8}
+STREAM = {"stream": True, "samples": 8, "steps": 6}
 AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5}}
 
 
@@ -29,6 +30,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         {"name": "plain", "stage": 1, "positions": True, "predict": 5, "save_model": str(folder / "saved")},
         {"name": "odd", "stage": 1, "length": 11, "steps": 4, **AUXILIARY},
         {"name": "epochs", "stage": 1, "positions": True, **EPOCHS},
+        {"name": "stream", "stage": 1, "positions": True, **STREAM},
     ]
     return train(runs, folder, nproc=1)
 
@@ -48,6 +50,10 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
     runs.append({**base, "name": "epochs", "stage": 1, "fluid": {"ep_size": 2}, **EPOCHS})
+    runs[-1] |= {"save_steps": 2, "output": str(tmp_path / "epochs")}
+    within = str(tmp_path / "epochs" / "checkpoint-6")  # of the second epoch's four steps two are done
+    runs.append({**runs[-1], "name": "within an epoch", "save_steps": 0, "resume": within})
+    runs.append({**base, "name": "stream", "stage": 1, "fluid": {"ep_size": 2}, **STREAM})
     runs.append({**base, "name": "smooth", "stage": 1, "fluid": {"ep_size": 1}, "label_smoothing": 0.1})
     found = train(runs, tmp_path)
     for stage in range(4):
@@ -65,6 +71,10 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     for result in found["epochs"]:
         assert_equal(curve(result), curve(expected["epochs"][0]))
         assert len(curve(result)) == 3 * 4
+    for result in found["within an epoch"]:
+        assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
+    for result in found["stream"]:
+        assert_equal(curve(result), curve(expected["stream"][0]))
     for name in ("differ", "alone", "smooth"):
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
     assert "label_smoothing_factor (0.1) must be 0 with sp_size (2) over 1" in found["smooth"][0]["message"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ class DieAfterSave(TrainerCallback):
         if self.step == state.global_step:
             torch.distributed.barrier()
             os._exit(3)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data without a length, to be read from the start again."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
 
 
 class OwnSteps(Seq2SeqTrainer):
@@ -90,8 +101,6 @@ def arguments(options: dict[str, Any]) -> TrainingArguments:
         use_cpu=True,
         max_steps=-1 if "epochs" in options else options.get("steps", 10),
         num_train_epochs=options.get("epochs", 3),
-        # Later epochs are shuffled unlike on one rank and on two.
-        train_sampling_strategy="sequential" if "epochs" in options else "random",
         label_smoothing_factor=options.get("label_smoothing", 0.0),
         per_device_train_batch_size=2,
         per_device_eval_batch_size=3,
@@ -120,6 +129,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     ]
     if options.get("positions"):
         data = [{**item, "position_ids": torch.arange(len(item["input_ids"]))} for item in data]
+    train_data: Any = Stream(data) if options.get("stream") else data
     callbacks: list[TrainerCallback] = (
         [FluidCallback(**options.get("callback", {}))] if options.get("fluid") is not None else []
     )
@@ -129,7 +139,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         {"model_init": functools.partial(build, options)} if "trials" in options else {"model": model}
     )
     kind = OwnSteps if options.get("generate") else Trainer
-    trainer = kind(**source, args=args, train_dataset=data, eval_dataset=data[:6], callbacks=callbacks)
+    trainer = kind(**source, args=args, train_dataset=train_data, eval_dataset=data[:6], callbacks=callbacks)
     trials, groups = [], []
     for _ in range(options.get("trials", 1)):
         trainer.train(resume_from_checkpoint=options.get("resume"))
