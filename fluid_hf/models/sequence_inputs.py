@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,5 +52,9 @@ def for_rotary(rotary: Any, positions: torch.Tensor) -> torch.Tensor:
 
     transformers' newer ones expand two dimensions themselves, those of 5.17 do not.
     """
-    source = inspect.getsource(type(rotary).forward)
-    return positions.expand(3, -1, -1) if "expand(3, position_ids.shape[1]" in source else positions
+    return positions.expand(3, -1, -1) if _takes_three_kinds(type(rotary).forward) else positions
+
+
+@functools.lru_cache(maxsize=16)  # reading source takes the host long, and this is asked before every forward pass
+def _takes_three_kinds(forward: Callable[..., Any]) -> bool:
+    return "expand(3, position_ids.shape[1]" in inspect.getsource(forward)
