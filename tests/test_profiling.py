@@ -181,6 +181,22 @@ def test_messages_in_flight_together_share_the_lane() -> None:
     assert [picture._overlapping(works, work) for work in works] == [(0, 2), (1, 2), (0, 2), (0, 1)]
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.3, 0.6, 0.9])
+def test_a_gap_narrower_than_a_pixel_is_no_line(tmp_path: Path, offset: float) -> None:
+    from matplotlib.image import imread
+
+    starts = [1e3 * step + 7.0 * offset for step in range(1, 9)]  # a pixel is 6.7 us wide
+    gaps = [(start, start + 0.3) for start in starts] + [(9e3, 9.5e3)]
+    timeline = PassTimeline("layer", False, 1e4, [], [Work(0.0, 1e4, "dispatch 0")], gaps)
+    png, svg = draw_timeline([("a", timeline)], tmp_path / "picture")
+    pixels = imread(png)
+    lanes = pixels[: len(pixels) // 2, :, :3]  # without the legend
+    red = [int(picture.EXPOSED[index : index + 2], 16) / 255 for index in (1, 3, 5)]
+    columns = (abs(lanes - red).max(axis=2) < 0.1).any(axis=0).nonzero()[0]
+    assert 60 < len(columns) < 90 and columns[-1] - columns[0] < 90, columns  # the wide one alone
+    assert f'path[style*="{picture.EXPOSED}"] {{ shape-rendering: auto }}' in svg.read_text()
+
+
 class MirrorRun(LayerRun):
     """On one process that plays all ranks, also without a GPU."""
 
