@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import datetime
 import socket
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
+from fluid_hf.comm.call_form import describe_ranks
 from fluid_hf.errors import CollectiveError, FluidError, RankMismatchError
 from fluid_hf.process_groups import set_group_timeout
 
 __all__ = ["ControlGroup"]
+
+ABSENT = "not there"
 
 
 class ControlGroup:
@@ -65,8 +69,13 @@ class ControlGroup:
         """
         return self.gather(socket.gethostname(), what)
 
-    def agree(self, error: Exception | None, fingerprint: Any, what: str) -> None:
+    def agree(self, error: Exception | None, fingerprint: Mapping[str, Any] | None, what: str) -> None:
         """Raise on every rank if any rank has an error, or if fingerprints differ between ranks.
+
+        Args:
+            error: this rank's own.
+            fingerprint: what must be equal on all ranks, by name.
+            what: the call that all ranks make.
 
         Raises:
             FluidError: this rank's own error.
@@ -81,19 +90,29 @@ class ControlGroup:
             raise RankMismatchError(
                 f"{what} failed on rank {', '.join(map(str, failed))}: {next(iter(failed.values()))}"
             )
-        differing = {rank: value for rank, (_, value) in enumerate(reports) if value != reports[0][1]}
-        if differing:
-            rank, value = next(iter(differing.items()))
-            raise RankMismatchError(
-                f"{what} must be equal on all ranks: rank 0 has {reports[0][1]}, rank {rank} has {value}; "
-                "pass the same settings everywhere."
-            )
+        check_equal([fingerprint or {} for _, fingerprint in reports], what)
 
     def close(self) -> None:
         """Release the group."""
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+def check_equal(fingerprints: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Raise `RankMismatchError` unless those of all ranks are equal; it tells what differs, not all that they hold."""
+    names = dict.fromkeys(name for found in fingerprints for name in found)
+    rows = {name: {rank: found.get(name, ABSENT) for rank, found in enumerate(fingerprints)} for name in names}
+    differing = [name for name, row in rows.items() if any(value != row[0] for value in row.values())]
+    if not differing:
+        return
+    first, *others = differing
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    so_must = f", and so must {', '.join(others[:3])}{more}" if others else ""
+    raise RankMismatchError(
+        f"{first} ({describe_ranks(rows[first])}) must be equal on all ranks that call {what}{so_must}; "
+        "pass the same settings and model everywhere."
+    )
 
 
 def as_error(error: BaseException) -> Exception:

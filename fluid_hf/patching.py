@@ -73,9 +73,9 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     control, inner = ControlGroup(), inside_adapters(model)
     try:
         error, requested, config, backend, sites = _prepare(inner, config, hosts := control.hosts("patch_model"))
-        described = [_description(site) for site in sites]
-        fingerprint = (config.to_dict() if config else None, described, _attention_description(inner, config))
-        control.agree(error, fingerprint, "patch_model (settings and model)")
+        settings = config.to_dict() if config else {}
+        described = {site.name: _description(site) for site in sites}
+        control.agree(error, {**settings, **described, **_attention_description(inner, config)}, "patch_model")
     except BaseException:
         control.close()
         raise
@@ -337,12 +337,12 @@ def _choose_backend(config: FluidConfig) -> Backend:
     return TorchBackend()
 
 
-def _description(site: ExpertsSite) -> tuple[str, int, str]:
+def _description(site: ExpertsSite) -> str:
     """What must be equal on all ranks, shapes and types included: messages of other sizes would not match."""
     names = [name for name in ("gate_up_proj", "down_proj") if name in site.weight_names]
     dtypes = {name: str(stored_parameters(site.module, name)[0].dtype) for name in names}
     shapes = {name: (*site.parameter_shape(name), dtypes[name]) for name in names}
-    return site.name, site.num_experts, str(shapes)
+    return f"{site.num_experts} experts, {shapes}"
 
 
 def _attention_description(model: nn.Module, config: FluidConfig | None) -> dict[str, str]:

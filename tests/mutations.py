@@ -193,7 +193,7 @@ MUTATIONS = (
         "world_size % n == 0",
         PROPERTIES + "groups",
     ),
-    Mutation("control.py", "if value != reports[0][1]", "if value == reports[0][1]", "tests/test_errors.py"),
+    Mutation("control.py", "any(value != row[0]", "any(value == row[0]", "tests/test_errors.py"),
     Mutation(
         "config.py",
         "if self.waves is not None and not self.overlap",

@@ -14,10 +14,10 @@ from families import batch, tiny_model
 from torch import nn
 
 import fluid_hf
-from fluid_hf import FluidConfig, cli
+from fluid_hf import FluidConfig, RankMismatchError, cli
 from fluid_hf.comm.faults import peer_error
 from fluid_hf.commands.errors import error_classes, explain, page
-from fluid_hf.control import ControlGroup
+from fluid_hf.control import ControlGroup, check_equal
 from fluid_hf.profiling.picture import draw_expert_load
 from fluid_hf.profiling.trace import read_trace
 
@@ -29,8 +29,20 @@ def patched() -> Any:
 
 
 def differing_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ControlGroup, "gather", lambda self, value, what: [value, (None, "other")])
-    ControlGroup().agree(None, "mine", "patch_model")
+    monkeypatch.setattr(ControlGroup, "gather", lambda self, value, what: [value, (None, {"waves": 2})])
+    ControlGroup().agree(None, {"waves": 1}, "patch_model")
+
+
+def test_differing_ranks_are_told_what_differs() -> None:
+    layers = {f"layers.{number}.experts": "8 experts" for number in range(8)}
+    check_equal([{"timeout_seconds": 600, **layers}, {"timeout_seconds": 600.0, **layers}], "patch_model")
+    with pytest.raises(RankMismatchError) as caught:
+        check_equal([{"waves": 1, **layers}, {"waves": 1, "layers.0.experts": "8 experts"}], "patch_model")
+    assert str(caught.value) == (
+        "layers.1.experts (rank 0: 8 experts; rank 1: not there) must be equal on all ranks that call patch_model, "
+        "and so must layers.2.experts, layers.3.experts, layers.4.experts and 3 more; pass the same settings and model "
+        "everywhere."
+    )
 
 
 def missing_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -188,8 +188,12 @@ def test_unsupported_models(pool2: RankPool, kind: str, error: str, words: list[
     ("settings", "error", "words"),
     [
         ([{"ep_size": 4}], "ConfigError", ["world size (2)", "ep_size (4)", "use ep_size 1 or 2"]),
-        ([{"ep_size": 1}, {"ep_size": 2}], "RankMismatchError", ["rank 1", "'ep_size': 1", "'ep_size': 2"]),
-        ([{"ep_size": 2, "waves": 2}, {"ep_size": 2, "waves": 3}], "RankMismatchError", ["rank 1", "'waves': 3"]),
+        ([{"ep_size": 1}, {"ep_size": 2}], "RankMismatchError", ["ep_size (rank 0: 1; rank 1: 2) must be equal"]),
+        (
+            [{"ep_size": 2, "waves": 2}, {"ep_size": 2, "recompute": True}],
+            "RankMismatchError",
+            ["waves (rank 0: 2; rank 1: None) must be equal", "that call patch_model, and so must recompute; "],
+        ),
         ([{"ep_size": 2}, {"ep_size": 3}], "ConfigError", ["world size (2)", "ep_size (3)"]),
     ],
 )
