@@ -100,7 +100,10 @@ def convert_universal(
         CheckpointError: parameters are missing, or a file holds more than values; names the first and the folder.
     """
     if tag is None:
-        tag = read_tag(folder, "latest_universal", "run ds_to_universal to make a universal checkpoint.")
+        remedy = (
+            "run ds_to_universal to make a universal checkpoint; or resume without load_universal, as it was saved."
+        )
+        tag = read_tag(folder, "latest_universal", remedy)
     source = folder / str(tag)
     if not (source / "zero").is_dir():
         raise CheckpointError(
