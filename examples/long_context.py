@@ -8,6 +8,7 @@ data. `--sp 1` trains on whole sequences, one per rank, to compare memory.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     parallelism = None
     if args.sp > 1:
         handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
-        parallelism = ParallelismConfig(sp_size=args.sp, sp_backend="deepspeed", sp_handler=handler)
+        groups = max(int(os.environ.get("WORLD_SIZE", "1")) // args.sp, 1)  # that each train on sequences of their own
+        sizes = {"sp_size": args.sp, "dp_shard_size": groups}
+        parallelism = ParallelismConfig(**sizes, sp_backend="deepspeed", sp_handler=handler)
     return TrainingArguments(
         output_dir=args.output,
         deepspeed=args.deepspeed,

@@ -16,8 +16,18 @@ from torch.utils.data import IterableDataset
 from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
+from fluid_hf.models.sequence_inputs import PACKING_KEYWORDS
 
-__all__ = ["CutBatches", "FilledBatches", "agree_on_sp_size", "check_loss", "check_sp_size", "fill_batches"]
+__all__ = [
+    "CutBatches",
+    "FilledBatches",
+    "agree_on_sp_size",
+    "check_loss",
+    "check_ranks",
+    "check_sp_size",
+    "fill_batches",
+    "parallelism_of",
+]
 
 
 def _asked(parallelism_config: Any) -> int:
@@ -48,6 +58,37 @@ def check_sp_size(sp_size: int, parallelism_config: Any) -> None:
             f"sp_size ({sp_size}) of the fluid settings must equal sp_size ({asked}) of the Trainer's "
             f'ParallelismConfig; set ParallelismConfig(sp_size={sp_size}, sp_backend="deepspeed"), or leave sp_size '
             "out of the fluid settings."
+        )
+
+
+def parallelism_of(args: Any, accelerator: Any) -> Any:
+    """The `ParallelismConfig` that a Trainer cuts its batches by: its arguments', or `accelerate launch`'s.
+
+    Args:
+        args: the Trainer's `TrainingArguments`.
+        accelerator: its `Accelerator`, if known; it has read what the launcher leaves in the environment.
+    """
+    given = getattr(args, "parallelism_config", None)
+    return given if given is not None else getattr(accelerator, "parallelism_config", None)
+
+
+def check_ranks(parallelism_config: Any, world_size: int) -> None:
+    """Raise unless the groups that share sequences are as many as the `ParallelismConfig` says.
+
+    Args:
+        parallelism_config: the Trainer's.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: they are not: accelerate would compute the batch size by its number, and DeepSpeed end with an
+            assertion about batch sizes.
+    """
+    sp_size = _asked(parallelism_config)
+    if sp_size > 1 and world_size % sp_size == 0 and sp_size * parallelism_config.data_parallel_size != world_size:
+        raise ConfigError(
+            f"dp_shard_size ({parallelism_config.dp_shard_size}) of the Trainer's ParallelismConfig must be "
+            f"{world_size // sp_size} with sp_size ({sp_size}) on {world_size} ranks; set "
+            f'ParallelismConfig(sp_size={sp_size}, dp_shard_size={world_size // sp_size}, sp_backend="deepspeed").'
         )
 
 
@@ -93,8 +134,20 @@ class FilledBatches:
         return getattr(self._loader, name)
 
     def fill(self, batch: Any) -> dict[str, Any]:
-        """One batch, filled up."""
-        return fill_up(batch, self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
+        """One batch, filled up, without what flash attention's collators add: attention takes it from `position_ids`.
+
+        Raises:
+            ConfigError: samples are told apart by that alone.
+        """
+        packed = [name for name in PACKING_KEYWORDS if batch.get(name) is not None]
+        if packed and batch.get("position_ids") is None:
+            raise ConfigError(
+                f"position_ids must be given beside {', '.join(packed)} with sp_size ({self._sp_size}) over 1, as they "
+                "tell packed samples apart there; let the collator return them "
+                "(DataCollatorWithFlattening(return_position_ids=True))."
+            )
+        kept = {name: value for name, value in batch.items() if name not in PACKING_KEYWORDS}
+        return fill_up(kept, self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
 
 
 class CutBatches(IterableDataset):  # type: ignore[misc, type-arg]

@@ -12,7 +12,15 @@ from transformers.integrations.deepspeed import deepspeed_config
 from transformers.trainer_callback import CallbackHandler
 
 from fluid_hf.config import FluidConfig
-from fluid_hf.integrations.accelerate import agree_on_sp_size, check_loss, check_sp_size, fill_batches
+from fluid_hf.errors import ConfigError
+from fluid_hf.integrations.accelerate import (
+    agree_on_sp_size,
+    check_loss,
+    check_ranks,
+    check_sp_size,
+    fill_batches,
+    parallelism_of,
+)
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.integrations.trainer_methods import (
@@ -81,7 +89,7 @@ class FluidCallback(TrainerCallback):
             handler.callbacks.insert(1, self)
 
     def _patch(self, model: nn.Module, args: TrainingArguments) -> None:
-        parallelism = getattr(args, "parallelism_config", None)
+        parallelism = parallelism_of(args, getattr(calling_trainer(), "accelerator", None))
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
             active = deepspeed_config()
             block = active.get("fluid", {}) if isinstance(active, dict) else {}
@@ -89,10 +97,13 @@ class FluidCallback(TrainerCallback):
             if args.fsdp:
                 refuse_fsdp(requested.ep_size)
             patch_model(model, agree_on_sp_size(requested, parallelism))
-        check_sp_size(get_state(model).groups.sp_size, parallelism)
-        check_loss(get_state(model).groups.sp_size, args)
+        groups = get_state(model).groups
+        check_sp_size(groups.sp_size, parallelism)
+        check_ranks(parallelism, groups.world_size)
+        check_loss(groups.sp_size, args)
+        _check_reference(args, groups.ep_size)
         if args.fsdp:
-            refuse_fsdp(get_state(model).groups.ep_size)
+            refuse_fsdp(groups.ep_size)
         get_state(model).staging_folder = args.output_dir
 
     def on_train_begin(
@@ -187,16 +198,30 @@ class FluidCallback(TrainerCallback):
             self._history.write(_folder(args))
 
 
+def _zero_stage() -> int:
+    active = deepspeed_config()
+    return int(active.get("zero_optimization", {}).get("stage", 0)) if isinstance(active, dict) else 0
+
+
+def _check_reference(args: TrainingArguments, ep_size: int) -> None:
+    """Refuse a copy of the model that TRL would keep up to date on rank 0 only, with the experts of that rank."""
+    if ep_size > 1 and _zero_stage() == 3 and getattr(args, "sync_ref_model", False):
+        raise ConfigError(
+            f"sync_ref_model (true) must be false with ep_size ({ep_size}) over 1 at ZeRO 3: TRL would mix the policy "
+            "into the reference model on rank 0 alone, without the other ranks' experts; use ZeRO 0, 1 or 2 and patch "
+            "the reference model too."
+        )
+
+
 def _check_output(args: TrainingArguments, fluid: FluidState) -> None:
     """Fail now rather than at the first checkpoint, which may be hours away."""
     assert args.output_dir is not None
     if not args.save_on_each_node:
         check_shared(Path(args.output_dir), fluid.control, "FluidCallback.on_train_begin")
         return
-    active = deepspeed_config()
-    stage = active.get("zero_optimization", {}).get("stage", 0) if isinstance(active, dict) else 0
     held = [parameter for layer in fluid.layers.values() for parameter in layer.split_parameters()]
-    check_node_local(stage, split=fluid.groups.ep_size > 1 and any(parameter.requires_grad for parameter in held))
+    trained = any(parameter.requires_grad for parameter in held)
+    check_node_local(_zero_stage(), split=fluid.groups.ep_size > 1 and trained)
 
 
 def _folder(args: TrainingArguments) -> Path:

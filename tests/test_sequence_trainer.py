@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from distributed import RankPool, rank_pool
 from families import batch, tiny_model
 from test_deepspeed import Curve, assert_near, settings
 from test_trainer import assert_equal, curve, train
 
 import fluid_hf
-from fluid_hf import FluidConfig
+from fluid_hf import ConfigError, FluidConfig
+from fluid_hf.integrations.accelerate import FilledBatches, check_ranks
 
 pool4 = rank_pool(4)
 
@@ -55,9 +57,11 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     runs.append({**runs[-1], "name": "within an epoch", "save_steps": 0, "resume": within})
     runs.append({**base, "name": "stream", "stage": 1, "fluid": {"ep_size": 2}, **STREAM})
     runs.append({**base, "name": "smooth", "stage": 1, "fluid": {"ep_size": 1}, "label_smoothing": 0.1})
+    launched = {"parallelism_sp_size": 0, "launcher_sp_size": 2, "fluid": {"ep_size": 2}}
+    runs.append({**base, "name": "launched", "stage": 1, **launched})
     found = train(runs, tmp_path)
-    for stage in range(4):
-        for result in found[str(stage)]:
+    for name in ("0", "1", "2", "3", "launched"):
+        for result in found[name]:
             assert_equal(curve(result), curve(expected["plain"][0]))
             assert len(curve(result)) == 10
     for result in found["resumed"]:
@@ -79,6 +83,33 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
     assert "label_smoothing_factor (0.1) must be 0 with sp_size (2) over 1" in found["smooth"][0]["message"]
     assert "sp_size (1) of the fluid settings must equal sp_size (2)" in found["differ"][0]["message"]
+
+
+def test_as_many_groups_as_parallelism_config_says() -> None:
+    """Else accelerate computes another batch size than DeepSpeed."""
+    check_ranks(None, 4)
+    check_ranks(ParallelismConfig(sp_size=2, dp_shard_size=2), 4)
+    check_ranks(ParallelismConfig(sp_size=2, dp_replicate_size=2), 4)
+    with pytest.raises(ConfigError, match=r"dp_shard_size \(1\).* must be 2 with sp_size \(2\) on 4 ranks"):
+        check_ranks(ParallelismConfig(sp_size=2), 4)
+
+
+def test_collators_for_flash_attention() -> None:
+    """TRL's packing adds tensors that do not run along the sequence; positions say the same."""
+    ids = torch.arange(1, 6)[None]
+    lengths = torch.tensor([0, 3, 5], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 3, "max_length_k": 3}
+    packed |= {"seq_idx": torch.tensor([[0, 0, 0, 1, 1]])}
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    batches = FilledBatches([], sp_size=2, pad_token_id=0)
+    filled = batches.fill({"input_ids": ids, "labels": ids, "position_ids": positions, **packed})
+    assert {name: value.tolist() for name, value in filled.items()} == {
+        "input_ids": [[1, 2, 3, 4, 5, 0]],
+        "labels": [[1, 2, 3, 4, 5, -100]],
+        "position_ids": [[0, 1, 2, 0, 1, 2]],
+    }
+    with pytest.raises(ConfigError, match="position_ids must be given beside cu_seq_lens_q"):
+        batches.fill({"input_ids": ids, "labels": ids, **packed})
 
 
 def run_engine(rank: int, world: int, stage: int, sp_size: int, ep_size: int) -> Curve:

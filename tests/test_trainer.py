@@ -291,8 +291,10 @@ def test_bad_settings_raise_on_every_rank_before_training(tmp_path: Path) -> Non
         {**base, "name": "unknown key", "fluid": {"ep_sise": 2}},
         {**base, "name": "autoep", "fluid": {"ep_size": 2}, "deepspeed": {"expert_parallel": {"enabled": True}}},
         {**base, "name": "world", "fluid": {"ep_size": 4}},
+        {**base, "name": "reference", "fluid": {"ep_size": 2}, "stage": 3, "attributes": {"sync_ref_model": True}},
     ]
     results = train(runs, tmp_path)
-    for name, message in (("unknown key", "'ep_size'"), ("autoep", "expert_parallel"), ("world", "world size (2)")):
+    messages = {"unknown key": "'ep_size'", "autoep": "expert_parallel", "world": "world size (2)"}
+    for name, message in (messages | {"reference": "sync_ref_model (true)"}).items():
         assert [result["error"] for result in results[name]] == ["ConfigError"] * 2, results[name]
         assert message in results[name][0]["message"]

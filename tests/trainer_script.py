@@ -90,6 +90,15 @@ def build(options: dict[str, Any]) -> PreTrainedModel:
     return tiny_model(options.get("family", "qwen3_moe"), **options.get("model", {}))
 
 
+def launcher_environment(options: dict[str, Any]) -> dict[str, str]:
+    """What `accelerate launch --parallelism_config_sp_size` sets."""
+    if not options.get("launcher_sp_size"):
+        return {}
+    values = {"SIZE": options["launcher_sp_size"], "SEQ_LENGTH_IS_VARIABLE": True, "ATTN_IMPLEMENTATION": "sdpa"}
+    found = {f"PARALLELISM_CONFIG_SP_{name}": str(value) for name, value in values.items()}
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **found}
+
+
 def arguments(options: dict[str, Any]) -> TrainingArguments:
     generate = {"predict_with_generate": True, "generation_max_length": 24} if options.get("generate") else {}
     return (Seq2SeqTrainingArguments if generate else TrainingArguments)(
@@ -123,6 +132,8 @@ def arguments(options: dict[str, Any]) -> TrainingArguments:
 def run(options: dict[str, Any]) -> dict[str, Any]:
     model = build(options)  # before the arguments: ZeRO 3 would have it built in parts
     args = arguments(options)
+    for name, value in options.get("attributes", {}).items():  # of arguments for other trainers
+        setattr(args, name, value)
     data = [
         {"input_ids": ids, "labels": ids}
         for ids in batch(0, options.get("samples", 96), length=options.get("length", 12))
@@ -165,12 +176,16 @@ def run_all(rank: int, world: int, runs: list[dict[str, Any]], folder: str) -> N
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
     deepspeed.init_distributed("gloo")
     for options in runs:
+        environment = launcher_environment(options)
+        os.environ.update(environment)
         try:
             result = run(options)
         except Exception as error:
             result = {"error": type(error).__name__, "message": str(error)}
         path = Path(folder) / f"{options['name']}-{rank}.json"
         path.write_text(json.dumps(result), encoding="utf-8")
+        for name in environment:
+            del os.environ[name]
         parallel_state_sp._release_sequence_parallel_groups()
         deepspeed.utils.groups.mpu = None
         ALL_ATTENTION_FUNCTIONS._local_mapping.clear()  # accelerate puts DeepSpeed's Ulysses here

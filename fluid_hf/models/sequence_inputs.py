@@ -11,7 +11,7 @@ import torch
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["check_inputs", "for_rotary"]
+__all__ = ["PACKING_KEYWORDS", "check_inputs", "for_rotary"]
 
 PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
