@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from fluid_hf.comm.call_form import describe_ranks
 from fluid_hf.errors import CollectiveError, FluidError, RankMismatchError
-from fluid_hf.process_groups import set_group_timeout
+from fluid_hf.process_groups import ParallelGroups, release_exchange_groups, set_group_timeout
 
-__all__ = ["ControlGroup"]
+__all__ = ["ControlGroup", "HeldGroups"]
 
 ABSENT = "not there"
 
@@ -97,6 +97,26 @@ class ControlGroup:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+class HeldGroups:
+    """What a patched model holds of the process group, apart from the model: a rank may have let go of that already.
+
+    Args:
+        control: its control group.
+        groups: its groups.
+    """
+
+    def __init__(self, control: ControlGroup, groups: ParallelGroups) -> None:
+        self._held: tuple[ControlGroup, ParallelGroups] | None = (control, groups)
+
+    def release(self) -> None:
+        """Give all of it back, the first time. Collective over all ranks."""
+        held, self._held = self._held, None
+        if held is not None:
+            control, groups = held
+            control.close()
+            release_exchange_groups(groups)
 
 
 def check_equal(fingerprints: Sequence[Mapping[str, Any]], what: str) -> None:

@@ -33,7 +33,6 @@ from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
     ParallelGroups,
-    release_exchange_groups,
     resolve_ep_size,
     resolve_sp_size,
     tell_crossing_groups,
@@ -172,8 +171,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_blocks(inner, state.bound_blocks)
     for name in state.originals:
         _swap_back(inner, name, state)
-    state.control.close()
-    release_exchange_groups(state.groups)
+    state.held_groups.release()
     del inner.fluid
     for name in ("_ddp_params_and_buffers_to_ignore", "__deepcopy__", "__reduce_ex__"):
         inner.__dict__.pop(name, None)
@@ -190,8 +188,7 @@ def release_model(model: nn.Module) -> None:
     """
     state = get_state(model)
     state.backend.detach(inside_adapters(model))
-    state.control.close()
-    release_exchange_groups(state.groups)
+    state.held_groups.release()
 
 
 def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:

@@ -16,7 +16,7 @@ from fluid_hf.backends import Backend
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
-from fluid_hf.control import ControlGroup
+from fluid_hf.control import ControlGroup, HeldGroups
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
@@ -49,6 +49,7 @@ class FluidState:
     Attributes:
         config: the settings in force, `ep_size` resolved.
         groups: process groups.
+        held_groups: gives back what was made of them for this model.
         scheduler: weight gradient scheduler of all its layers.
         layers: expert-parallel layers by module name.
         originals: what `unpatch_model` puts back, by module name.
@@ -80,6 +81,7 @@ class FluidState:
         self.groups = groups
         self.backend = backend
         self.control = control
+        self.held_groups = HeldGroups(control, groups)
         self.scheduler = WgradScheduler(config.wgrad)
         self.exchange = PeerExchange(groups.ep_exchange, groups.ep_rank, groups.ep_size)
         self.sequence_exchange = PeerExchange(groups.sp_exchange, groups.sp_rank, groups.sp_size)

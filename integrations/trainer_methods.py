@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import number_of_arguments
 
+from fluid_hf.control import HeldGroups
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.patching import release_model
 from fluid_hf.state import FluidState
@@ -56,12 +58,14 @@ def patch_new_models(trainer: Trainer, patch: Callable[[nn.Module], None]) -> No
     make: Any = trainer.model_init
     if make is None:
         return
+    last = _Patched(trainer.model)
 
     def follow(model: Any) -> Any:
+        nonlocal last
         patch(model)
-        earlier: Any = trainer.model
-        if earlier is not model and isinstance(getattr(earlier, "fluid", None), FluidState):
-            release_model(earlier)
+        earlier, last = last, _Patched(model)
+        if earlier.groups is not last.groups:
+            earlier.release()
         return model
 
     def made_for(trial: Any) -> Any:
@@ -72,6 +76,23 @@ def patch_new_models(trainer: Trainer, patch: Callable[[nn.Module], None]) -> No
 
     # The Trainer gives as many arguments as it counts, and counts those of a functools.partial in a way of its own.
     trainer.model_init = made_for if number_of_arguments(make) == 1 else made
+
+
+class _Patched:
+    """A patched model that its Trainer may drop: rank 0 of a search with Optuna does after every trial, and alone."""
+
+    def __init__(self, model: Any) -> None:
+        state = getattr(model, "fluid", None)
+        self.groups: HeldGroups | None = state.held_groups if isinstance(state, FluidState) else None
+        self._model = weakref.ref(model) if self.groups is not None else None
+
+    def release(self) -> None:
+        """Give its process groups back, once. Collective over all ranks."""
+        model = self._model() if self._model is not None else None
+        if model is not None and isinstance(getattr(model, "fluid", None), FluidState):
+            release_model(model)
+        elif self.groups is not None:
+            self.groups.release()
 
 
 def synchronise_generation(trainer: Trainer) -> None:

@@ -138,9 +138,9 @@ def test_every_model_of_model_init_is_patched(tmp_path: Path) -> None:
     plain = {**base, "name": "plain", "stage": 1, "save_model": None}
     runs = [plain, *({**base, "name": f"{stage}", "stage": stage, "fluid": {"ep_size": 2}} for stage in (1, 3))]
     runs[1]["callback"] = {"expert_load": True}
+    runs[2]["forget"] = True
     results = train(runs, tmp_path)
-    for name in ("1", "3"):
-        found = results[name][0]
+    for found in (*results["1"], *results["3"]):
         for trial, expected in zip(found["trials"], results["plain"][0]["trials"], strict=True):
             assert_equal(curve({"history": trial}), curve({"history": expected}))
             assert [entry["fluid/tokens"] for entry in trial if "loss" in entry] == [2 * batch(0, 2).numel()] * 3

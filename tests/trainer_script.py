@@ -13,7 +13,7 @@ import deepspeed
 import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedSequenceParallelConfig
+from accelerate.utils import DeepSpeedSequenceParallelConfig, release_memory
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from families import batch, tiny_model
 from moe_families import tiny_model as listed_model
@@ -152,7 +152,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     kind = OwnSteps if options.get("generate") else Trainer
     trainer = kind(**source, args=args, train_dataset=train_data, eval_dataset=data[:6], callbacks=callbacks)
     trials, groups = [], []
-    for _ in range(options.get("trials", 1)):
+    for trial in range(options.get("trials", 1)):
+        if trial and options.get("forget") and trainer.is_world_process_zero():  # as a search with Optuna does
+            trainer.model_wrapped, trainer.model = release_memory(trainer.model_wrapped, trainer.model)
         trainer.train(resume_from_checkpoint=options.get("resume"))
         trials.append(trainer.state.log_history)
         groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
