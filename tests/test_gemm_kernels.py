@@ -147,6 +147,36 @@ def test_projections_by_the_copy_engine(
 
 
 @kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_that_lie_apart_for_each_expert(
+    size: tuple[int, ...], engine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of rows side by side; what lies between is not read."""
+    case = Case(size, dtype)
+    plan, inner, held = case.plan, case.inner, size[3]
+    if engine:
+        monkeypatch.setattr(linear_kernels, "LONG", 0)
+        monkeypatch.setattr(linear_kernels, "MIN_DEEP", 1)
+    gap = torch.arange(1, held + 1, device=DEVICE, dtype=torch.int32) * 3
+    starts = torch.cat([plan.offsets_E.new_zeros(1), plan.offsets_E[:-1]]) + gap
+    at = torch.arange(plan.num_pairs, device=DEVICE) + gap[case.expert]
+    places = linear_kernels.Places(starts, plan.num_pairs)
+    rows = case.grad[:, :inner].contiguous(), case.grad[:, inner:].contiguous()
+    apart = [torch.full((plan.num_pairs + 3 * held + 3, inner), torch.nan, device=DEVICE, dtype=dtype) for _ in rows]
+    for tensor, values in zip(apart, rows, strict=True):
+        tensor[at] = values
+    weights = case.gate_up[:, :inner].contiguous(), case.gate_up[:, inner:].contiguous()
+    linear, second = linear_kernels.gathered_linear, (apart[1], weights[1])
+    ours = linear(apart[0], None, plan.offsets_E, weights[0], True, None, places)
+    assert torch.equal(ours, linear(rows[0], None, plan.offsets_E, weights[0], True))
+    ours = linear(apart[0], None, plan.offsets_E, weights[0], True, second, places)
+    assert torch.equal(ours, linear(rows[0], None, plan.offsets_E, weights[0], True, (rows[1], weights[1])))
+
+
+@kernels
 def test_long_products_are_left_to_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(pairs: int, deep: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(1, dtype=dtype, device=DEVICE).expand(pairs, deep)

@@ -127,73 +127,98 @@ def test_joint_places(sizes: list[int]) -> None:
     generator = torch.Generator().manual_seed(len(sizes))
     experts = [torch.randint(0, 5, (size,), generator=generator).sort().values for size in sizes]
     offsets = torch.stack([torch.bincount(expert, minlength=5).cumsum(0) for expert in experts])
-    place, ends = joint_kernels.joint_places(offsets.to(DEVICE, torch.int32), sum(sizes))
+    place, ends, starts = joint_kernels.joint_places(offsets.to(DEVICE, torch.int32), sum(sizes))
     order = torch.cat(experts).argsort(stable=True)
-    assert torch.equal(place.cpu().long(), torch.empty_like(order).scatter_(0, order, torch.arange(sum(sizes))))
+    expected = torch.empty_like(order).scatter_(0, order, torch.arange(sum(sizes)))
+    assert torch.equal(place.cpu().long(), expected)
     assert ends.tolist() == offsets.sum(0).tolist()
+    for found, expert, piece in zip(starts.cpu(), experts, expected.split(sizes), strict=True):
+        first = torch.searchsorted(expert, expert)  # of each pair, the first one of its expert in the piece
+        assert torch.equal(found[expert].long(), piece[first])
+
+
+ROWS, TOP_K = 23, 3
+SIZES = [(40, 24), (200, 136), (2049, 1030)]  # hidden, inner
+
+
+class RowCase:
+    """Pairs of some rows with 4 of 8 experts, and how near results must be."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        index = routing(ROWS, TOP_K, 8)
+        ids = torch.where(index < 4, index, -1)
+        self.on_cpu = make_pair_plan(ids.cpu(), 4, int((ids >= 0).sum()))  # references are computed on the CPU
+        self.plan = PairPlan(*(field.to(DEVICE) for field in self.on_cpu))
+        self.place = torch.randperm(self.plan.num_pairs, device=DEVICE).int()
+        self.tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+
+    def near(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-9)
+        assert float(error) <= self.tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("hidden", "inner"), [(40, 24), (200, 136), (2049, 1030)])
-def test_rows_and_activation(dtype: torch.dtype, hidden: int, inner: int) -> None:
-    torch.manual_seed(0)
-    rows, top_k, experts = 23, 3, 8
-    index = routing(rows, top_k, experts)
-    ids = torch.where(index < 4, index, -1)
-    on_cpu = make_pair_plan(ids.cpu(), 4, int((ids >= 0).sum()))  # references are computed on the CPU
-    plan = PairPlan(*(field.to(DEVICE) for field in on_cpu))
-    pairs = plan.num_pairs
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-
-    def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-        error = (ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-9)
-        assert float(error) <= tolerance
-
-    wide = torch.randn(rows, hidden + 8, device=DEVICE).to(dtype)
+@pytest.mark.parametrize("hidden", [hidden for hidden, _ in SIZES])
+def test_rows(dtype: torch.dtype, hidden: int) -> None:
+    case = RowCase(dtype)
+    plan, place = case.plan, case.place
+    wide = torch.randn(ROWS, hidden + 8, device=DEVICE).to(dtype)
     expanded = row_kernels.expand(wide[:, :hidden], plan.pair_row_S.int())
     assert torch.equal(expanded, wide[:, :hidden][plan.pair_row_S])
-    place = torch.randperm(pairs, device=DEVICE).int()
     placed = row_kernels.expand(wide[:, :hidden], plan.pair_row_S.int(), torch.empty_like(expanded), place)
     assert torch.equal(placed[place.long()], expanded)
-
-    fused = torch.randn(pairs, 2 * inner, device=DEVICE).to(dtype)
-    gate, up = fused[:, :inner], fused[:, inner:]
-    weights = torch.rand(rows, top_k + 2, device=DEVICE)[:, :top_k]
-    pair_weights = weights.reshape(-1)[plan.pair_slot_S]
-    separate = (gate.contiguous(), up.contiguous())
-    for projections in ((fused,), separate):
-        forward = row_kernels.glu_forward(projections, weights, plan.pair_slot_S.int())
-        near(forward, glu_forward(gate, up, pair_weights, silu))
-    grad = torch.randn(pairs, inner, device=DEVICE).to(dtype)
-    expected = glu_backward(grad, gate, up, pair_weights, silu)
-    for projections in ((fused,), separate):
-        grads = tuple(torch.empty_like(projection) for projection in projections)
-        weight_grads = torch.zeros(rows, top_k, device=DEVICE)
-        activation = torch.empty_like(grad)
-        seconds = tuple(torch.empty_like(projection) for projection in projections)
-        addresses = torch.empty(2, pairs, dtype=torch.int64, device=DEVICE)
-        outputs = (wide[:1], wide[3:])
-        joint = row_kernels.JointPlaces(seconds, place, addresses, (wide, wide), outputs, 1)
-        args = (grad, projections, weights, plan.pair_slot_S.int(), weight_grads, grads, activation)
-        row_kernels.glu_backward(*args, joint)
-        near(torch.cat(grads, 1), torch.cat(expected[:2], 1))
-        near(activation[place.long()], expected[2])
-        assert torch.equal(addresses[0][place.long()], plan.pair_row_S * (hidden + 8))
-        assert torch.equal(addresses[1][place.long()], (plan.pair_row_S + 3) * (hidden + 8))
-        near(weight_grads.flatten()[plan.pair_slot_S], expected[3].float())
-        for second, first in zip(seconds, grads, strict=True):
-            assert torch.equal(second[place.long()], first)
-        row_kernels.glu_backward(*args)
-        near(activation, expected[2])
-
     more = torch.randn_like(expanded)
     for tensors in ([expanded], [expanded, more]):
-        ours = torch.full((rows, hidden + 8), float("nan"), device=DEVICE, dtype=dtype)[:, :hidden]
-        theirs = torch.empty(rows, hidden, dtype=dtype)
+        ours = torch.full((ROWS, hidden + 8), float("nan"), device=DEVICE, dtype=dtype)[:, :hidden]
+        theirs = torch.empty(ROWS, hidden, dtype=dtype)
         row_kernels.reduce_pairs(tensors, plan.row_pair_RK.int(), ours)
-        reduce_pairs([tensor.cpu() for tensor in tensors], on_cpu, theirs)
-        near(ours.cpu(), theirs)
+        reduce_pairs([tensor.cpu() for tensor in tensors], case.on_cpu, theirs)
+        case.near(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize(("hidden", "inner"), SIZES)
+def test_activation(dtype: torch.dtype, separate: bool, hidden: int, inner: int) -> None:
+    case = RowCase(dtype)
+    plan, place, near = case.plan, case.place, case.near
+    pairs = plan.num_pairs
+    wide, fused = (torch.randn(size, device=DEVICE).to(dtype) for size in ((ROWS, hidden + 8), (pairs, 2 * inner)))
+    gate, up = fused[:, :inner], fused[:, inner:]
+    weights = torch.rand(ROWS, TOP_K + 2, device=DEVICE)[:, :TOP_K]
+    pair_weights = weights.reshape(-1)[plan.pair_slot_S]
+    projections = (gate.contiguous(), up.contiguous()) if separate else (fused,)
+    forward = row_kernels.glu_forward(projections, weights, plan.pair_slot_S.int())
+    near(forward, glu_forward(gate, up, pair_weights, silu))
+    grad = torch.randn(pairs, inner, device=DEVICE).to(dtype)
+    expected = glu_backward(grad, gate, up, pair_weights, silu)
+    grads = tuple(torch.empty_like(projection) for projection in projections)
+    weight_grads = torch.zeros(ROWS, TOP_K, device=DEVICE)
+    activation = torch.empty_like(grad)
+    seconds = tuple(torch.empty_like(projection) for projection in projections)
+    addresses = torch.empty(2, pairs, dtype=torch.int64, device=DEVICE)
+    joint = row_kernels.JointPlaces(seconds, place, addresses, (wide, wide), (wide[:1], wide[3:]), 1)
+    args = (grad, projections, weights, plan.pair_slot_S.int(), weight_grads)
+    row_kernels.glu_backward(*args, grads, activation, joint)
+    near(torch.cat(grads, 1), torch.cat(expected[:2], 1))
+    near(activation[place.long()], expected[2])
+    assert torch.equal(addresses[0][place.long()], plan.pair_row_S * (hidden + 8))
+    assert torch.equal(addresses[1][place.long()], (plan.pair_row_S + 3) * (hidden + 8))
+    near(weight_grads.flatten()[plan.pair_slot_S], expected[3].float())
+    for second, first in zip(seconds, grads, strict=True):
+        assert torch.equal(second[place.long()], first)
+    only = joint._replace(grads=tuple(torch.full_like(second, torch.nan) for second in seconds), addresses=None)
+    row_kernels.glu_backward(*args, None, activation, only)
+    for second, joint_only in zip(seconds, only.grads, strict=True):
+        assert torch.equal(second, joint_only)
+    for _ in range(2):  # the second time where the gradient was
+        row_kernels.glu_backward(*args, grads, activation)
+        near(activation, expected[2])
+        near(torch.cat(grads, 1), torch.cat(expected[:2], 1))
+        activation = grad.clone()
+        args = (activation, *args[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

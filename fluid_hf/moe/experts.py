@@ -15,10 +15,11 @@ import torch
 from fluid_hf.kernels import kernel_module, use_kernels
 from fluid_hf.moe.activation import Activation, glu_backward, glu_forward, is_silu
 from fluid_hf.moe.grouped_gemm import grouped_dgrad, grouped_linear, grouped_wgrad, is_one_kernel
-from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs, stacked
+from fluid_hf.moe.joint_order import JointOrder
+from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 
 if TYPE_CHECKING:  # needs Triton
-    from fluid_hf.moe.row_kernels import JointPlaces
+    from fluid_hf.moe.linear_kernels import Places
 
 __all__ = ["ExpertWeights", "Piece", "PieceGradients", "Projected", "finish_piece", "project_piece", "reads_by_index"]
 
@@ -149,8 +150,9 @@ class PieceGradients:
     """Input gradients piece by piece, and weight gradients over all pieces at once.
 
     The weight gradients need all pairs sorted by expert, across pieces. With several pieces the activation kernel
-    writes its results a second time at the joint place; rows are read by the joint order, or copied straight to it,
-    once for gate and up.
+    writes its results at the joint place, where the piece's input gradients read them too (a second time at the
+    piece's own if they are torch's products); rows are read by the joint order, or copied straight to it, once for
+    gate and up.
 
     Args:
         pieces: all pieces of the layer, in the order in which `backward` will be called.
@@ -184,8 +186,10 @@ class PieceGradients:
         """
         piece = self._pieces[len(self._grads)]
         grad_SI, pairs_SH = self._through_down(piece, grad_RH, weights, act)
+        places = None
         if use_kernels(grad_SI) and is_silu(act):
-            first = self._activation_kernel(piece, grad_RH, grad_SI, projections, out[1])
+            by_place = len(self._pieces) > 1 and _are_ours(projections, weights.first)
+            first, places = self._activation_kernel(piece, grad_RH, grad_SI, projections, out[1], by_place)
         else:
             first = self._activation(piece, grad_SI, projections, act, out[1])
         del grad_SI
@@ -193,7 +197,7 @@ class PieceGradients:
         if len(self._pieces) == 1:  # as they are for the weight gradient too
             self._grad_pairs = pairs_SH
         del pairs_SH
-        reduce_pairs(_input_gradients(first, weights.first, piece.plan.offsets_E), piece.plan, out[0])
+        reduce_pairs(_input_gradients(first, weights.first, piece.plan.offsets_E, places), piece.plan, out[0])
 
     def _through_down(
         self, piece: Piece, grad_RH: torch.Tensor, weights: ExpertWeights, act: Activation
@@ -291,91 +295,55 @@ class PieceGradients:
         grad_SI: torch.Tensor,
         projections: tuple[torch.Tensor, ...],
         out_RK: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        row_kernels = kernel_module("row_kernels")
-        first = tuple([torch.empty_like(projection) for projection in projections])
-        index = len(self._grads)
-        if len(self._pieces) == 1:
-            hidden, joint = torch.empty_like(grad_SI), None
-            self._hidden.append(hidden)
-            self._first.append(first)
-        else:
-            if self._joint is None:
-                self._joint = JointOrder(self._pieces, grad_RH if self._by_index.wgrad_down else None)
-                pairs = self._joint.num_pairs
-                self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
-                self._first.append(tuple([p.new_empty(pairs, p.shape[1]) for p in projections]))
-            rows = self._pieces[0].rows_RH, piece.rows_RH
-            outputs = self._grads[0] if self._grads else grad_RH, grad_RH
-            hidden, joint = self._hidden[0], self._joint.places(index, self._first[0], rows, outputs)
-        slots = piece.plan.pair_slot_S
-        row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, first, hidden, joint)
-        return first
+        by_place: bool,
+    ) -> tuple[tuple[torch.Tensor, ...], Places | None]:
+        """Gradients of the projections: those of this piece, or with `by_place` of all so far and where its own are."""
+        row_kernels, slots, index = kernel_module("row_kernels"), piece.plan.pair_slot_S, len(self._grads)
+        own = None if by_place else tuple([torch.empty_like(projection) for projection in projections])
+        if own is not None and len(self._pieces) == 1:
+            self._hidden.append(grad_SI)  # it turns into the down projection's input
+            self._first.append(own)
+            row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, own, grad_SI)
+            return own, None
+        if self._joint is None:
+            self._joint = JointOrder(self._pieces, grad_RH if self._by_index.wgrad_down else None)
+            pairs = self._joint.num_pairs
+            self._hidden.append(grad_SI.new_empty(pairs, grad_SI.shape[1]))
+            self._first.append(tuple([p.new_empty(pairs, p.shape[1]) for p in projections]))
+        rows = self._pieces[0].rows_RH, piece.rows_RH
+        outputs = self._grads[0] if self._grads else grad_RH, grad_RH
+        joint = self._joint.places(index, self._first[0], rows, outputs)
+        grads = own, self._hidden[0], joint
+        row_kernels.glu_backward(grad_SI, projections, piece.weights_RK, slots, out_RK, *grads)
+        return (self._first[0], self._joint.rows_of(index)) if own is None else (own, None)
 
 
-class JointOrder:
-    """Places of each piece's pairs when all pieces are sorted by expert together, ties by piece.
-
-    Args:
-        pieces: all pieces.
-        first_output: output gradients [R, H] of the first piece, if rows are to be read by their addresses.
-
-    Attributes:
-        addresses: where the row and the output gradient of each joint place lie (`JointPlaces`), filled by the
-            activation kernel; `None` without `first_output`.
-        unit: elements in which they are counted.
-    """
-
-    def __init__(self, pieces: Sequence[Piece], first_output: torch.Tensor | None) -> None:
-        joint_kernels = kernel_module("joint_kernels")
-        sizes = [piece.plan.num_pairs for piece in pieces]
-        self.num_pairs = sum(sizes)
-        place_S, self.offsets_E = joint_kernels.joint_places(
-            stacked([piece.plan.offsets_E for piece in pieces]), self.num_pairs
-        )
-        self.place_S: tuple[torch.Tensor, ...] = torch.split_with_sizes(place_S, sizes)
-        self.addresses: torch.Tensor | None = None
-        self.unit = 1
-        if first_output is not None:
-            self.addresses = torch.empty(2, self.num_pairs, dtype=torch.int64, device=place_S.device)
-            # The kernel that reads by these moves 16 bytes at once if it can tell that they are aligned.
-            tensors, each = (first_output, *[piece.rows_RH for piece in pieces]), first_output.element_size()
-            if all([tensor.data_ptr() % 16 == 0 and tensor.stride(0) * each % 16 == 0 for tensor in tensors]):
-                self.unit = 16 // each
-
-    def places(
-        self,
-        index: int,
-        grads: tuple[torch.Tensor, ...],
-        rows: tuple[torch.Tensor, torch.Tensor],
-        outputs: tuple[torch.Tensor, torch.Tensor],
-    ) -> JointPlaces:
-        """Joint places of a piece's pairs; `grads` receive what the projections' gradients are there."""
-        places: JointPlaces = kernel_module("row_kernels").JointPlaces(
-            grads, self.place_S[index], self.addresses, rows, outputs, self.unit
-        )
-        return places
-
-    def expand(self, rows: Sequence[torch.Tensor], pieces: Sequence[Piece], which: int) -> torch.Tensor:
-        """Rows of every piece at the joint places of their pairs: [N, H]; `which` are theirs of the `addresses`."""
-        row_kernels = kernel_module("row_kernels")
-        if self.addresses is not None:  # in one launch
-            return row_kernels.expand(rows[0], self.addresses[which], unit=self.unit)  # type: ignore[no-any-return]
-        out = rows[0].new_empty(self.num_pairs, rows[0].shape[1])
-        for piece_rows, piece, place_S in zip(rows, pieces, self.place_S, strict=True):
-            row_kernels.expand(piece_rows, piece.plan.pair_row_S, out, place_S)
-        return out
+def _are_ours(projections: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the input gradients through the first projection are products of `linear_kernels`, which find rows."""
+    if not all([weight.is_contiguous() for weight in weights]):
+        return False
+    linear_kernels = kernel_module("linear_kernels")
+    if len(projections) == 2 and linear_kernels.prefers_one_sum(projections[0], weights[0]):
+        return True
+    return all([linear_kernels.prefers_linear(*pair) for pair in zip(projections, weights, strict=True)])
 
 
 def _input_gradients(
-    grads: tuple[torch.Tensor, ...], weights: tuple[torch.Tensor, ...], offsets_E: torch.Tensor
+    grads: tuple[torch.Tensor, ...],
+    weights: tuple[torch.Tensor, ...],
+    offsets_E: torch.Tensor,
+    places: Places | None,
 ) -> list[torch.Tensor]:
     """Gradients of the pairs' rows through the first projection, to be added: of gate and up together, or of each."""
+    pairs = list(zip(grads, weights, strict=True))
     if len(grads) == 2 and use_kernels(grads[0]) and all(weight.is_contiguous() for weight in weights):
         linear_kernels = kernel_module("linear_kernels")
-        if linear_kernels.prefers_one_sum(grads[0], weights[0]):
-            return [linear_kernels.gathered_linear(grads[0], None, offsets_E, weights[0], True, (grads[1], weights[1]))]
-    return [_linear(grad, weight, offsets_E, True) for grad, weight in zip(grads, weights, strict=True)]
+        if linear_kernels.prefers_one_sum(*pairs[0]):
+            return [linear_kernels.gathered_linear(grads[0], None, offsets_E, weights[0], True, pairs[1], places)]
+    if places is not None:
+        gathered_linear = kernel_module("linear_kernels").gathered_linear
+        return [gathered_linear(grad, None, offsets_E, weight, True, None, places) for grad, weight in pairs]
+    return [_linear(grad, weight, offsets_E, True) for grad, weight in pairs]
 
 
 def _linear(input_SM: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor, transposed: bool) -> torch.Tensor:

@@ -14,7 +14,7 @@ from fluid_hf.launch import Kernel
 __all__ = ["joint_places"]
 
 
-def joint_places(offsets_NE: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def joint_places(offsets_NE: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Places of the pairs of N pieces when all are sorted by expert together, ties by piece.
 
     Args:
@@ -22,17 +22,21 @@ def joint_places(offsets_NE: torch.Tensor, num_pairs: int) -> tuple[torch.Tensor
         num_pairs: pairs of all pieces.
 
     Returns:
-        The place of every pair, piece after piece [S], and the joint end of each expert's pairs [E]; int32.
+        The place of every pair, piece after piece [S], the joint end of each expert's pairs [E], and the place of each
+        expert's first pair of each piece [N, E]; int32.
     """
     pieces, experts = offsets_NE.shape
     place = torch.empty(num_pairs, dtype=torch.int32, device=offsets_NE.device)
     ends = torch.empty(experts, dtype=torch.int32, device=offsets_NE.device)
-    _joint_places((experts, pieces, 1), (offsets_NE, place, ends), (), (pieces, experts, 1024))
-    return place, ends
+    starts = torch.empty_like(offsets_NE)
+    _joint_places((experts, pieces, 1), (offsets_NE, place, ends, starts), (), (pieces, experts, 1024))
+    return place, ends, starts
 
 
 @triton.jit
-def _joint_places_kernel(offsets, place, ends, PIECES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def _joint_places_kernel(
+    offsets, place, ends, starts, PIECES: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     expert, piece = tl.program_id(0), tl.program_id(1)
     joint_end = tl.zeros((), tl.int32)
     shift = tl.zeros((), tl.int32)  # from a pair's place in its piece to its joint place
@@ -46,6 +50,7 @@ def _joint_places_kernel(offsets, place, ends, PIECES: tl.constexpr, EXPERTS: tl
         shift += tl.where(other < piece, end, start)
         base += tl.where(other < piece, tl.load(offsets + other * EXPERTS + EXPERTS - 1), 0)
         first += tl.where(other == piece, start, 0)
+    tl.store(starts + piece * EXPERTS + expert, shift)
     shift -= first
     tl.store(ends + expert, joint_end, mask=piece == 0)
     last = tl.load(offsets + piece * EXPERTS + expert)

@@ -30,13 +30,27 @@ from fluid_hf.launch import (
 )
 from fluid_hf.moe.gemm_kernels import GROUP, _find_tile, _row_at, _weight_at, product_tile, serves_float32
 
-__all__ = ["gathered_linear", "prefers_linear", "prefers_one_sum"]
+__all__ = ["Places", "gathered_linear", "prefers_linear", "prefers_one_sum"]
 
+# How the row of a pair is found: in the pair's own place, by an index, or counted from where its expert's rows start.
+SIDE_BY_SIDE, BY_INDEX, FROM_STARTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Products of a launch from which the copy engine gains more than describing the operands costs the host (about 10 us).
 LONG = 1.2e11
 # Input features (of both, where two are added) from which it gains: 4 to 6% from 2560 to 5120; it lost 2 to 8% with 768
 # to 2048.
 MIN_DEEP = 2560
+
+
+class Places(NamedTuple):
+    """Where the rows of pairs lie that are side by side for each expert only.
+
+    Attributes:
+        starts_E: int32, row of each expert's first pair.
+        num_pairs: pairs of all experts.
+    """
+
+    starts_E: torch.Tensor
+    num_pairs: int
 
 
 def prefers_one_sum(rows_SH: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -69,6 +83,7 @@ def gathered_linear(
     weight: torch.Tensor,
     transposed: bool,
     second: tuple[torch.Tensor, torch.Tensor] | None = None,
+    places: Places | None = None,
 ) -> torch.Tensor:
     """`weight[expert] @ row` of every pair: [S, N].
 
@@ -77,23 +92,29 @@ def gathered_linear(
         pair_row_S: row of each pair, or `None` if there is a row for each.
         weight: contiguous [E, N, H], or with `transposed` [E, H, N].
         second: rows and a weight of the same layouts, whose product is added (before rounding).
+        places: where the pairs' rows lie, if not side by side from the first row on; `pair_row_S` is then `None`.
     """
     experts, (pairs, hidden) = weight.shape[0], rows_RH.shape
     if pair_row_S is not None:
         pairs = pair_row_S.shape[0]
+    elif places is not None:
+        pairs = places.num_pairs
     width = weight.shape[2 if transposed else 1]
     out = rows_RH.new_empty(pairs, width)
+    where, way = (pair_row_S, BY_INDEX) if pair_row_S is not None else (offsets_E, SIDE_BY_SIDE)
+    if places is not None:
+        where, way = places.starts_E, FROM_STARTS
     engine = _Engine.of(rows_RH, pair_row_S, weight, second) if pairs and _is_long(pairs, weight) else None
     if engine is not None:
-        engine.multiply(pair_row_S, offsets_E, transposed, out)
+        engine.multiply(where, way.value, offsets_E, transposed, out)
     elif pairs:
         height, columns, depth, warps, stages = product_tile(rows_RH, 256, 4 if hidden <= 2048 else 3)
         more = second if second is not None else (rows_RH, weight)
         _linear(
             ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
-            (rows_RH, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, weight, *more, out),
+            (rows_RH, where, offsets_E, weight, *more, out),
             (pairs,),
-            (rows_RH.stride(0), hidden, width, transposed, pair_row_S is not None, second is not None, experts)
+            (rows_RH.stride(0), hidden, width, transposed, way.value, second is not None, experts)
             + (power_of_two(experts), height, columns, depth, GROUP),
             warps,
             stages,
@@ -130,9 +151,9 @@ class _Engine(NamedTuple):
         return cls(rows, weights) if serves and near else None
 
     def multiply(
-        self, pair_row_S: torch.Tensor | None, offsets_E: torch.Tensor, transposed: bool, out: torch.Tensor
+        self, where: torch.Tensor, way: int, offsets_E: torch.Tensor, transposed: bool, out: torch.Tensor
     ) -> None:
-        """Queue the kernel."""
+        """Queue the kernel; `where` the rows lie, it finds in the `way` that says how."""
         (rows, rows2), (weight, weight2) = [(pair[0], pair[-1]) for pair in self]
         (pairs, width), experts, hidden, two = out.shape, weight.shape[0], rows.shape[1], len(self.rows) == 2
         height, columns, depth, warps, stages = product_tile(rows, 256, 4)
@@ -147,12 +168,12 @@ class _Engine(NamedTuple):
             to_rows = describe_ragged(rows2 if swapped[0] else rows, height, depth, abs(rows_apart))
         else:
             to_weight = describe(weight, tuple(weight.shape), strides, (1, *block))
-            to_rows = describe_ragged(rows, height, depth) if pair_row_S is None else None
+            to_rows = describe_ragged(rows, height, depth) if way != BY_INDEX.value else None
         (_straight if to_rows is not None else _gathered)(
             ((pairs // height + experts) * blocks_of(width, columns), 1, 1),
-            (rows, pair_row_S if pair_row_S is not None else offsets_E, offsets_E, rows2, out),
+            (rows, where, offsets_E, rows2, out),
             (pairs,),
-            (rows.stride(0), hidden, width, transposed, two, *map(int, swapped), experts, power_of_two(experts))
+            (rows.stride(0), hidden, width, transposed, way, two, *map(int, swapped), experts, power_of_two(experts))
             + (height, columns, depth, GROUP),
             warps,
             stages,
@@ -161,15 +182,30 @@ class _Engine(NamedTuple):
 
 
 @triton.jit
+def _shift_of(where, offsets, expert, WAY: tl.constexpr):
+    """From an expert's pairs to their rows."""
+    shift = tl.zeros((), tl.int32)
+    if WAY == FROM_STARTS:
+        shift = tl.load(where + expert) - tl.load(offsets + expert - 1, mask=expert > 0, other=0)
+    return shift
+
+
+@triton.jit
+def _rows_of(where, pair, known, shift, row_stride: tl.constexpr, WAY: tl.constexpr):
+    """Where the row of each pair begins, in elements [pairs, 1]."""
+    row = tl.load(where + pair, mask=known, other=0) if WAY == BY_INDEX else tl.where(known, pair + shift, 0)
+    return row.to(tl.int64)[:, None] * row_stride
+
+
+@triton.jit
 def _linear_tile(
-    rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
+    rows, where, weight, rows2, weight2, out, expert, shift, low, end, block,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, WAY: tl.constexpr,
     TWO: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
-    row = tl.load(pair_row + pair, mask=known, other=0) if GATHER else tl.where(known, pair, 0)
-    row = row.to(tl.int64)[:, None] * row_stride
+    row = _rows_of(where, pair, known, shift, row_stride, WAY)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < width
     deep = tl.arange(0, DEPTH)
@@ -196,30 +232,31 @@ def _linear_tile(
 
 @triton.jit(do_not_specialize=["limit"])
 def _linear_kernel(
-    rows, pair_row, offsets, weight, rows2, weight2, out, limit,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
+    rows, where, offsets, weight, rows2, weight2, out, limit,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, WAY: tl.constexpr,
     TWO: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     ACROSS: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
     expert, low, end, block = _find_tile(offsets, limit, EXPERTS, PADDED, ACROSS, HEIGHT, GROUP)
     if (expert < EXPERTS) & (low < end):
+        shift = _shift_of(where, offsets, expert, WAY)
         if end - low > HEIGHT // 2:
             _linear_tile(
-                rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, GATHER, TWO, HEIGHT, COLUMNS, DEPTH,
+                rows, where, weight, rows2, weight2, out, expert, shift, low, end, block,
+                row_stride, hidden, width, TRANSPOSED, WAY, TWO, HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _linear_tile(
-                rows, pair_row, weight, rows2, weight2, out, expert, low, end, block,
-                row_stride, hidden, width, TRANSPOSED, GATHER, TWO, HEIGHT // 2, COLUMNS, DEPTH,
+                rows, where, weight, rows2, weight2, out, expert, shift, low, end, block,
+                row_stride, hidden, width, TRANSPOSED, WAY, TWO, HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 
 @triton.jit
 def _described_tile(
-    rows, pair_row, rows2, out, to_weight, to_rows, expert, low, end, block,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
+    rows, where, rows2, out, to_weight, to_rows, expert, shift, low, end, block,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, WAY: tl.constexpr,
     TWO: tl.constexpr, ROWS_SWAPPED: tl.constexpr, WEIGHTS_SWAPPED: tl.constexpr, BY_ENGINE: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -229,8 +266,8 @@ def _described_tile(
     """
     pair = low + tl.arange(0, HEIGHT)
     known = pair < end
-    row = tl.load(pair_row + pair, mask=known, other=0) if GATHER else tl.where(known, pair, 0)
-    row = row.to(tl.int64)[:, None] * row_stride
+    row = _rows_of(where, pair, known, shift, row_stride, WAY)
+    from_row, behind = low + shift, end + shift
     deep = tl.arange(0, DEPTH)
     STEPS: tl.constexpr = (hidden + DEPTH - 1) // DEPTH
     total = tl.zeros((HEIGHT, COLUMNS), tl.float32)
@@ -238,10 +275,10 @@ def _described_tile(
         which = tl.where(step >= STEPS, 1, 0)
         start = (step - which * STEPS) * DEPTH
         if BY_ENGINE and TWO:
-            value = to_rows.load([which ^ ROWS_SWAPPED, RAGGED, end, RAGGED - end + low, start])
+            value = to_rows.load([which ^ ROWS_SWAPPED, RAGGED, behind, RAGGED - behind + from_row, start])
             value = value.reshape(HEIGHT, DEPTH)
         elif BY_ENGINE:
-            value = to_rows.load([RAGGED, end, RAGGED - end + low, start]).reshape(HEIGHT, DEPTH)
+            value = to_rows.load([RAGGED, behind, RAGGED - behind + from_row, start]).reshape(HEIGHT, DEPTH)
         else:
             base = tl.where(which == 1, rows2, rows) if TWO else rows
             value = _row_at(base + row, (deep + start)[None, :], (deep + start < hidden)[None, :], hidden % DEPTH == 0)
@@ -261,8 +298,8 @@ def _described_tile(
 
 @triton.jit
 def _described(
-    rows, pair_row, offsets, rows2, out, to_weight, to_rows, limit,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, GATHER: tl.constexpr,
+    rows, where, offsets, rows2, out, to_weight, to_rows, limit,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, WAY: tl.constexpr,
     TWO: tl.constexpr, ROWS_SWAPPED: tl.constexpr, WEIGHTS_SWAPPED: tl.constexpr,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
@@ -270,40 +307,43 @@ def _described(
     ACROSS: tl.constexpr = (width + COLUMNS - 1) // COLUMNS
     expert, low, end, block = _find_tile(offsets, limit, EXPERTS, PADDED, ACROSS, HEIGHT, TILES)
     if (expert < EXPERTS) & (low < end):
+        shift = _shift_of(where, offsets, expert, WAY)
         if end - low > HEIGHT // 2:
             _described_tile(
-                rows, pair_row, rows2, out, to_weight, to_rows, expert, low, end, block, row_stride, hidden, width,
-                TRANSPOSED, GATHER, TWO, ROWS_SWAPPED, WEIGHTS_SWAPPED, not GATHER, HEIGHT, COLUMNS, DEPTH,
+                rows, where, rows2, out, to_weight, to_rows, expert, shift, low, end, block, row_stride, hidden, width,
+                TRANSPOSED, WAY, TWO, ROWS_SWAPPED, WEIGHTS_SWAPPED, WAY != BY_INDEX, HEIGHT, COLUMNS, DEPTH,
             )  # fmt: skip
         else:
             _described_tile(
-                rows, pair_row, rows2, out, to_weight, to_rows, expert, low, end, block, row_stride, hidden, width,
-                TRANSPOSED, GATHER, TWO, ROWS_SWAPPED, WEIGHTS_SWAPPED, False, HEIGHT // 2, COLUMNS, DEPTH,
+                rows, where, rows2, out, to_weight, to_rows, expert, shift, low, end, block, row_stride, hidden, width,
+                TRANSPOSED, WAY, TWO, ROWS_SWAPPED, WEIGHTS_SWAPPED, False, HEIGHT // 2, COLUMNS, DEPTH,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["limit"])
 def _straight_kernel(
-    rows, pair_row, offsets, rows2, out, to_weight, to_rows, limit,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, TWO: tl.constexpr,
+    rows, where, offsets, rows2, out, to_weight, to_rows, limit,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, WAY: tl.constexpr,
+    TWO: tl.constexpr,
     ROWS_SWAPPED: tl.constexpr, WEIGHTS_SWAPPED: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     _described(
-        rows, pair_row, offsets, rows2, out, to_weight, to_rows, limit, row_stride, hidden, width, TRANSPOSED, False,
+        rows, where, offsets, rows2, out, to_weight, to_rows, limit, row_stride, hidden, width, TRANSPOSED, WAY,
         TWO, ROWS_SWAPPED, WEIGHTS_SWAPPED, EXPERTS, PADDED, HEIGHT, COLUMNS, DEPTH, TILES,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["limit"])
 def _gathered_kernel(
-    rows, pair_row, offsets, rows2, out, to_weight, limit,
-    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, TWO: tl.constexpr,
+    rows, where, offsets, rows2, out, to_weight, limit,
+    row_stride: tl.constexpr, hidden: tl.constexpr, width: tl.constexpr, TRANSPOSED: tl.constexpr, WAY: tl.constexpr,
+    TWO: tl.constexpr,
     ROWS_SWAPPED: tl.constexpr, WEIGHTS_SWAPPED: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     _described(
-        rows, pair_row, offsets, rows2, out, to_weight, to_weight, limit, row_stride, hidden, width, TRANSPOSED, True,
+        rows, where, offsets, rows2, out, to_weight, to_weight, limit, row_stride, hidden, width, TRANSPOSED, WAY,
         TWO, ROWS_SWAPPED, WEIGHTS_SWAPPED, EXPERTS, PADDED, HEIGHT, COLUMNS, DEPTH, TILES,
     )  # fmt: skip
 

@@ -113,7 +113,7 @@ def glu_backward(
     weights_RK: torch.Tensor,
     pair_slot_S: torch.Tensor,
     grad_weights_RK: torch.Tensor,
-    grads: tuple[torch.Tensor, ...],
+    grads: tuple[torch.Tensor, ...] | None,
     hidden: torch.Tensor,
     joint: JointPlaces | None = None,
 ) -> None:
@@ -121,27 +121,31 @@ def glu_backward(
 
     Args:
         grad_weights_RK: float32 view that receives the routing-weight gradients of the slots that have a pair.
-        grads: receive the gradients of `projections`, in the same layout.
-        hidden: [N, I] receives the forward output again; at its joint place if `joint` is given.
+        grads: receive the gradients of `projections`, in the same layout; `None` if only the joint places are to.
+        hidden: [N, I] receives the forward output again; at its joint place if `joint` is given. Without `joint` it
+            may be `grad_SI`: an element is read before it is written.
         joint: where these pairs stand among those of all pieces, of which `hidden` has a place each.
     """
     pairs, inner = grad_SI.shape
     if not pairs:
         return
     columns, height, warps = tile(inner, 2048, widest=1024)
-    second, place, addresses, ways = grads, pair_slot_S, None, (0, 0, 1)
+    place, addresses, ways = pair_slot_S, None, (0, 0, 1)
     rows = outputs = (grad_SI, grad_SI)
+    second = grads if joint is None else joint.grads
+    assert second is not None
+    own = grads if grads is not None else second
     if joint is not None:
-        second, place, addresses, rows, outputs = joint.grads, joint.place_S, joint.addresses, joint.rows, joint.outputs
+        place, addresses, rows, outputs = joint.place_S, joint.addresses, joint.rows, joint.outputs
         ways = rows[1].stride(0), outputs[1].stride(0), joint.unit
     strides = (projections[0].shape[1], weights_RK.stride(0), weights_RK.shape[1], grad_weights_RK.stride(0))
     values = (grad_SI, projections[0], projections[-1], weights_RK, pair_slot_S, grad_weights_RK)
     _glu_backward(
         (blocks_of(pairs, height), 1, 1),
-        (*values, grads[0], grads[-1], hidden, second[0], second[-1], place, *rows, *outputs)
+        (*values, own[0], own[-1], hidden, second[0], second[-1], place, *rows, *outputs)
         + (addresses if addresses is not None else place,),
         (pairs, hidden.shape[0]),
-        (*strides, inner, *ways, joint is not None, addresses is not None, height, columns),
+        (*strides, inner, *ways, grads is not None, joint is not None, addresses is not None, height, columns),
         warps,
     )
 
@@ -249,7 +253,7 @@ def _glu_backward_kernel(
     first_row, own_row, first_output, own_output, addresses, pairs, places,
     stride: tl.constexpr, weights_stride: tl.constexpr, top_k: tl.constexpr, grad_weights_stride: tl.constexpr,
     inner: tl.constexpr, row_stride: tl.constexpr, output_stride: tl.constexpr, UNIT: tl.constexpr,
-    JOINT: tl.constexpr, ADDRESSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    OWN: tl.constexpr, JOINT: tl.constexpr, ADDRESSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = pair < pairs
@@ -279,8 +283,9 @@ def _glu_backward_kernel(
         dh *= weight
         dg = (dh * u * (sigmoid * (1 + g - activated))).to(grad_gate.dtype.element_ty)
         du = (dh * activated).to(grad_up.dtype.element_ty)
-        tl.store(grad_gate + pair[:, None] * stride + at, dg, mask=inside)
-        tl.store(grad_up + pair[:, None] * stride + at + second, du, mask=inside)
+        if OWN:
+            tl.store(grad_gate + pair[:, None] * stride + at, dg, mask=inside)
+            tl.store(grad_up + pair[:, None] * stride + at + second, du, mask=inside)
         if JOINT:
             tl.store(joint_gate + place[:, None] * stride + at, dg, mask=inside)
             tl.store(joint_up + place[:, None] * stride + at + second, du, mask=inside)
