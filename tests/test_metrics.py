@@ -240,12 +240,13 @@ def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPa
     assert not model._forward_pre_hooks
 
 
-def test_cost_of_the_metrics_is_measured(tmp_path: Path) -> None:
+def test_cost_of_the_metrics_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"model": "tiny", "ep": 2, "layers": 2, "batch": 1, "sequence": 16, "repeats": 4, "logging-steps": 2}
     arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     assert cli.main(["bench", "metrics", *arguments, "--json", str(tmp_path / "cost.json")]) == 0
     report = json.loads((tmp_path / "cost.json").read_text())
     assert report["link"] == "mirror" and report["ranks"] == 2
+    assert ("no GPU: times say nothing" in capsys.readouterr().err) == (not torch.cuda.is_available())
     assert 0 < report["collect_ms"] and 0 < report["step_ms"]
     low, high = report["cost_quartiles"]
     assert low <= report["cost_of_a_step"] <= high

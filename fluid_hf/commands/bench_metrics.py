@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     """Time both kinds of steps; rank 0 prints and writes."""
     link = "mirror" if "RANK" not in os.environ else "nccl" if torch.cuda.is_available() else "gloo"
     with link_world(link, options.ep) as device:
+        if device.type == "cpu" and is_first():
+            print("no GPU: times say nothing; --model tiny --sequence 128 tries it at once", file=sys.stderr)
         model, step = _build(options, device)
         metrics = StepMetrics(model, model.fluid, None)  # type: ignore[arg-type]
         times: dict[str, list[float]] = {"plain": [], "measured": [], "collect": []}
