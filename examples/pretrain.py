@@ -1,7 +1,7 @@
 """Train a mixture-of-experts model with Trainer, DeepSpeed and fluid_hf, then reload it with transformers.
 
     bash examples/quickstart.sh                       # installs what is missing and starts this file on 2 ranks
-    deepspeed --num_gpus 2 examples/pretrain.py --model Qwen/Qwen3-30B-A3B --data Salesforce/wikitext:wikitext-103-raw-v1
+    deepspeed --num_gpus 2 examples/pretrain.py --model Qwen/Qwen3-30B-A3B --data Salesforce/wikitext:wikitext-2-raw-v1
 
 Without fluid_hf this file would be the same, less the line that makes the callback.
 """
