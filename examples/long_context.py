@@ -16,7 +16,6 @@ import deepspeed
 import text_data
 import torch
 from accelerate import ParallelismConfig
-from accelerate.utils import DeepSpeedSequenceParallelConfig
 from deepspeed.accelerator import get_accelerator
 from tiny_models import FAMILIES, build_model
 from transformers import Trainer, TrainingArguments, set_seed
@@ -60,10 +59,8 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         deepspeed.init_distributed()  # on a CPU, accelerate starts torch.distributed alone, not deepspeed.comm
     parallelism = None
     if args.sp > 1:
-        handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
         groups = max(int(os.environ.get("WORLD_SIZE", "1")) // args.sp, 1)  # that each train on sequences of their own
-        sizes = {"sp_size": args.sp, "dp_shard_size": groups}
-        parallelism = ParallelismConfig(**sizes, sp_backend="deepspeed", sp_handler=handler)
+        parallelism = ParallelismConfig(sp_size=args.sp, dp_shard_size=groups, sp_backend="deepspeed")
     return TrainingArguments(
         output_dir=args.output,
         deepspeed=args.deepspeed,

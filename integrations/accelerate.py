@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from fluid_hf.attention.sequence import fill_up
@@ -26,6 +27,7 @@ __all__ = [
     "check_ranks",
     "check_sp_size",
     "fill_batches",
+    "name_attention",
     "parallelism_of",
 ]
 
@@ -90,6 +92,18 @@ def check_ranks(parallelism_config: Any, world_size: int) -> None:
             f"{world_size // sp_size} with sp_size ({sp_size}) on {world_size} ranks; set "
             f'ParallelismConfig(sp_size={sp_size}, dp_shard_size={world_size // sp_size}, sp_backend="deepspeed").'
         )
+
+
+def name_attention(parallelism_config: Any, model: nn.Module) -> None:
+    """Name the model's core attention in a `ParallelismConfig` that leaves it open: DeepSpeed compares the two.
+
+    Args:
+        parallelism_config: the Trainer's; `None` without one.
+        model: a transformers model, or PEFT's around one.
+    """
+    handler = getattr(parallelism_config, "sp_handler", None)
+    if handler is not None and handler.sp_attn_implementation is None:
+        handler.sp_attn_implementation = getattr(model.config, "_attn_implementation", None)
 
 
 def check_loss(sp_size: int, args: Any) -> None:

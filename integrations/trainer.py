@@ -19,6 +19,7 @@ from fluid_hf.integrations.accelerate import (
     check_ranks,
     check_sp_size,
     fill_batches,
+    name_attention,
     parallelism_of,
 )
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
@@ -101,6 +102,7 @@ class FluidCallback(TrainerCallback):
         check_sp_size(groups.sp_size, parallelism)
         check_ranks(parallelism, groups.world_size)
         check_loss(groups.sp_size, args)
+        name_attention(parallelism, model)
         _check_reference(args, groups.ep_size)
         if args.fsdp:
             refuse_fsdp(groups.ep_size)

@@ -44,6 +44,7 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         {**base, "name": f"{stage}", "stage": stage, "fluid": {"ep_size": 1 if stage == 2 else 2}} for stage in range(4)
     ]
     runs[2] |= {"checkpointing": True, "predict": 5, "save_model": str(tmp_path / "saved")}
+    runs[3] |= {"attention_name": "sdpa"}
     # 11 tokens on 2 ranks, and no positions: both are made up for before the batch is cut.
     odd = {"stage": 3, "fluid": {"ep_size": 2}, "length": 11, "steps": 4, "positions": False}
     runs.append({**base, "name": "odd", **odd, **AUXILIARY})

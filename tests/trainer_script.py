@@ -80,7 +80,8 @@ def deepspeed_json(options: dict[str, Any]) -> dict[str, Any]:
 def parallelism(options: dict[str, Any]) -> ParallelismConfig | None:
     if not options.get("parallelism_sp_size"):
         return None
-    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+    name = options.get("attention_name")  # the callback says it where this does not
+    handler = DeepSpeedSequenceParallelConfig(sp_attn_implementation=name) if name else None
     return ParallelismConfig(sp_size=options["parallelism_sp_size"], sp_backend="deepspeed", sp_handler=handler)
 
 
@@ -94,7 +95,7 @@ def launcher_environment(options: dict[str, Any]) -> dict[str, str]:
     """What `accelerate launch --parallelism_config_sp_size` sets."""
     if not options.get("launcher_sp_size"):
         return {}
-    values = {"SIZE": options["launcher_sp_size"], "SEQ_LENGTH_IS_VARIABLE": True, "ATTN_IMPLEMENTATION": "sdpa"}
+    values = {"SIZE": options["launcher_sp_size"], "SEQ_LENGTH_IS_VARIABLE": True}
     found = {f"PARALLELISM_CONFIG_SP_{name}": str(value) for name, value in values.items()}
     return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", **found}
 
