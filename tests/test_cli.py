@@ -22,13 +22,13 @@ from families import tiny_model
 from transformers import GPT2Config
 
 from fluid_hf import cli
-from fluid_hf.bench.parity_cells import FACTORS
+from fluid_hf.bench.parity_cells import FACTORS, Cell
 from fluid_hf.bench.report import limits_text, markdown_table
 from fluid_hf.bench.shapes import shape_of
 from fluid_hf.commands import bench_attention, bench_layer, doctor_checks, models
 from fluid_hf.commands.arguments import write_whole
 from fluid_hf.commands.bench import BENCHMARKS
-from fluid_hf.commands.doctor_parity import read_settings
+from fluid_hf.commands.doctor_parity import missing_peft, read_settings
 from fluid_hf.errors import ConfigError
 from fluid_hf.models.catalogue import SupportedModel
 
@@ -281,6 +281,13 @@ def test_doctor_parity_compares_with_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     (result,) = json.loads(out.read_text())
     assert result["status"] == "equal"
+
+
+def test_doctor_parity_says_that_lora_needs_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [Cell(), Cell(trained="lora_experts"), Cell(trained="lora_attention")]
+    assert missing_peft(cells) == ""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_peft(cells).startswith("2 of 3 cells train LoRA") and missing_peft(cells[:1]) == ""
 
 
 def test_doctor_parity_names_unknown_settings() -> None:

@@ -6,10 +6,13 @@ import argparse
 import collections
 import dataclasses
 import datetime
+import importlib.util
 import json
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ import torch.distributed as dist
 
 from fluid_hf.bench.parity import CellResult
 from fluid_hf.bench.parity import run as run_cells
-from fluid_hf.bench.parity_cells import FACTORS, covering_cells
+from fluid_hf.bench.parity_cells import FACTORS, Cell, covering_cells
 from fluid_hf.commands.arguments import write_whole
 from fluid_hf.errors import ConfigError
 
@@ -36,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     world = dist.get_world_size() if dist.is_initialized() else 1
     cells = covering_cells(world, strength=1 if options.quick else 2, fixed=fixed)
+    if first and (missing := missing_peft(cells)):
+        print(missing, file=sys.stderr, flush=True)
 
     done: list[CellResult] = []
 
@@ -55,6 +60,14 @@ def run(options: argparse.Namespace) -> int:
         summary = ", ".join(f"{count} {status}" for status, count in counts.items())
         print(text if options.json == "-" else f"\n{len(results)} of {len(cells)} cells on {world} ranks: {summary}")
     return int(not all(result.good for result in results))
+
+
+def missing_peft(cells: Sequence[Cell]) -> str:
+    """What to tell where cells need PEFT and it is not installed: they count as unavailable."""
+    with_lora = sum(cell.trained.startswith("lora") for cell in cells)
+    if not with_lora or importlib.util.find_spec("peft") is not None:
+        return ""
+    return f"{with_lora} of {len(cells)} cells train LoRA and will be unavailable: peft is missing; pip install peft"
 
 
 def _as_json(results: list[CellResult]) -> str:
