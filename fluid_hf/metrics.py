@@ -30,12 +30,19 @@ PEAK_TFLOPS = {
 
 def read_loads(layers: Mapping[str, ExpertParallelLayer]) -> dict[str, list[int]]:
     """(token, expert) pairs of each expert held here, by layer; waits for the device once for all layers."""
-    loads = {name: layer.context.stats.load_tensor() for name, layer in layers.items()}
-    present = {name: load for name, load in loads.items() if load is not None}
-    if not present:
-        return {name: [0] * layer.num_local_experts for name, layer in layers.items()}
-    values = dict(zip(present, torch.stack(list(present.values())).tolist(), strict=True))
-    return {name: values.get(name, [0] * layer.num_local_experts) for name, layer in layers.items()}
+    ends = {name: layer.context.stats.ends for name, layer in layers.items() if layer.context.stats.ends}
+    loads = {name: [0] * layer.num_local_experts for name, layer in layers.items()}
+    for name, sums in zip(ends, _sums(list(ends.values())), strict=True):
+        loads[name] = [end - start for start, end in zip([0, *sums[:-1]], sums, strict=True)]
+    return loads
+
+
+def _sums(vectors: Sequence[Sequence[torch.Tensor]]) -> list[list[int]]:
+    """Sum of the vectors of each list; one launch or two, and one wait, where all are alike, as they mostly are."""
+    if len({(len(some), some[0].shape, some[0].device) for some in vectors}) == 1:
+        every = torch.stack([vector for some in vectors for vector in some])
+        return list(every.view(len(vectors), -1, every.shape[1]).sum(1).tolist())
+    return [torch.stack(list(some)).sum(0).tolist() for some in vectors]
 
 
 def global_load(gathered: Sequence[Mapping[str, list[int]]], name: str, ep_size: int) -> list[int]:

@@ -181,9 +181,16 @@ class FluidState:
         for layer in self.layers.values():
             layer.context.stats.counting = on
 
-    def start_sampling(self, device: torch.device) -> OverlapSampler:
-        """Measure every exchange until `stop_sampling`: how long it was in flight, how long computation waited."""
-        sampler = OverlapSampler(device)
+    def start_sampling(self, device: torch.device, again: OverlapSampler | None = None) -> OverlapSampler:
+        """Measure every exchange until `stop_sampling`: how long it was in flight, how long computation waited.
+
+        Args:
+            device: where the rows live.
+            again: an earlier one whose result was read, to be used once more; a new one by default.
+        """
+        if again is not None:
+            again.restart()
+        sampler = again if again is not None else OverlapSampler(device)
         self.exchange.sampler = self.sequence_exchange.sampler = sampler
         return sampler
 

@@ -48,6 +48,7 @@ class StepMetrics:
         self._last_end, self._interrupted = 0.0, False
         self._sampler: OverlapSampler | None = None
         self._unread: OverlapSampler | None = None
+        self._read: OverlapSampler | None = None
         self._since_sample = SAMPLE_EVERY
         self._overlap: dict[str, float] = {}
         self._flops: dict[int, float] = {}
@@ -66,7 +67,8 @@ class StepMetrics:
         due = self._since_sample > SAMPLE_EVERY and self._unread is None
         if due and self.fluid.groups.ep_size * self.fluid.groups.sp_size > 1:
             device = next(self.model.parameters()).device
-            self._sampler, self._since_sample = self.fluid.start_sampling(device), 1
+            self._sampler, self._since_sample = self.fluid.start_sampling(device, self._read), 1
+            self._read = None
 
     def end_step(self) -> None:
         """An optimizer step ended; its samples are read when the next log waits for the device anyway."""
@@ -88,7 +90,7 @@ class StepMetrics:
             self._overlap = {"fluid/exposed_ms": exposed}
             if in_flight:
                 self._overlap["fluid/overlap_ratio"] = 1.0 - exposed / in_flight
-            self._unread = None
+            self._read, self._unread = self._unread, None
         metrics.update(self._overlap)
         seconds = time.perf_counter() - (self._begin or time.perf_counter())
         metrics["fluid/bytes_per_step"] = metrics["fluid/bytes_sent"] / max(1, self.steps)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from transformers import Trainer, TrainingArguments
 import fluid_hf
 from fluid_hf import ConfigError, FluidCallback, cli
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
-from fluid_hf.metrics import global_load, imbalance, model_flops_per_token, peak_tflops
+from fluid_hf.metrics import global_load, imbalance, model_flops_per_token, peak_tflops, read_loads
+from fluid_hf.moe.statistics import LayerStats
 from fluid_hf.overlap.sampler import OverlapSampler
 
 
@@ -133,6 +136,75 @@ def test_sampler_unites_flights_and_sums_waits(monkeypatch: pytest.MonkeyPatch) 
     sampler.end_wait(second)  # 8
     sampler.post([])  # never waited for: not counted
     assert sampler.result() == pytest.approx((7.0, 3.0))
+
+
+class Event:
+    """What the sampler needs of a CUDA event, on a clock of its own."""
+
+    clock = iter([0.0])
+    made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        type(self).made += 1
+
+    def record(self) -> None:
+        self.at = next(self.clock)
+
+    def elapsed_time(self, other: Event) -> float:
+        return other.at - self.at
+
+
+def test_sampler_on_a_gpu_takes_few_events_and_takes_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait ends where the exchange has arrived, or where it begins."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for again in range(2):
+        # Begin; posted and arrived twice; waited for at 9 (until 12), and at 30, when it is there since 20.
+        Event.clock = iter([0.0, 1.0, 12.0, 2.0, 20.0, 9.0, 30.0])
+        if not again:
+            sampler = OverlapSampler(torch.device("cuda"))
+            sampler._side = object()
+        else:
+            sampler.restart()
+        first, second = sampler.post([]), sampler.post([])
+        for flight in (first, second):
+            sampler.begin_wait(flight)
+            sampler.end_wait(flight)
+        assert sampler.result() == pytest.approx((19.0, 3.0))
+        assert Event.made == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_sampler_reads_the_clock_of_a_gpu() -> None:
+    sampler = OverlapSampler(torch.device("cuda"))
+    for _ in range(2):
+        flight = sampler.post([])
+        torch.cuda._sleep(10_000_000)
+        sampler.begin_wait(flight)
+        sampler.end_wait(flight)
+        in_flight, exposed = sampler.result()
+        assert 0 <= in_flight < 1 and exposed == 0, "there before anybody waited"
+        sampler.restart()
+
+
+def test_loads_of_layers_with_other_numbers_of_experts_and_calls() -> None:
+    """As a count of each call's pairs gives them, also when many calls were added up in between."""
+    generator, layers, expected = torch.Generator().manual_seed(0), {}, {}
+    for name, experts, calls in (("a", 4, 3), ("b", 4, 3), ("c", 4, 600), ("d", 6, 3), ("e", 4, 0)):
+        stats = LayerStats()
+        counts = torch.randint(0, 5, (calls, experts), generator=generator)
+        for row in counts:
+            stats.add_load([row.cumsum(0).int()], top_k=2)
+        assert len(stats.ends) <= 256
+        layers[name] = SimpleNamespace(context=SimpleNamespace(stats=stats), num_local_experts=experts)
+        expected[name] = counts.sum(0).tolist()
+    assert read_loads(layers) == expected  # type: ignore[arg-type]
+    alike = {name: layers[name] for name in "ab"}
+    assert read_loads(alike) == {name: expected[name] for name in "ab"}  # type: ignore[arg-type]
+    assert read_loads({"e": layers["e"]}) == {"e": [0] * 4}  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("steps", [(0, 2), (3, 2), (1,), 5, "ab"])

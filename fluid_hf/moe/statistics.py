@@ -17,6 +17,8 @@ class LayerStats:
         tokens: tokens of this rank.
         rows: rows sent to other ranks by dispatch.
         top_k: experts of a token in the last call; 0 before the first one.
+        ends: `offsets_E` of the pieces computed, on the device, or sums of them: the pairs of an expert are what the
+            sum of its numbers is above the one before.
     """
 
     def __init__(self) -> None:
@@ -27,8 +29,7 @@ class LayerStats:
         """Start anew."""
         self.tokens = 0
         self.rows = 0
-        self._offsets: list[torch.Tensor] = []
-        self._load_E: torch.Tensor | None = None
+        self.ends: list[torch.Tensor] = []
 
     def add_dispatch(self, tokens: int, rows: int) -> None:
         """Count one dispatch."""
@@ -37,22 +38,10 @@ class LayerStats:
             self.rows += rows
 
     def add_load(self, offsets: Sequence[torch.Tensor], top_k: int) -> None:
-        """Count the pairs of each piece from its expert offsets; nothing is launched until there are many."""
+        """Count the pairs of each piece from its expert offsets; nothing is launched until there are very many."""
         self.top_k = top_k
         if not self.counting:
             return
-        self._offsets += offsets
-        if len(self._offsets) >= 256:
-            self._fold()
-
-    def load_tensor(self) -> torch.Tensor | None:
-        """(token, expert) pairs computed by each expert held here [E], on the device; `None` before the first call."""
-        self._fold()
-        return self._load_E
-
-    def _fold(self) -> None:
-        if self._offsets:
-            ends_E = torch.stack(self._offsets).sum(0)
-            load_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-            self._load_E = load_E if self._load_E is None else self._load_E + load_E
-            self._offsets = []
+        self.ends += offsets
+        if len(self.ends) >= 256:
+            self.ends = [torch.stack(self.ends).sum(0)]

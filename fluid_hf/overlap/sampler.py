@@ -1,7 +1,8 @@
 """Samples one step: how long exchanges were in flight, and how long computation stood still for them.
 
-On a GPU, events on the computing stream before and after each wait, and on a side stream at each arrival; nothing waits
-for the device until `result()`. On a CPU the host's clock; a message is in flight until it has been waited for.
+On a GPU, events on the computing stream where it posts and where it begins to wait, and on a side stream at each
+arrival; nothing waits for the device until `result()`. On a CPU the host's clock; a message is in flight until it has
+been waited for.
 """
 
 from __future__ import annotations
@@ -38,8 +39,14 @@ class OverlapSampler:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._side = torch.cuda.Stream(device) if self._on_gpu else None
-        self._begin = self._now()
+        self._events: list[torch.cuda.Event] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Collect another step, with the events of the one before: making one takes longer than recording it."""
+        self._used = 0
         self._flights: list[Flight] = []
+        self._begin = self._now()
 
     def post(self, works: Sequence[Any]) -> Flight:
         """An exchange was posted."""
@@ -57,8 +64,8 @@ class OverlapSampler:
         flight.wait_begins = self._now()
 
     def end_wait(self, flight: Flight) -> None:
-        """Computation may go on."""
-        flight.wait_ends = self._now()
+        """Computation may go on: on a GPU when the exchange has arrived, or at once if it had."""
+        flight.wait_ends = flight.arrived if self._on_gpu else self._now()
 
     def result(self) -> tuple[float, float]:
         """Milliseconds with an exchange in flight, and those of them in which computation waited."""
@@ -68,15 +75,17 @@ class OverlapSampler:
         in_flight, exposed = [], []
         for flight in done:
             posted, begins, ends = (self._ms(at) for at in (flight.posted, flight.wait_begins, flight.wait_ends))
-            arrived = ends if flight.arrived is None else self._ms(flight.arrived)
-            in_flight.append((posted, arrived))
-            exposed.append((begins, min(ends, arrived)))
+            in_flight.append((posted, ends))
+            exposed.append((begins, ends))
         return length(in_flight), length(exposed)
 
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter() * 1e3
-        event = torch.cuda.Event(enable_timing=True)
+        if self._used == len(self._events):
+            self._events.append(torch.cuda.Event(enable_timing=True))
+        event = self._events[self._used]
+        self._used += 1
         event.record()
         return event
 
