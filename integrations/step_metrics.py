@@ -115,7 +115,8 @@ class StepMetrics:
             self._counting = module.training
             self.fluid.count(module.training)
         given = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-        if isinstance(given, torch.Tensor) and given.dim() >= 2 and module.training:
+        trained = module.training and torch.is_grad_enabled()  # TRL asks the policy without adapters for a reference
+        if isinstance(given, torch.Tensor) and given.dim() >= 2 and trained:
             self._tokens += given.shape[0] * given.shape[1]  # sizes only: nothing is read from the device
             self._seq_len = given.shape[1] * self.fluid.groups.sp_size
 

@@ -78,6 +78,17 @@ def test_evaluation_does_not_count() -> None:
     assert [sum(load) for load in model.fluid.expert_load.values()] == [pairs / 2] * model.config.num_hidden_layers
 
 
+def test_passes_without_gradients_add_no_tokens() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe")).train()
+    metrics = StepMetrics(model, model.fluid, peak=None)
+    ids = batch(0, 2)
+    model(input_ids=ids)
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert metrics.collect()["fluid/tokens"] == ids.numel()
+    metrics.close()
+
+
 def test_training_that_begins_again_after_an_error(tmp_path: Path) -> None:
     """`auto_find_batch_size`: the pass that ran out of memory leaves nothing behind."""
     model, raised = tiny_model("qwen3_moe"), []
