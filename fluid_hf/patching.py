@@ -23,7 +23,7 @@ from fluid_hf.models.adapters import adapters_of, inside_adapters, join_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.generation import bind_generation, unbind_generation
-from fluid_hf.models.registry import ExpertsSite, check_unshared, find_experts, has_experts
+from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
 from fluid_hf.models.sharding import refuse_sharding
@@ -267,6 +267,7 @@ def _prepare(
         if sp_size > 1:
             find_attention(model, sp_size)
         sites = find_experts(model) if sp_size == 1 or has_experts(model) else []
+        check_loaded(sites)
         counts = sorted({site.num_experts for site in sites})
         if requested.ep_size is not None and requested.ep_size > 1 and not dist.is_initialized():
             raise ConfigError(

@@ -263,8 +263,9 @@ def run_refusals(rank: int, world: int) -> None:
     with pytest.raises(GradientError, match=r"must be called outside torch.func transforms"):
         torch.func.grad(lambda x: model(inputs_embeds=x).logits.sum())(model.get_input_embeddings()(ids).detach())
     for copied in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
-        with pytest.raises(UnsupportedModelError, match="cannot be copied or pickled"):
-            copied(model)
+        for part in (model, model.model.layers[0]) if world > 1 else (model,):
+            with pytest.raises(UnsupportedModelError, match="cannot be copied or pickled"):
+                copied(part)
     model.zero_grad()
     loss_of(model, rank).backward()
     model.fluid.finish_batch()

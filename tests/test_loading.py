@@ -77,7 +77,8 @@ def test_dtypes_and_tied_weights(pool2: RankPool, tmp_path: Path) -> None:
 
 
 def run_model_class(rank: int, world: int, folder: str) -> None:
-    model = fluid_hf.from_pretrained(folder, auto_class=MixtralForCausalLM)
+    model, report = fluid_hf.from_pretrained(folder, auto_class=MixtralForCausalLM, output_loading_info=True)
+    assert not report["missing_keys"]
     assert type(model) is MixtralForCausalLM and model.fluid.groups.ep_size == world
     fluid_hf.unpatch_model(model)
 

@@ -241,6 +241,23 @@ class ValueHead(nn.Module):
         self.head = nn.Linear(32, 1)
 
 
+@pytest.mark.parametrize("kind", ["built", "offloaded"])
+def test_models_that_are_not_loaded_are_refused(kind: str, tmp_path: Path) -> None:
+    """Their outputs would be those of whatever is in the memory."""
+    if kind == "offloaded":  # as device_map="auto" leaves what has no room on the GPU
+        tiny_model("qwen3_moe").save_pretrained(tmp_path / "saved")
+        here = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
+        places = {"model.layers.1": "disk", **dict.fromkeys(here, "cpu")}
+        options: dict[str, Any] = {"device_map": places, "offload_folder": tmp_path / "disk"}
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
+    else:
+        with torch.device("meta"):
+            model = tiny_model("qwen3_moe")
+    with pytest.raises(fluid_hf.UnsupportedModelError, match=r"experts of .*layers\.\d.* are on the meta device"):
+        fluid_hf.patch_model(model)
+    assert not hasattr(model, "fluid")
+
+
 def test_what_is_no_transformers_model_is_refused() -> None:
     model = ValueHead()
     with pytest.raises(

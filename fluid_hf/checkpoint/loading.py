@@ -67,7 +67,7 @@ def from_pretrained(
         **hf_kwargs: those of transformers' `from_pretrained` (`dtype`, `attn_implementation`, `device_map`, ...).
 
     Returns:
-        The patched model, in evaluation mode.
+        The patched model, in evaluation mode; with `output_loading_info=True` a pair, it and transformers' report.
 
     Raises:
         CheckpointError: on every rank: files are missing, cut off or do not fit the model; names the file and tensor.
@@ -75,6 +75,7 @@ def from_pretrained(
         UnsupportedModelError: the model cannot be patched, or its experts are not read by shares (DBRX, LongCat-Flash).
     """
     path, control = os.fspath(path), ControlGroup(LOADING_TIMEOUT_SECONDS)
+    with_info = hf_kwargs.pop("output_loading_info", False)
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
         loader = _ShareLoader(path, control, control.hosts("fluid_hf.from_pretrained"))
@@ -94,7 +95,8 @@ def from_pretrained(
     finally:
         control.close()
     return_freed_memory()
-    return patch_model(model, config)
+    patched = patch_model(model, config)
+    return (patched, info) if with_info else patched
 
 
 def _check_settings(config: Any) -> None:

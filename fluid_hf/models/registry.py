@@ -25,7 +25,7 @@ from fluid_hf.models.shared_experts import find_form
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["LOADED_SHARE", "ExpertsSite", "check_unshared", "find_experts", "has_experts"]
+__all__ = ["LOADED_SHARE", "ExpertsSite", "check_loaded", "check_unshared", "find_experts", "has_experts"]
 
 # Set on an experts module that holds this rank's experts only: the number of experts of the layer.
 LOADED_SHARE = "_fluid_num_experts"
@@ -94,6 +94,22 @@ def find_experts(model: nn.Module) -> list[ExpertsSite]:
 def has_experts(model: nn.Module) -> bool:
     """Whether any module is one of experts, or a list of them."""
     return any(is_experts(module) or is_stored_otherwise(name, module) for name, module in model.named_modules())
+
+
+def check_loaded(sites: Sequence[ExpertsSite]) -> None:
+    """Experts must be there: those on the meta device have no values to share out.
+
+    Raises:
+        UnsupportedModelError: the model was built there, or a `device_map` has left some of it on disk or on the CPU;
+            names the layer.
+    """
+    for site in sites:
+        if any(weight.is_meta for name in site.weight_names for weight in stored_parameters(site.module, name)):
+            raise UnsupportedModelError(
+                f"the experts of {site.name} must be loaded but are on the meta device, without values; load the model "
+                "without a device_map that offloads parts of it, or with fluid_hf.from_pretrained, which reads on each "
+                "rank its own experts only."
+            )
 
 
 def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 from fluid_hf.comm.calibration import measure_launch, measure_link, measure_spared
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.config import FluidConfig, check_sizes
-from fluid_hf.errors import ConfigError, GradientError
+from fluid_hf.errors import ConfigError, GradientError, UnsupportedModelError
 from fluid_hf.moe.activation import Activation
 from fluid_hf.moe.expert_parallel import expert_parallel
 from fluid_hf.moe.general_experts import GeneralMath
@@ -212,6 +213,16 @@ class ExpertParallelLayer(nn.Module):
             )
         computed = self.expert_parameters()
         return lambda: computed
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """How `copy.deepcopy`, `pickle` and `torch.save` copy it, or what it is a part of: not while it has a group."""
+        if self.ep_size > 1:
+            raise UnsupportedModelError(
+                f"{type(self).__name__} cannot be copied or pickled with ep_size ({self.ep_size}) over 1: it holds "
+                "some of the experts, and a process group; copy the model before patch_model, or write it with "
+                "fluid_hf.save_pretrained."
+            )
+        return super().__reduce_ex__(protocol)
 
     def extra_repr(self) -> str:
         """Shown by `repr(model)`."""
