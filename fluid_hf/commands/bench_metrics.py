@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         times: dict[str, list[float]] = {"plain": [], "measured": [], "collect": []}
         rounds = range(options.repeats + WARM_UP)
         for index in tqdm(rounds, leave=False, disable=None if is_first() else True):
-            found = _one_round(options.logging_steps, step, metrics, device)
+            found = _one_round(options.logging_steps, step, metrics, device, plain_first=index % 2 == 0)
             if index >= WARM_UP:
                 for name, seconds in found.items():
                     times[name].append(seconds * 1e3)
@@ -77,12 +77,19 @@ def _build(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module
     return model, bench.modes(model)["backward"]
 
 
-def _one_round(steps: int, step: Callable[[], None], metrics: StepMetrics, device: torch.device) -> dict[str, float]:
-    """Seconds of a stretch of steps without the metrics, of one with them, and of the reading at its end."""
+def _one_round(
+    steps: int, step: Callable[[], None], metrics: StepMetrics, device: torch.device, plain_first: bool
+) -> dict[str, float]:
+    """Seconds of a stretch of steps without the metrics, of one with them, and of the reading at its end.
+
+    Which comes first alternates from round to round: a machine that gets slower or faster favours neither.
+    """
 
     def plain() -> None:
+        metrics.fluid.count(False)  # or the next reading would have these steps to read, too
         for _ in range(steps):
             step()
+        metrics.fluid.count(True)
 
     def measured() -> None:
         for _ in range(steps):
@@ -90,11 +97,12 @@ def _one_round(steps: int, step: Callable[[], None], metrics: StepMetrics, devic
             step()
             metrics.end_step()
 
-    found = {"plain": _seconds(plain, device), "measured": _seconds(measured, device)}
+    found = {"plain": _seconds(plain, device)} if plain_first else {}
+    found["measured"] = _seconds(measured, device)
     # The Trainer waits for the device at a log anyway, for the loss: what is read then is timed by itself.
     found["collect"] = _seconds(lambda: metrics.collect(), device)
     found["measured"] += found["collect"]
-    return found
+    return found if plain_first else found | {"plain": _seconds(plain, device)}
 
 
 def _report(options: argparse.Namespace, link: str, times: dict[str, list[float]], device: torch.device) -> None:
