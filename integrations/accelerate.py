@@ -106,16 +106,24 @@ def name_attention(parallelism_config: Any, model: nn.Module) -> None:
         handler.sp_attn_implementation = getattr(model.config, "_attn_implementation", None)
 
 
-def check_loss(sp_size: int, args: Any) -> None:
-    """Raise if the Trainer would leave out of its loss what its arguments ask for.
+def check_loss(sp_size: int, world_size: int, args: Any) -> None:
+    """Raise if the Trainer would leave out of its loss what its arguments ask for, or torch has no gradient of it.
 
     Args:
         sp_size: ranks that share a sequence.
+        world_size: number of ranks.
         args: the Trainer's `TrainingArguments`.
 
     Raises:
-        ConfigError: with `sp_size` over 1 it computes its loss by itself, without label smoothing.
+        ConfigError: with `sp_size` over 1 it computes its loss by itself, without label smoothing; and over gloo the
+            gradient of what it gathers is scattered from global ranks 0, 1, ..., which other groups do not have.
     """
+    if 1 < sp_size < world_size and args.device.type == "cpu":
+        raise ConfigError(
+            f"sp_size ({sp_size}) must be {world_size}, the number of ranks, or 1 on CPUs: over gloo torch has no "
+            "gradient of the Trainer's loss in a group without rank 0; use GPUs, or compute the loss in a loop of your "
+            "own (model.fluid.sequence_loss)."
+        )
     smoothing = float(getattr(args, "label_smoothing_factor", 0.0) or 0.0)
     if sp_size > 1 and smoothing:
         raise ConfigError(

@@ -101,7 +101,7 @@ class FluidCallback(TrainerCallback):
         groups = get_state(model).groups
         check_sp_size(groups.sp_size, parallelism)
         check_ranks(parallelism, groups.world_size)
-        check_loss(groups.sp_size, args)
+        check_loss(groups.sp_size, groups.world_size, args)
         name_attention(parallelism, model)
         _check_reference(args, groups.ep_size)
         if args.fsdp:

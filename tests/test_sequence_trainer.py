@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from test_trainer import assert_equal, curve, train
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidConfig
-from fluid_hf.integrations.accelerate import FilledBatches, check_ranks
+from fluid_hf.integrations.accelerate import FilledBatches, check_loss, check_ranks
 
 pool4 = rank_pool(4)
 
@@ -93,6 +94,17 @@ def test_as_many_groups_as_parallelism_config_says() -> None:
     check_ranks(ParallelismConfig(sp_size=2, dp_replicate_size=2), 4)
     with pytest.raises(ConfigError, match=r"dp_shard_size \(1\).* must be 2 with sp_size \(2\) on 4 ranks"):
         check_ranks(ParallelismConfig(sp_size=2), 4)
+
+
+def test_several_groups_on_cpus_are_refused_by_name() -> None:
+    """torch's gloo cannot scatter the gradient of the Trainer's loss in a group without rank 0."""
+    arguments = {"label_smoothing_factor": 0.0}
+    cpu, cuda = (SimpleNamespace(device=torch.device(name), **arguments) for name in ("cpu", "cuda"))
+    for sp_size, world in ((1, 4), (4, 4)):
+        check_loss(sp_size, world, cpu)
+    check_loss(2, 4, cuda)
+    with pytest.raises(ConfigError, match=r"sp_size \(2\) must be 4, the number of ranks, or 1 on CPUs"):
+        check_loss(2, 4, cpu)
 
 
 def test_collators_for_flash_attention() -> None:
