@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ PEAK_TFLOPS = {
 
 
 def read_loads(layers: Mapping[str, ExpertParallelLayer]) -> dict[str, list[int]]:
-    """(token, expert) pairs of each expert held here, by layer; waits for the device once for all layers."""
+    """(token, expert) pairs of each expert held here, by layer; waits for the device once if all layers are on one."""
     ends = {name: layer.context.stats.ends for name, layer in layers.items() if layer.context.stats.ends}
     loads = {name: [0] * layer.num_local_experts for name, layer in layers.items()}
     for name, sums in zip(ends, _sums(list(ends.values())), strict=True):
@@ -38,11 +39,15 @@ def read_loads(layers: Mapping[str, ExpertParallelLayer]) -> dict[str, list[int]
 
 
 def _sums(vectors: Sequence[Sequence[torch.Tensor]]) -> list[list[int]]:
-    """Sum of the vectors of each list; one launch or two, and one wait, where all are alike, as they mostly are."""
+    """Sum of the vectors of each list; in a launch or two where all are alike, as they mostly are."""
     if len({(len(some), some[0].shape, some[0].device) for some in vectors}) == 1:
         every = torch.stack([vector for some in vectors for vector in some])
         return list(every.view(len(vectors), -1, every.shape[1]).sum(1).tolist())
-    return [torch.stack(list(some)).sum(0).tolist() for some in vectors]
+    sums = [torch.stack(list(some)).sum(0) for some in vectors]
+    if len({vector.device for vector in sums}) != 1:
+        return [vector.tolist() for vector in sums]
+    flat = iter(torch.cat(sums).tolist())  # host synchronisation, one for all
+    return [list(itertools.islice(flat, len(vector))) for vector in sums]
 
 
 def global_load(gathered: Sequence[Mapping[str, list[int]]], name: str, ep_size: int) -> list[int]:

@@ -215,6 +215,9 @@ def test_loads_of_layers_with_other_numbers_of_experts_and_calls() -> None:
     assert read_loads(layers) == expected  # type: ignore[arg-type]
     alike = {name: layers[name] for name in "ab"}
     assert read_loads(alike) == {name: expected[name] for name in "ab"}  # type: ignore[arg-type]
+    for one, other in ("ac", "ad"):  # one of them called more often, or of other experts
+        both = {name: layers[name] for name in (one, other)}
+        assert read_loads(both) == {name: expected[name] for name in both}  # type: ignore[arg-type]
     assert read_loads({"e": layers["e"]}) == {"e": [0] * 4}  # type: ignore[dict-item]
 
 
@@ -348,3 +351,26 @@ def test_a_sample_is_not_replaced_before_it_is_logged() -> None:
             metrics._unread = None  # as a log leaves it
     metrics.close()
     assert sampled == [0, 25]
+
+
+def test_a_sampler_that_is_used_again_tells_of_the_new_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    model.fluid.groups = dataclasses.replace(model.fluid.groups, ep_size=2)  # one process alone samples nothing
+    monkeypatch.setattr(model.fluid, "metrics", lambda tokens: {"fluid/bytes_sent": 0.0, "fluid/tokens": 0.0})
+    metrics, now = StepMetrics(model, model.fluid, peak=None), 0.0
+    monkeypatch.setattr(OverlapSampler, "_now", lambda self: now)
+    samplers, exposed = [], []
+    for step in range(31):
+        metrics.begin_step()
+        sampler = metrics._sampler
+        if sampler is not None:
+            samplers.append(sampler)
+            flight = sampler.post([])
+            sampler.begin_wait(flight)
+            now += 3.0 + step
+            sampler.end_wait(flight)
+        metrics.end_step()
+        exposed.append(metrics.collect()["fluid/exposed_ms"])
+    metrics.close()
+    assert len(samplers) == 4 and len(set(map(id, samplers))) == 1
+    assert exposed == [3.0] * 10 + [13.0] * 10 + [23.0] * 10 + [33.0]

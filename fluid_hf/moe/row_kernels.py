@@ -91,7 +91,7 @@ class JointPlaces(NamedTuple):
     """Where one piece's pairs go in the joint order of several pieces.
 
     Attributes:
-        grads: receive the gradients of the projections once more.
+        grads: receive the gradients of the projections, once more if they are written in the piece's own places too.
         place_S: joint place of each pair, int32.
         addresses: int64 [2, N], receives where the row and the output gradient of each joint place lie, in units of
             `unit` elements from the first piece's; `None` if nobody reads by it.
