@@ -17,6 +17,7 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, HeldGroups
+from fluid_hf.errors import RankMismatchError
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
@@ -227,15 +228,16 @@ class FluidState:
         Raises:
             PeerError: a rank did not take part within `timeout_seconds`; names it. Over NCCL that is so until the first
                 gradient, after which the group's own timeout holds.
+            RankMismatchError: a parameter is frozen on some ranks only.
         """
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
             return
         expert = self._split_parameters()
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        used = self._used_anywhere([p.grad is not None for _, p in trained])
+        named = list(model.named_parameters())
+        used = self._used_anywhere(named)
         expert_gradients = []
-        for (name, parameter), is_used in zip(trained, used, strict=True):
+        for (name, parameter), is_used in zip(named, used, strict=True):
             if not is_used:
                 continue
             if parameter.grad is None:
@@ -253,18 +255,31 @@ class FluidState:
         several = self.groups.ep_size > 1
         return {id(p) for layer in self.layers.values() for p in layer.split_parameters()} if several else set()
 
-    def _used_anywhere(self, used: list[bool]) -> list[bool]:
+    def _used_anywhere(self, named: list[tuple[str, nn.Parameter]]) -> list[bool]:
         """Which parameters have a gradient on any rank. Experts too are used if those of any rank are: unpatched, they
         are one parameter. Over the control group, as what the hosts know needs no wait for the device.
         """
+        trained = [p.requires_grad for _, p in named]
+        used = [p.requires_grad and p.grad is not None for _, p in named]
         if self.control.group is None:
             return used
-        flags = torch.tensor(used, dtype=torch.uint8)
+        # Of frozen ones too: gloo ends the process where ranks send messages of other lengths.
+        flags = torch.tensor([used, trained, [not is_trained for is_trained in trained]], dtype=torch.uint8)
         place = "the list of gradients in reduce_gradients"
         all_reduce_in_time(
             flags, self.control.group, self.config.timeout_seconds, place, self.groups.met, dist.ReduceOp.MAX
         )
-        return [bool(flag) for flag in flags.tolist()]
+        anywhere = dict(zip([name for name, _ in named], flags[1:].t().tolist(), strict=True))
+        differing = [name for name, (is_trained, is_frozen) in anywhere.items() if is_trained and is_frozen]
+        if differing:
+            first, *others = differing
+            more = f", and that of {len(others)} more," if others else ""
+            here = dict(named)[first].requires_grad
+            raise RankMismatchError(
+                f"requires_grad of {first} ({here} on this rank, {not here} on another){more} must be equal on all "
+                "ranks that call reduce_gradients; freeze the same parameters on every rank."
+            )
+        return [bool(flag) for flag in flags[0].tolist()]
 
     def _spread_overflow(self, gradients: list[torch.Tensor]) -> None:
         """Put NaN into the experts' gradients of every rank for which some rank's is not finite, without a host read.

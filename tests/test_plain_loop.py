@@ -98,3 +98,21 @@ def run_unused(rank: int, world: int, ep_size: int) -> float:
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_what_no_rank_uses_does_not_decay(pool2: RankPool, ep_size: int) -> None:
     assert max(pool2.run(run_unused, ep_size)) < 1e-5
+
+
+def run_frozen_on_one(rank: int, world: int, frozen: str) -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world, timeout_seconds=30))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rank == 0 or frozen not in name)
+    ids = batch(rank, 2)
+    model(input_ids=ids, labels=ids).loss.backward()
+    try:
+        model.fluid.reduce_gradients(model)
+    finally:
+        fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize(("frozen", "named"), [("lm_head", "lm_head.weight"), ("layers.1.mlp.experts", "and that of")])
+def test_a_parameter_frozen_on_some_ranks_only_is_named_on_all(pool2: RankPool, frozen: str, named: str) -> None:
+    for message in pool2.expect("RankMismatchError", run_frozen_on_one, frozen, timeout=60):
+        assert "requires_grad" in message and frozen in message and named in message
