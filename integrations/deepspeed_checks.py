@@ -35,6 +35,7 @@ def check_training(config: Any, model: nn.Module, state: FluidState, *, split: t
     _match_training(state, split, frozen)
     _refuse_frozen_experts(stage, state, split)
     _refuse_unclipped_experts(stage, config, state)
+    _refuse_mixed_experts(stage, zero, state)
 
 
 def _match_training(state: FluidState, split: type, frozen: type) -> None:
@@ -73,13 +74,30 @@ def _refuse_unclipped_experts(stage: Any, config: Any, state: FluidState) -> Non
     """At stage 0 in bfloat16 DeepSpeed 0.19 leaves the experts out of the norm that it clips by."""
     settings = config if isinstance(config, dict) else {}
     reduced = [name for name in ("bf16", "bfloat16") if _enabled(settings.get(name))]
-    trained = any(p.requires_grad for layer in state.layers.values() for p in layer.split_parameters())
     clipping = settings.get("gradient_clipping", 0)
-    if stage == 0 and reduced and trained and isinstance(clipping, (int, float)) and clipping > 0:
+    if stage == 0 and reduced and _trained(state) and isinstance(clipping, (int, float)) and clipping > 0:
         raise ConfigError(
             f"gradient_clipping ({clipping}) at zero_optimization.stage (0) in {reduced[0]} leaves the experts out of "
             f"the norm when ep_size ({state.groups.ep_size}) is over 1; use stage 1."
         )
+
+
+def _refuse_mixed_experts(stage: Any, zero: Any, state: FluidState) -> None:
+    """Without its common buffer DeepSpeed 0.19 sums experts' gradients over all ranks at stage 1; at 2 it raises."""
+    if stage not in (1, 2) or not _trained(state) or zero.get("contiguous_gradients", True):
+        return
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device", "none") != "none":
+        return  # DeepSpeed copies them together then, whatever is asked for
+    raise ConfigError(
+        f"zero_optimization.contiguous_gradients (false) must be true at stage {stage} when ep_size "
+        f"({state.groups.ep_size}) is over 1: DeepSpeed would sum gradients of different experts; remove it."
+    )
+
+
+def _trained(state: FluidState) -> bool:
+    """Whether any split expert is trained."""
+    return any(p.requires_grad for layer in state.layers.values() for p in layer.split_parameters())
 
 
 def _enabled(block: Any) -> bool:

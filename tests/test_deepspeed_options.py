@@ -1,0 +1,44 @@
+"""Options of DeepSpeed's JSON that reach split experts: the unpatched model's training, or an error by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from distributed import RankPool, rank_pool
+from families import tiny_model
+from test_deepspeed import Curve, assert_near, settings, train
+
+import fluid_hf
+from fluid_hf import FluidConfig
+
+pool2 = rank_pool(2)
+
+
+def run_zero_options(rank: int, world: int, stage: int, patched: bool, options: dict[str, Any]) -> Curve:
+    """A few steps with options of `zero_optimization`."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    config = {**settings(stage), "zero_force_ds_cpu_optimizer": False}
+    config["zero_optimization"] = {**config["zero_optimization"], **options}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    curve = train(engine, rank)
+    engine.destroy()
+    return curve
+
+
+def test_gradients_that_are_not_copied_together(pool2: RankPool) -> None:
+    options: dict[str, Any] = {"contiguous_gradients": False}
+    for stage in (1, 2):
+        for text in pool2.expect("ConfigError", run_zero_options, stage, True, options):
+            assert f"contiguous_gradients (false) must be true at stage {stage} when ep_size (2) is over 1" in text
+    offloaded = {**options, "offload_optimizer": {"device": "cpu"}}  # DeepSpeed copies them together all the same
+    for stage, served in ((1, offloaded), (2, offloaded), (3, options)):
+        expected = pool2.run(run_zero_options, stage, False, options)[0]
+        for curve in pool2.run(run_zero_options, stage, True, served):
+            assert_near(curve, expected)
