@@ -38,7 +38,16 @@ done
 [[ -z $data || -e $data ]] || has datasets || install "datasets>=4,<6" # for data sets of the Hub only
 echo "ready after $((SECONDS - start)) s"
 
-port=$(python -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
+# Below those that the system gives to connections: the launcher takes seconds until it listens.
+port=$(python -c "
+import random, socket
+for port in random.SystemRandom().sample(range(12000, 30000), 100):
+    try:
+        socket.socket().bind(('127.0.0.1', port))
+    except OSError:
+        continue
+    print(port)
+    break")
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 launch=(deepspeed --no_local_rank --master_port "$port" --log_level warning)
 if ((gpus >= 2)); then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from distributed import RankPool, rank_pool
 
+from fluid_hf.bench import links
 from fluid_hf.bench.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,3 +89,17 @@ def test_what_the_pages_say_of_these_results() -> None:
     alone = now["qwen1.5-moe-a2.7b", 1, 0.0]
     share = alone["variants"]["fluid_hf"]["forward"] / alone["limits"]["limit"]
     assert share < 1 and f"Qwen1.5-MoE's forward at EP1: {share:.2f} times" in numbers
+
+
+def test_a_free_port_is_none_that_connections_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 32768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", links.free_port()))
+        port = taken.getsockname()[1]
+        assert 1024 < port < first
+        monkeypatch.setattr(links, "PORTS", range(port, port + 100))
+        assert port < links.free_port() < port + 100
+        monkeypatch.setattr(links.random.SystemRandom, "sample", lambda self, ports, count: [port])
+        with pytest.raises(OSError, match="no free port"):
+            links.free_port()

@@ -56,7 +56,7 @@ def test_all_variants_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     reference = cells["fluid_hf"]["result"]
     assert reference["losses"][-1] < reference["losses"][0] - 0.1, "nothing was learnt"
     for name, cell in cells.items():
-        assert cell["status"] == "ran", cell
+        assert cell["status"] == "ran", (cell.get("cause"), cell.get("lines"))
         found = cell["result"]
         assert len(found["losses"]) == len(found["seconds"]) == 6
         assert cell.get("differs", 0.0) <= TOLERANCE, (name, found["losses"], reference["losses"])

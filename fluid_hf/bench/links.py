@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
+import socket
 from collections.abc import Iterator
 
 import torch
@@ -15,9 +17,10 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError
 from fluid_hf.process_groups import ParallelGroups, with_exchange_groups
 
-__all__ = ["LINKS", "exchange_of", "is_first", "link_world", "several_processes", "world_sizes"]
+__all__ = ["LINKS", "exchange_of", "free_port", "is_first", "link_world", "several_processes", "world_sizes"]
 
 LINKS = ("mirror", "nccl", "gloo")
+PORTS = range(12_000, 30_000)  # below those that the system gives to connections
 
 
 @contextlib.contextmanager
@@ -75,6 +78,19 @@ def several_processes() -> bool:
 def is_first() -> bool:
     """Whether this process prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that no connection is given while ranks start, which takes seconds.
+
+    Raises:
+        OSError: none was found.
+    """
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port between {PORTS.start} and {PORTS.stop}")
 
 
 def exchange_of(size: int) -> PeerExchange:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 
+from fluid_hf.bench.links import free_port
 from fluid_hf.bench.model import MODELS
 from fluid_hf.bench.shapes import SHAPES
 from fluid_hf.bench.train_plan import AUTOEP, DEPTHS, PROGRESS, TRANSFORMERS, WARM_UP, TrainPlan
@@ -208,9 +208,7 @@ def _run(plan: TrainPlan, timeout: float) -> dict[str, Any]:
 
 def _command(plan: TrainPlan) -> list[str]:
     """The launcher with its options; `none` is no hostfile, so nothing is started on other machines."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     what = ["fluid_hf.bench.train", str(Path(plan.out) / "plan.json")]
     if plan.variant == TRANSFORMERS:
         options = ["--nproc_per_node", str(plan.ranks), "--master_port", port, "-m"]

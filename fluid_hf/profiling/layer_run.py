@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from fluid_hf.bench.links import free_port
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.shapes import SHAPES
 from fluid_hf.moe.layer import ExpertParallelExperts
@@ -59,10 +59,7 @@ class LayerRun:
             self._trace(torch.device("cuda"))
             dist.destroy_process_group()
         else:
-            with socket.socket() as sock:
-                sock.bind(("127.0.0.1", 0))
-                port = sock.getsockname()[1]
-            torch.multiprocessing.spawn(_rank, (self, port), self.ep_size)  # type: ignore[no-untyped-call]
+            torch.multiprocessing.spawn(_rank, (self, free_port()), self.ep_size)  # type: ignore[no-untyped-call]
         return {overlap: self.trace_path(overlap) for overlap in self.overlaps}
 
     def _trace(self, device: torch.device) -> None:
