@@ -26,7 +26,7 @@ from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
-from fluid_hf.models.sharding import refuse_sharding
+from fluid_hf.models.sharding import REFUSED_DDP, refuse_sharding
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
@@ -228,10 +228,7 @@ class _RefuseDDP:
     """Stands where DistributedDataParallel reads what to ignore: it would average different experts with each other."""
 
     def __iter__(self) -> Iterator[str]:
-        raise ConfigError(
-            "ep_size must be 1 under DistributedDataParallel, which would average the gradients of different experts; "
-            "use DeepSpeed, or a plain loop with model.fluid.reduce_gradients(model)."
-        )
+        raise ConfigError(REFUSED_DDP)
 
 
 def get_state(model: Any) -> FluidState:

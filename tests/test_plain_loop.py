@@ -116,3 +116,44 @@ def run_frozen_on_one(rank: int, world: int, frozen: str) -> None:
 def test_a_parameter_frozen_on_some_ranks_only_is_named_on_all(pool2: RankPool, frozen: str, named: str) -> None:
     for message in pool2.expect("RankMismatchError", run_frozen_on_one, frozen, timeout=60):
         assert "requires_grad" in message and frozen in message and named in message
+
+
+class Around(torch.nn.Module):
+    """A head on a model, which is a part of it or not: a teacher, say."""
+
+    def __init__(self, model: Any, held: bool) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(96, 1)
+        self.models = torch.nn.ModuleList([model]) if held else (model,)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.models[0](input_ids=ids).logits).mean()
+
+
+def run_wrapped(rank: int, world: int, held: bool, ignored: bool, first: bool) -> None:
+    """A patched model under DistributedDataParallel that is not told of it: around its owner, or before patching."""
+    model = tiny_model("qwen3_moe")
+    around = Around(model, held)
+    if first:
+        around = torch.nn.parallel.DistributedDataParallel(around)
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world, timeout_seconds=30))
+    if ignored:
+        around._ddp_params_and_buffers_to_ignore = [name for name, _ in around.named_parameters() if "experts" in name]
+    if not first:
+        around = torch.nn.parallel.DistributedDataParallel(around)
+    try:
+        for _ in range(2):
+            around(batch(rank, 2)).backward()
+    finally:
+        fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_ddp_around_the_owner_of_split_experts_is_refused(pool2: RankPool, first: bool) -> None:
+    for message in pool2.expect("ConfigError", run_wrapped, True, False, first, timeout=60):
+        assert "DistributedDataParallel" in message and "reduce_gradients" in message
+
+
+@pytest.mark.parametrize(("held", "ignored"), [(False, False), (True, True)])
+def test_ddp_that_leaves_split_experts_alone_is_none_of_ours(pool2: RankPool, held: bool, ignored: bool) -> None:
+    pool2.run(run_wrapped, held, ignored, False, timeout=60)

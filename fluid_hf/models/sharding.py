@@ -1,23 +1,31 @@
-"""Refuses FSDP around experts that are split over ranks: it would take each rank's experts for a piece of the same."""
+"""Refuses FSDP and DistributedDataParallel around experts that are split over ranks: the one would take each rank's
+experts for a piece of the same, the other would give every rank those of the first and average their gradients.
+"""
 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["refuse_fsdp", "refuse_sharding"]
+__all__ = ["REFUSED_DDP", "refuse_fsdp", "refuse_sharding"]
 
 REMEDY = (
     "use DeepSpeed's ZeRO, transformers' expert parallelism (fluid_hf.integrations.transformers_ep), which runs under "
     "FSDP2, or ep_size 1."
+)
+REFUSED_DDP = (
+    "ep_size must be 1 under DistributedDataParallel, which would average the gradients of different experts; use "
+    "DeepSpeed, or a plain loop with model.fluid.reduce_gradients(model)."
 )
 
 
@@ -39,10 +47,11 @@ def refuse_fsdp(ep_size: int | None) -> None:
 
 
 def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableHandle:
-    """Look before every forward pass of a model whether FSDP has taken its experts.
+    """Look before every forward pass of a model whether FSDP or DistributedDataParallel has taken its experts.
 
     `fully_shard` and `FullyShardedDataParallel` tell nobody; but they replace parameters. What they are told to leave
-    alone is the same as before and looked at no further.
+    alone is the same as before and looked at no further. DistributedDataParallel around a module that holds the model
+    asks that module alone what to ignore; but it tells whose forward pass is running.
 
     Args:
         model: the patched model.
@@ -52,10 +61,16 @@ def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableH
         What ends it.
     """
     known = [next(layer.parameters(), None) for layer in layers]
+    harmless: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @torch.compiler.disable
     def look(module: nn.Module, args: tuple[Any, ...]) -> None:
         now = [next(layer.parameters(), None) for layer in layers]
+        around = DistributedDataParallel._get_active_ddp_module()
+        if around is not None and around not in harmless:
+            if _averages(around, now):
+                raise ConfigError(REFUSED_DDP)
+            harmless.add(around)
         # FullyShardedDataParallel(use_orig_params=True) keeps the parameters, and marks them.
         flattened = any(getattr(first, "_fsdp_flattened", False) for first in now)
         if not flattened and all(map(operator.is_, now, known)):
@@ -72,3 +87,10 @@ def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableH
 
 def _shards(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule | FullyShardedDataParallel)
+
+
+def _averages(around: DistributedDataParallel, parameters: Sequence[torch.Tensor | None]) -> bool:
+    """Whether it takes one of the parameters; a model that is called in there may be no part of it."""
+    named = around.module.named_parameters()
+    taken = {id(parameter) for name, parameter in named if name not in around.parameters_to_ignore}
+    return any(id(parameter) in taken for parameter in parameters)
