@@ -17,7 +17,7 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, HeldGroups
-from fluid_hf.errors import RankMismatchError
+from fluid_hf.errors import ConfigError, RankMismatchError
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
@@ -229,11 +229,12 @@ class FluidState:
             PeerError: a rank did not take part within `timeout_seconds`; names it. Over NCCL that is so until the first
                 gradient, after which the group's own timeout holds.
             RankMismatchError: a parameter is frozen on some ranks only.
+            ConfigError: the model holds experts in training that another patched model has split.
         """
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
             return
-        expert = self._split_parameters()
+        expert = self._split_parameters(model)
         named = list(model.named_parameters())
         used = self._used_anywhere(named)
         expert_gradients = []
@@ -250,8 +251,21 @@ class FluidState:
         if expert_gradients:
             self._spread_overflow(expert_gradients)
 
-    def _split_parameters(self) -> set[int]:
-        """Ids of the parameters of which each rank of an expert-parallel group has its own."""
+    def _split_parameters(self, model: nn.Module) -> set[int]:
+        """Ids of the parameters of which each rank of an expert-parallel group has its own.
+
+        Raises:
+            ConfigError: the model holds others, which would be taken for equal on all ranks.
+        """
+        own = set(self.layers.values())
+        for name, module in model.named_modules():
+            if not isinstance(module, ExpertParallelLayer) or module.ep_size == 1 or module in own:
+                continue
+            if any(parameter.requires_grad for parameter in module.split_parameters()):
+                raise ConfigError(
+                    f"experts {name} of {type(model).__name__} must be split by the model whose fluid is called, and "
+                    "are not; call reduce_gradients and clip_grad_norm_ of every patched model with that model alone."
+                )
         several = self.groups.ep_size > 1
         return {id(p) for layer in self.layers.values() for p in layer.split_parameters()} if several else set()
 
@@ -312,8 +326,11 @@ class FluidState:
 
         Returns:
             The norm before clipping, float64, equal on all ranks up to rounding.
+
+        Raises:
+            ConfigError: as `reduce_gradients`.
         """
-        expert = self._split_parameters()
+        expert = self._split_parameters(model)
         gradients = [(p.grad, id(p) in expert) for p in model.parameters() if p.grad is not None]
         device = gradients[0][0].device if gradients else None
         squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]

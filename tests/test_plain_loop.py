@@ -157,3 +157,26 @@ def test_ddp_around_the_owner_of_split_experts_is_refused(pool2: RankPool, first
 @pytest.mark.parametrize(("held", "ignored"), [(False, False), (True, True)])
 def test_ddp_that_leaves_split_experts_alone_is_none_of_ours(pool2: RankPool, held: bool, ignored: bool) -> None:
     pool2.run(run_wrapped, held, ignored, False, timeout=60)
+
+
+def run_two_in_one(rank: int, world: int, frozen: bool, clip: bool) -> None:
+    """Two patched models in one module, of which one is told to reduce or clip all."""
+    models = [fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world)) for _ in range(2)]
+    models[1].requires_grad_(not frozen)
+    both, ids = torch.nn.ModuleList(models), batch(rank, 2)
+    torch.stack([model(input_ids=ids, labels=ids).loss for model in models]).sum().backward()
+    try:
+        if clip:
+            models[0].fluid.clip_grad_norm_(both, 1.0)
+        else:
+            models[0].fluid.reduce_gradients(both)
+    finally:
+        for model in models:
+            fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_experts_that_another_model_has_split_are_not_taken_for_equal(pool2: RankPool, clip: bool) -> None:
+    for message in pool2.expect("ConfigError", run_two_in_one, False, clip, timeout=60):
+        assert "1.model.layers.0.mlp.experts" in message and "every patched model" in message
+    pool2.run(run_two_in_one, True, clip, timeout=60)  # a teacher has no gradients
