@@ -37,7 +37,7 @@ from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
-from fluid_hf.integrations.deepspeed_checks import check_training
+from fluid_hf.integrations.deepspeed_checks import check_optimizer, check_training
 from fluid_hf.integrations.optimizer_groups import split_groups
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
@@ -243,7 +243,7 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         _gather_adapted_attention_by_parts(state)
         with sequence_parallel_engine(bound.arguments, settings, state):
             if bound.arguments.get("optimizer") is not None:
-                bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], model, state)
+                bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], settings, model, state)
             result = initialize(*bound.args, **bound.kwargs)
         _bind_engine(result[0], model, state)
         return result
@@ -302,14 +302,14 @@ def _gather_adapted_attention_by_parts(state: FluidState) -> None:
         set_z3_leaf_module(forward.module, forward.is_plain())
 
 
-def _prepare_optimizer(optimizer: Any, model: nn.Module, state: FluidState) -> Any:
+def _prepare_optimizer(optimizer: Any, settings: Any, model: nn.Module, state: FluidState) -> Any:
     if not isinstance(optimizer, torch.optim.Optimizer):
         if not callable(optimizer):
             return optimizer
 
         @functools.wraps(optimizer)
         def make(*args: Any, **kwargs: Any) -> Any:
-            return _prepare_optimizer(optimizer(*args, **kwargs), model, state)
+            return _prepare_optimizer(optimizer(*args, **kwargs), settings, model, state)
 
         return make
     known = {id(parameter) for parameter in model.parameters()}
@@ -321,6 +321,7 @@ def _prepare_optimizer(optimizer: Any, model: nn.Module, state: FluidState) -> A
         )
     if any(isinstance(layer, DeepSpeedExperts) for layer in state.layers.values()):
         split_groups(optimizer)
+    check_optimizer(settings, optimizer, state, split=DeepSpeedExperts)
     return optimizer
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fluid_hf.errors import ConfigError
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.state import FluidState
 
-__all__ = ["check_training"]
+__all__ = ["check_optimizer", "check_training"]
 
 
 def check_training(config: Any, model: nn.Module, state: FluidState, *, split: type, frozen: type) -> None:
@@ -26,8 +27,7 @@ def check_training(config: Any, model: nn.Module, state: FluidState, *, split: t
     Raises:
         ConfigError: see the functions below.
     """
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    zero, stage = _zero(config)
     _refuse_unscaled_loss(stage, config)
     if state.groups.ep_size == 1:
         return
@@ -36,6 +36,31 @@ def check_training(config: Any, model: nn.Module, state: FluidState, *, split: t
     _refuse_frozen_experts(stage, state, split)
     _refuse_unclipped_experts(stage, config, state)
     _refuse_mixed_experts(stage, zero, state)
+
+
+def check_optimizer(config: Any, optimizer: torch.optim.Optimizer, state: FluidState, *, split: type) -> None:
+    """Refuse an optimizer, whose groups have been split, without the experts where DeepSpeed asks for a group of them.
+
+    Args:
+        config, state, split: as for `check_training`.
+        optimizer: the caller's.
+
+    Raises:
+        ConfigError: it holds no expert though they are trained, at stage 1 or 2.
+    """
+    stage = _zero(config)[1]
+    trained = [name for name, layer in state.layers.items() if isinstance(layer, split)]
+    if stage in (1, 2) and trained and not any(group.get("moe") for group in optimizer.param_groups):
+        raise ConfigError(
+            f"optimizer ({type(optimizer).__name__}) at zero_optimization.stage ({stage}) must hold the experts, whose "
+            f"requires_grad is true ({trained[0]}); freeze them before patch_model, or give them to the optimizer."
+        )
+
+
+def _zero(config: Any) -> tuple[Any, Any]:
+    """The block `zero_optimization`, and its stage."""
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return zero, zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def _match_training(state: FluidState, split: type, frozen: type) -> None:

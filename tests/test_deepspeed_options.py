@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from distributed import RankPool, rank_pool
 from families import tiny_model
@@ -15,8 +16,10 @@ from fluid_hf import FluidConfig
 pool2 = rank_pool(2)
 
 
-def run_zero_options(rank: int, world: int, stage: int, patched: bool, options: dict[str, Any]) -> Curve:
-    """A few steps with options of `zero_optimization`."""
+def run_zero_options(
+    rank: int, world: int, stage: int, patched: bool, options: dict[str, Any], held: str = ""
+) -> Curve:
+    """A few steps with options of `zero_optimization`, and an optimizer of the parameters with `held` in their name."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
@@ -25,7 +28,7 @@ def run_zero_options(rank: int, world: int, stage: int, patched: bool, options: 
         fluid_hf.patch_model(model, FluidConfig(ep_size=world))
     config = {**settings(stage), "zero_force_ds_cpu_optimizer": False}
     config["zero_optimization"] = {**config["zero_optimization"], **options}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if held in name], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
     curve = train(engine, rank)
     engine.destroy()
@@ -42,3 +45,13 @@ def test_gradients_that_are_not_copied_together(pool2: RankPool) -> None:
         expected = pool2.run(run_zero_options, stage, False, options)[0]
         for curve in pool2.run(run_zero_options, stage, True, served):
             assert_near(curve, expected)
+
+
+def test_an_optimizer_without_the_experts(pool2: RankPool) -> None:
+    for stage in (1, 2):
+        for text in pool2.expect("ConfigError", run_zero_options, stage, True, {}, "self_attn"):
+            assert f"optimizer (AdamW) at zero_optimization.stage ({stage}) must hold the experts" in text
+    for stage in (0, 3):
+        expected = pool2.run(run_zero_options, stage, False, {}, "self_attn")[0]
+        for curve in pool2.run(run_zero_options, stage, True, {}, "self_attn"):
+            assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
