@@ -19,7 +19,13 @@ from fluid_hf.checkpoint.saving import bind_adapter_saving, bind_saving, unbind_
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
-from fluid_hf.models.adapters import adapters_of, inside_adapters, join_adapters, split_adapters
+from fluid_hf.models.adapters import (
+    adapters_of,
+    inside_adapters,
+    join_adapters,
+    refuse_late_adapters,
+    split_adapters,
+)
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.generation import bind_generation, unbind_generation
@@ -114,6 +120,7 @@ def _bind(model: nn.Module, state: FluidState) -> None:
         model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
         bind_generation(model)
         state.sharding_check = refuse_sharding(model, list(state.layers.values()))
+        refuse_late_adapters(model, list(state.layers.values()))
     bind_saving(model, state)
     model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
     state.backend.attach(model)

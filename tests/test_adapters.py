@@ -85,6 +85,26 @@ def run_more_adapters(rank: int, world: int) -> None:
         fluid_hf.unpatch_model(model)
 
 
+def run_loaded_adapters(rank: int, world: int, wrapped: bool, folder: str) -> None:
+    """Adapters on the experts that are loaded into a patched model, to be used without an engine."""
+    if rank == 0:
+        adapted(EXPERTS).save_pretrained(folder)
+    torch.distributed.barrier()
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+    if wrapped:
+        model = PeftModel.from_pretrained(model, folder)
+    else:
+        model.load_adapter(folder)
+    with torch.no_grad():
+        model(input_ids=batch(0, 2))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_adapters_that_are_loaded_too_late(pool2: RankPool, tmp_path: Path, wrapped: bool) -> None:
+    for message in pool2.expect("ConfigError", run_loaded_adapters, wrapped, str(tmp_path)):
+        assert "target_parameters" in message and "load the adapters" in message, message
+
+
 def run_saved_modules(rank: int, world: int) -> None:
     """Whole blocks that are trained and saved with the adapters."""
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])

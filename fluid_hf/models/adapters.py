@@ -8,15 +8,24 @@ so the mean over ranks is the gradient of the mean loss. Only the product is res
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from fluid_hf.errors import ConfigError
 from fluid_hf.moe.layer import ExpertParallelLayer
 
-__all__ = ["adapters_of", "check_adapters", "inside_adapters", "join_adapters", "saves_adapters", "split_adapters"]
+__all__ = [
+    "adapters_of",
+    "check_adapters",
+    "inside_adapters",
+    "join_adapters",
+    "refuse_late_adapters",
+    "saves_adapters",
+    "split_adapters",
+]
 
 METHODS = ("get_delta_factors", "get_delta_weight", "unload_and_optionally_merge_module")
 
@@ -70,11 +79,31 @@ def check_adapters(model: nn.Module, layers: Iterable[ExpertParallelLayer]) -> N
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
         names = [name for name in getattr(config, "target_parameters", None) or () if "experts" in name]
-        if names and any(layer.ep_size > 1 and not layer.adapters_are_split for layer in layers):
+        late = [layer.ep_size for layer in layers if layer.ep_size > 1 and not layer.adapters_are_split]
+        if names and late:
             raise ConfigError(
-                f"target_parameters ({names[0]}) must be adapted before the experts are split over ranks; call "
-                "get_peft_model first and patch_model after it."
+                f"target_parameters ({names[0]}) must be adapted before the experts are split over ranks (ep_size "
+                f"({late[0]}) over 1); call get_peft_model first, or load the adapters, and call patch_model after it."
             )
+
+
+def refuse_late_adapters(model: nn.Module, layers: Sequence[ExpertParallelLayer]) -> None:
+    """Check in every forward pass, also without an engine, as generation with adapters that were loaded is.
+
+    PEFT calls the model's `forward` itself, past its hooks, so that the first layer has it; it goes with the layer.
+
+    Args:
+        model: the patched model, to which PEFT gives its configurations.
+        layers: its layers with experts that are split.
+    """
+
+    @torch.compiler.disable
+    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if "peft_config" in vars(model):
+            check_adapters(model, layers)
+
+    if layers:
+        layers[0].register_forward_pre_hook(look)
 
 
 def join_adapters(wrappers: list[Any]) -> None:
