@@ -156,6 +156,8 @@ def _attach_cross_layer(model: nn.Module, state: FluidState) -> None:
 def unpatch_model(model: ModelT) -> ModelT:
     """Put the original modules back, with the full current weights on every rank. Collective over all ranks.
 
+    Of experts that were split, gradients and what an optimizer holds are not put back: build a new optimizer.
+
     Raises:
         NotPatchedError: the model is not patched.
     """
