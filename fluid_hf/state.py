@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ from fluid_hf.process_groups import ParallelGroups, set_group_timeout
 
 __all__ = ["FluidState", "patched_elsewhere"]
 
+logger = logging.getLogger(__name__)
 WATCHDOG_SECONDS = 10.0  # what a rank that has waited in vain needs to ask who is missing, and to say it
 
 
@@ -93,6 +95,8 @@ class FluidState:
         self.sequence_router: RouterGather | None = None
         self.cross_layer: CrossLayerWgrad | None = None
         self.sharding_check: RemovableHandle | None = None
+        self._versions: dict[int, int] = {}
+        self._warned = False
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
         self.bound_blocks: dict[str, list[str]] = {}
@@ -250,6 +254,24 @@ class FluidState:
                 expert_gradients.append(parameter.grad)
         if expert_gradients:
             self._spread_overflow(expert_gradients)
+        reduced = [parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]
+        self._warn_of_untrained({id(p): p for p in reduced if id(p) in expert}, reduced)
+
+    def _warn_of_untrained(self, experts: dict[int, nn.Parameter], reduced: list[nn.Parameter]) -> None:
+        """Warn once if the optimizer has changed other parameters since the last call and none of the experts.
+
+        It then holds the model's experts of before it was patched: nothing else in a loop would tell.
+        """
+        versions = {id(parameter): parameter._version for parameter in reduced}
+        before, self._versions = self._versions, versions
+        changed = {key for key, version in versions.items() if before.get(key, version) != version}
+        watched = experts.keys() & before.keys()
+        if changed and watched and not changed & watched and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the optimizer has changed parameters that have gradients, and none of the experts: build it after "
+                "patch_model, and again after unpatch_model."
+            )
 
     def _split_parameters(self, model: nn.Module) -> set[int]:
         """Ids of the parameters of which each rank of an expert-parallel group has its own.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -93,6 +94,36 @@ def run_unused(rank: int, world: int, ep_size: int) -> float:
             optimizer.zero_grad()
         model.fluid.finish_batch()
     return worst_change(model, reference)
+
+
+def run_built(rank: int, world: int, when: str) -> list[str]:
+    """What is warned of in three steps with an optimizer that was built before or after the model was patched."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("fluid_hf.state")
+    logger.addHandler(handler)
+    model = tiny_model("qwen3_moe")
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    fluid_hf.patch_model(model, FluidConfig(ep_size=1 if when == "early, not split" else 2, timeout_seconds=30))
+    late = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        ids = batch(rank, 2, step=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.fluid.reduce_gradients(model)
+        if when != "skipped":  # as loss scaling does
+            (early if when.startswith("early") else late).step()
+        late.zero_grad()
+        model.fluid.finish_batch()
+    logger.removeHandler(handler)
+    return said
+
+
+@pytest.mark.parametrize(("when", "warnings"), [("early", 1), ("early, not split", 0), ("late", 0), ("skipped", 0)])
+def test_an_optimizer_that_was_built_too_early_is_warned_of(pool2: RankPool, when: str, warnings: int) -> None:
+    """It holds the experts of before: they would not be trained."""
+    for said in pool2.run(run_built, when):
+        assert len([line for line in said if "build it after patch_model" in line]) == warnings
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])
