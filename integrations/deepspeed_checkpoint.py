@@ -312,7 +312,7 @@ def _check_layout(folder: Path, tag: Any, layout: dict[str, int]) -> None:
         if saved is not None and saved[field] != layout[field] and max(saved["ep_size"], layout["ep_size"]) > 1:
             raise CheckpointError(
                 f"{field} ({layout[field]}) must equal the {field} ({saved[field]}) of the checkpoint "
-                f"({folder / str(tag)}); set {field} {saved[field]}, or convert it: python -m "
+                f"({folder / str(tag)}); set {field} {saved[field]}, or convert it (not at ZeRO 0): python -m "
                 f"deepspeed.checkpoint.ds_to_universal --input_folder {folder / str(tag)} --output_folder "
                 f'{folder / str(tag)}_universal, then resume with {{"checkpoint": {{"load_universal": true}}}} in '
                 "the DeepSpeed JSON; or start from the plain weights saved beside it."
