@@ -219,8 +219,8 @@ class _ShareLoader:
             where = files[0] if len(files) == 1 else f"{len(files)} files beside {files[0]}"
             raise CheckpointError(
                 f"tensor ({name}, shape {list(expected[name].shape)}) must be in the checkpoint ({where}) but is not; "
-                "get the files again, or the config.json that belongs to them; a model with a new head is loaded by its "
-                "own from_pretrained and then patched."
+                "get the files again, or the config.json that belongs to them; a model with a new head is loaded by "
+                "its own from_pretrained and then patched."
             )
 
 
