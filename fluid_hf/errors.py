@@ -25,7 +25,7 @@ class FluidError(Exception):
 
 
 class ConfigError(FluidError, ValueError):
-    """A setting is unknown, out of range, or at odds with another setting, the world size or the model.
+    """A setting or an argument is unknown, out of range, or at odds with another one, the world size or the model.
 
     Remedy: Set the field that the message names to one of the values it names. All settings are checked before
     anything is changed.

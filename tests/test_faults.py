@@ -334,3 +334,65 @@ def test_timeout_must_be_a_number_of_seconds(seconds: object) -> None:
     with pytest.raises(ConfigError, match="timeout_seconds"):
         FluidConfig(timeout_seconds=seconds)  # type: ignore[arg-type]
     assert FluidConfig(timeout_seconds=4).timeout_seconds == 4
+
+
+GOOD_CALL = {"hidden": ((5, 8), torch.float32), "index": ((5, 2), torch.int64), "weights": ((5, 2), torch.float32)}
+BAD_CALLS = {
+    "a batch dimension": ({"hidden": ((1, 5, 8), torch.float32)}, r"hidden_states (torch.float32 [1, 5, 8]) in"),
+    "another hidden size": ({"hidden": ((5, 6), torch.float32)}, "must be floating point [T, 8]"),
+    "integers for hidden states": ({"hidden": ((5, 8), torch.int64)}, r"hidden_states (torch.int64 [5, 8]) in"),
+    "other tokens": (
+        {"index": ((4, 2), torch.int64)},
+        "top_k_index (torch.int64 [4, 2]) in the call of layer layer must",
+    ),
+    "no experts per token": ({"index": ((5,), torch.int64)}, "must be integers [5, K], a row for each token"),
+    "no integers": ({"index": ((5, 2), torch.float32)}, "top_k_index (torch.float32 [5, 2]) in"),
+    "truth values": ({"index": ((5, 2), torch.bool)}, "top_k_index (torch.bool [5, 2]) in"),
+    "other weights": ({"weights": ((5, 3), torch.float32)}, "top_k_weights (torch.float32 [5, 3]) in"),
+    "no weights": ({"weights": ((5, 2), torch.int64)}, "must be floating point [5, 2], as top_k_index"),
+}
+
+
+def call_of(changes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> list[torch.Tensor]:
+    return [torch.ones(shape, dtype=dtype) for shape, dtype in {**GOOD_CALL, **changes}.values()]
+
+
+@pytest.mark.parametrize("how", BAD_CALLS)
+def test_arguments_that_a_layer_does_not_take(how: str) -> None:
+    changes, words = BAD_CALLS[how]
+    with pytest.raises(ConfigError) as caught:
+        ExpertParallelExperts(4, 8, 6)(*call_of(changes))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_expert_ids_of_any_integer_type(dtype: torch.dtype) -> None:
+    layer, (hidden, index, weights) = ExpertParallelExperts(4, 8, 6), call_of({})
+    assert torch.equal(layer(hidden, index.to(dtype), weights), layer(hidden, index, weights))
+
+
+def run_bad_calls(rank: int, world: int, waves: int | None, overlap: bool, bad: list[int]) -> list[tuple[str, str]]:
+    """What this rank raises in calls that some of the ranks make with other arguments; good calls come between."""
+    ways = {"group": torch.distributed.group.WORLD, "waves": waves, "overlap": overlap}
+    layer, raised = ExpertParallelExperts(4, 8, 6, **ways), []
+    layer.context.exchange.timeout_seconds = 20.0
+    for index, (changes, _) in enumerate(BAD_CALLS.values()):
+        with torch.set_grad_enabled(index % 2 == 0), pytest.raises((ConfigError, RankMismatchError)) as caught:
+            layer(*call_of(changes if rank in bad else {}))
+        raised.append((type(caught.value).__name__, str(caught.value)))
+        expected = layer(*call_of({}))
+        assert expected.isfinite().all() and expected.shape == (5, 8)
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("waves", "overlap", "bad"), [(None, True, [1]), (2, True, [0]), (None, False, [1]), (2, True, [0, 1])]
+)
+def test_every_rank_hears_of_arguments_that_one_rank_gets_wrong(
+    pool2: RankPool, waves: int | None, overlap: bool, bad: list[int]
+) -> None:
+    named = f"rank {bad[0]} called layer layer with arguments of a shape or type that it does not take"
+    for rank, raised in enumerate(pool2.run(run_bad_calls, waves, overlap, bad, timeout=60.0)):
+        for (kind, message), (_, words) in zip(raised, BAD_CALLS.values(), strict=True):
+            assert kind == ("ConfigError" if rank in bad else "RankMismatchError")
+            assert (words if rank in bad else named) in message

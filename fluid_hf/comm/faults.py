@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fluid_hf.errors import PeerError, RoutingError
+from fluid_hf.errors import PeerError, RankMismatchError, RoutingError
 
-__all__ = ["GOOD", "input_status", "peer_error", "raise_flagged"]
+__all__ = ["GOOD", "MALFORMED", "input_status", "peer_error", "raise_flagged"]
 
-GOOD, NOT_FINITE, OUT_OF_RANGE = 0, 1, 2
+GOOD, NOT_FINITE, OUT_OF_RANGE, MALFORMED = 0, 1, 2, 3  # the kernels know the first three
 MEANING = {
     NOT_FINITE: "routing weights must be finite; they hold NaN or Inf",
     OUT_OF_RANGE: "expert ids must be in [0, num_experts); some are not",
@@ -41,11 +41,17 @@ def raise_flagged(counts_2PC: Sequence[Sequence[Sequence[int]]], own: int, ranks
         layer: name of the layer.
 
     Raises:
-        RoutingError: on every rank of the group in the same call.
+        RoutingError, RankMismatchError: on every rank of the group in the same call.
     """
     bad = {peer: -counts[0] for peer, counts in enumerate(counts_2PC[1]) if peer != own and counts[0] < 0}
     if any(counts[0] < 0 for counts in counts_2PC[0]):
         bad[own] = max(-counts[0] for counts in counts_2PC[0])
+    malformed = [str(ranks[peer]) for peer, status in sorted(bad.items()) if status == MALFORMED]
+    if malformed:
+        raise RankMismatchError(
+            f"rank {', '.join(malformed)} called layer {layer} with arguments of a shape or type that it does not "
+            "take; the ConfigError of that rank names the argument."
+        )
     if bad:
         raise routing_error({ranks[peer]: status for peer, status in bad.items()}, layer)
 

@@ -279,8 +279,8 @@ class PeerExchange:
             raise self.fault(error) from error
         words = [row[-NUM_WORDS:] for row in counts[1]]
         words[self.rank] = counts[0][self.rank][-NUM_WORDS:]  # need not have travelled
+        raise_flagged(counts, self.rank, self.ranks, layer)  # first: of such a call the form means nothing
         check_forms(words, self.ranks, layer)
-        raise_flagged(counts, self.rank, self.ranks, layer)
         return counts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PeerExchange:

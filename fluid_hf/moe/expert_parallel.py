@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 
+from fluid_hf.comm.faults import MALFORMED
 from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
+from fluid_hf.errors import FluidError
 from fluid_hf.moe.expert_math import ExpertGradients
 from fluid_hf.moe.layer_call import LayerCall
 from fluid_hf.moe.layer_context import LayerContext
@@ -31,7 +33,7 @@ from fluid_hf.nodes import apply_inner
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 from fluid_hf.ranges import span
 
-__all__ = ["expert_parallel"]
+__all__ = ["expert_parallel", "tell_malformed"]
 
 Tensors = tuple[torch.Tensor | None, ...]
 _AS_IT_IS = contextlib.nullcontext()
@@ -144,6 +146,29 @@ def expert_parallel(
     with _without_autocast(hidden_TH.device.type):
         output: torch.Tensor = apply_inner(_Combine, computed, call)
     return output if shared is None else (output, shared)
+
+
+def tell_malformed(
+    no_hidden: torch.Tensor,
+    top_k: int,
+    read_parameters: Callable[[], dict[str, torch.Tensor]],
+    context: LayerContext,
+) -> None:
+    """Take part in a call that this rank's arguments do not allow: without a token, and telling the others why.
+
+    They raise `RankMismatchError`. What this rank finds out about them meanwhile is not raised: its own error is the
+    cause, or one of them.
+
+    Args:
+        no_hidden: [0, H] in the type and on the device of the weights.
+        top_k: K of another call, or 1.
+        read_parameters, context: as for `expert_parallel`.
+    """
+    no_weights = no_hidden.new_empty(0, top_k)
+    no_index = torch.empty_like(no_weights, dtype=torch.int64)
+    with torch.no_grad(), _without_autocast(no_hidden.device.type), contextlib.suppress(FluidError):
+        call = LayerCall(context, read_parameters, read_parameters(), no_hidden, no_weights, no_hidden.dtype)
+        call.dispatch(no_hidden, no_weights, no_index, MALFORMED)
 
 
 def _infer(

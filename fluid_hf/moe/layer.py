@@ -16,7 +16,8 @@ from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.config import FluidConfig, check_sizes
 from fluid_hf.errors import ConfigError, GradientError, UnsupportedModelError
 from fluid_hf.moe.activation import Activation
-from fluid_hf.moe.expert_parallel import expert_parallel
+from fluid_hf.moe.arguments import check_arguments, fit
+from fluid_hf.moe.expert_parallel import expert_parallel, tell_malformed
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
@@ -84,6 +85,7 @@ class ExpertParallelLayer(nn.Module):
         unstack: of experts that a model stores otherwise, makes what is stored from a weight's name and value.
         stack: of such experts, makes some experts' weight from its name and what is stored of all.
         patched_in: class of the model that was given to `patch_model`; "" for a layer of the user's own.
+        hidden_size: H, if it is known whatever the layout of the weights.
 
     Args:
         num_experts: experts of the whole layer.
@@ -97,6 +99,7 @@ class ExpertParallelLayer(nn.Module):
     unstack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
     stack: Callable[[str, Mapping[str, torch.Tensor], slice], torch.Tensor] | None = None
     patched_in = ""
+    hidden_size: int | None = None
     adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
 
     def __init__(
@@ -192,12 +195,32 @@ class ExpertParallelLayer(nn.Module):
         """Weighted sum of each token's experts; a collective over the expert-parallel group.
 
         With `between`, also its result: a shared expert, computed while the rows travel.
+
+        Raises:
+            ConfigError: an argument has another shape or type; the other ranks of the group raise `RankMismatchError`.
         """
+        if not fit(hidden_states, top_k_index, top_k_weights, self.hidden_size):
+            self._check_arguments(hidden_states, top_k_index, top_k_weights)
+            top_k_index = top_k_index.long()  # integers of another width
         self.context.waves = self.wave_choice.get(
             self, hidden_states.shape[0], top_k_index.shape[1], hidden_states.device
         )
         parameters = self._readable_parameters()
         return expert_parallel(hidden_states, top_k_index, top_k_weights, parameters, self.context, between)
+
+    def _check_arguments(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        """Raise what is wrong with the arguments, once the other ranks know that their call has failed as well."""
+        try:
+            check_arguments(hidden, index, weights, self.hidden_size, self.context.name)
+        except ConfigError:
+            if self.ep_size > 1:
+                math, down = self.context.math, self.expert_parameters()["down"]
+                transposed = isinstance(math, GeneralMath) and math.format.transposed
+                no_hidden = down.detach().new_empty(0, down.shape[2 if transposed else 1])
+                top_k = self.last_top_k or 1
+                self.context.waves = self.wave_choice.get(self, 0, top_k, down.device)
+                tell_malformed(no_hidden, top_k, self._readable_parameters(), self.context)
+            raise
 
     def _readable_parameters(self) -> Callable[[], dict[str, torch.Tensor]]:
         """How backward reads the weights again. Computed ones (adapters, `functional_call`) are kept from forward."""
@@ -310,6 +333,7 @@ class ExpertParallelExperts(ExpertParallelLayer):
             recompute=recompute,
             wave_choice=WaveChoice(waves),
         )
+        self.hidden_size = hidden_size
         shape = (self.num_local_experts, 2 * intermediate_size, hidden_size)
         self.gate_up_proj = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         shape = (self.num_local_experts, hidden_size, intermediate_size)
@@ -325,6 +349,7 @@ class ExpertParallelExperts(ExpertParallelLayer):
         module = cls.__new__(cls)
         module.init_like(layer)
         module.gate_up_proj, module.down_proj = gate_up_proj, down_proj
+        module.hidden_size = getattr(down_proj, "ds_shape", down_proj.shape)[1]
         return module
 
     def expert_parameters(self) -> dict[str, torch.Tensor]:

@@ -87,14 +87,20 @@ class LayerCall:
 
     # -- forward --------------------------------------------------------------------------------------------------
     @ranged("forward dispatch")
-    def dispatch(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor) -> Places:
-        """Plan the rows, tell every peer how many come, and post all waves of the dispatch; the rows' `places`."""
+    def dispatch(
+        self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, index_TK: torch.Tensor, status: int = GOOD
+    ) -> Places:
+        """Plan the rows, tell every peer how many come, and post all waves of the dispatch; the rows' `places`.
+
+        With a `status` the peers are told that in place of it, and every rank raises.
+        """
         if hidden_TH.dtype != self.dtype:
             hidden_TH = hidden_TH.to(self.dtype)
         hidden_TH, index_TK = _side_by_side(hidden_TH), _side_by_side(index_TK)
         self._inputs = hidden_TH, weights_TK, index_TK
         context, exchange = self.context, self.context.exchange
-        status = input_status(weights_TK, index_TK, context.num_experts) if index_TK.device.type == "cpu" else GOOD
+        if status == GOOD and index_TK.device.type == "cpu":
+            status = input_status(weights_TK, index_TK, context.num_experts)
         if exchange.size == 1:
             if status != GOOD:
                 raise routing_error({dist.get_rank() if dist.is_initialized() else 0: status}, context.name)
