@@ -105,6 +105,12 @@ def test_adapters_that_are_loaded_too_late(pool2: RankPool, tmp_path: Path, wrap
         assert "target_parameters" in message and "load the adapters" in message, message
 
 
+def run_linear_adapters(rank: int, world: int) -> None:
+    """PEFT counts the experts among what is linear, under names without "experts"."""
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+    get_peft_model(model, LoraConfig(target_modules="all-linear"))(input_ids=batch(0, 2))
+
+
 def run_saved_modules(rank: int, world: int) -> None:
     """Whole blocks that are trained and saved with the adapters."""
     lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
@@ -115,6 +121,7 @@ def run_saved_modules(rank: int, world: int) -> None:
     ("run", "error", "words"),
     [
         (run_more_adapters, "ConfigError", ["target_parameters", "ep_size (2)", "call get_peft_model first"]),
+        (run_linear_adapters, "ConfigError", ["target_parameters (down_proj)", "first", "all-linear"]),
         (run_saved_modules, "UnsupportedModelError", ["model.layers.0.mlp", "modules_to_save", "set ep_size 1"]),
     ],
 )

@@ -78,12 +78,18 @@ def check_adapters(model: nn.Module, layers: Iterable[ExpertParallelLayer]) -> N
     """
     configs = getattr(model, "peft_config", None)
     for config in configs.values() if isinstance(configs, dict) else ():
-        names = [name for name in getattr(config, "target_parameters", None) or () if "experts" in name]
-        late = [layer.ep_size for layer in layers if layer.ep_size > 1 and not layer.adapters_are_split]
+        targets = sorted(getattr(config, "target_parameters", None) or ())
+        if not targets:
+            continue
+        late = [layer for layer in layers if layer.ep_size > 1 and not layer.adapters_are_split]
+        weights = [f".{layer.context.name}.{weight}" for layer in late for weight in layer.weight_names]
+        # PEFT matches ends of names; "all-linear", and old names of experts, become `down_proj` alone.
+        names = [t for t in targets if "experts" in t or any(weight.endswith(f".{t}") for weight in weights)]
         if names and late:
             raise ConfigError(
                 f"target_parameters ({names[0]}) must be adapted before the experts are split over ranks (ep_size "
-                f"({late[0]}) over 1); call get_peft_model first, or load the adapters, and call patch_model after it."
+                f"({late[0].ep_size}) over 1); call get_peft_model first, or load the adapters, and call patch_model "
+                'after it, or name target_modules without the experts ("all-linear" adapts them, too).'
             )
 
 
