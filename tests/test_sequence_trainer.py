@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from test_trainer import assert_equal, curve, train
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidConfig
-from fluid_hf.integrations.accelerate import FilledBatches, check_loss, check_ranks
+from fluid_hf.integrations.accelerate import FilledBatches, check_loss, check_ranks, name_attention
 
 pool4 = rank_pool(4)
 
@@ -94,6 +95,28 @@ def test_as_many_groups_as_parallelism_config_says() -> None:
     check_ranks(ParallelismConfig(sp_size=2, dp_replicate_size=2), 4)
     with pytest.raises(ConfigError, match=r"dp_shard_size \(1\).* must be 2 with sp_size \(2\) on 4 ranks"):
         check_ranks(ParallelismConfig(sp_size=2), 4)
+
+
+def test_attention_is_named_for_the_accelerator_alone() -> None:
+    """The user's own object may serve a second Trainer, whose model has another attention."""
+    given = ParallelismConfig(sp_size=2, sp_backend="deepspeed")
+    accelerator = SimpleNamespace(state=SimpleNamespace(parallelism_config=given))
+    models = [tiny_model("qwen3_moe") for _ in range(2)]
+    for model, name in zip(models, ("sdpa", "flash_attention_2"), strict=True):
+        model.config._attn_implementation_internal = name
+        for config in (given, accelerator.state.parallelism_config):  # of the arguments, or of `accelerate launch`
+            name_attention(config, accelerator, model)
+            named = accelerator.state.parallelism_config
+            assert named.sp_handler.sp_attn_implementation == name and named.sp_size == 2
+    assert given.sp_handler.sp_attn_implementation is None
+    own = copy.deepcopy(given)
+    own.sp_handler.sp_attn_implementation = "sdpa"
+    accelerator.state.parallelism_config = own
+    name_attention(own, accelerator, models[1])
+    assert accelerator.state.parallelism_config is own and own.sp_handler.sp_attn_implementation == "sdpa"
+    for config, built in ((None, accelerator), (given, None), (ParallelismConfig(), accelerator)):
+        name_attention(config, built, models[0])
+    assert accelerator.state.parallelism_config is own
 
 
 def test_several_groups_on_cpus_are_refused_by_name() -> None:
