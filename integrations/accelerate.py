@@ -7,6 +7,7 @@ Evaluation batches stay whole on every rank, as the Trainer leaves them. Before 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -94,16 +95,24 @@ def check_ranks(parallelism_config: Any, world_size: int) -> None:
         )
 
 
-def name_attention(parallelism_config: Any, model: nn.Module) -> None:
-    """Name the model's core attention in a `ParallelismConfig` that leaves it open: DeepSpeed compares the two.
+def name_attention(parallelism_config: Any, accelerator: Any, model: nn.Module) -> None:
+    """Name the model's core attention where a `ParallelismConfig` leaves it open: DeepSpeed compares the two.
+
+    The name goes into a copy, for the accelerator: the next model may have another one.
 
     Args:
         parallelism_config: the Trainer's; `None` without one.
+        accelerator: the Trainer's `Accelerator`; without one nothing is done.
         model: a transformers model, or PEFT's around one.
     """
-    handler = getattr(parallelism_config, "sp_handler", None)
-    if handler is not None and handler.sp_attn_implementation is None:
-        handler.sp_attn_implementation = getattr(model.config, "_attn_implementation", None)
+    given = getattr(parallelism_config, "named_from", parallelism_config)  # itself, or what an earlier call has copied
+    handler = getattr(given, "sp_handler", None)
+    if accelerator is None or handler is None or handler.sp_attn_implementation is not None:
+        return
+    named = copy.copy(given)
+    named.named_from, named.sp_handler = given, copy.copy(handler)
+    named.sp_handler.sp_attn_implementation = getattr(model.config, "_attn_implementation", None)
+    accelerator.state.parallelism_config = named
 
 
 def check_loss(sp_size: int, world_size: int, args: Any) -> None:

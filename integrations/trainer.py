@@ -90,7 +90,8 @@ class FluidCallback(TrainerCallback):
             handler.callbacks.insert(1, self)
 
     def _patch(self, model: nn.Module, args: TrainingArguments) -> None:
-        parallelism = parallelism_of(args, getattr(calling_trainer(), "accelerator", None))
+        accelerator = getattr(calling_trainer(), "accelerator", None)
+        parallelism = parallelism_of(args, accelerator)
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
             active = deepspeed_config()
             block = active.get("fluid", {}) if isinstance(active, dict) else {}
@@ -102,7 +103,7 @@ class FluidCallback(TrainerCallback):
         check_sp_size(groups.sp_size, parallelism)
         check_ranks(parallelism, groups.world_size)
         check_loss(groups.sp_size, groups.world_size, args)
-        name_attention(parallelism, model)
+        name_attention(parallelism, accelerator, model)
         _check_reference(args, groups.ep_size)
         if args.fsdp:
             refuse_fsdp(groups.ep_size)

@@ -14,9 +14,7 @@ import importlib.util
 import io
 import multiprocessing
 import os
-import random
 import runpy
-import socket
 import subprocess
 import sys
 import time
@@ -54,7 +52,6 @@ PRELOAD = (
 END = ("", "", (), {})  # instead of a call: no more will come
 HANG = 600.0  # seconds; far more than anything here takes on a slow machine, so it ends only what hangs
 GRACE = 60.0  # seconds the other ranks get once one has raised: they may hang waiting for it
-PORTS = range(12_000, 30_000)  # below those that the system gives to whoever asks for any, ranks of another pool too
 
 
 @dataclasses.dataclass
@@ -75,12 +72,10 @@ class RankError(AssertionError):
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on, another one each time."""
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-    raise OSError(f"no free port in {PORTS}")
+    """A TCP port nobody listens on, another one each time; imported here, as ranks import this module."""
+    from fluid_hf.bench import links
+
+    return links.free_port()
 
 
 class RankPool:
