@@ -137,7 +137,7 @@ def test_operations_of_a_call_in_pieces(monkeypatch: pytest.MonkeyPatch, shape: 
     init_mirror(2)
     found = []
     for least in (1 << 60, 0):
-        monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
+        monkeypatch.setattr("fluid_hf.attention.planner.MIN_SECONDS_IN_PIECES", least)
         bench = AttentionBench(ATTENTION_SHAPES[shape], 2, 16, CPU, dtype=torch.float32, layers=1)
         found.append(count_operations(bench, *bench.ours(overlap=True)))
     dist.destroy_process_group()
@@ -149,7 +149,7 @@ def test_operations_of_a_call_in_pieces(monkeypatch: pytest.MonkeyPatch, shape: 
 @pytest.mark.parametrize("least", [0, 1 << 60])
 def test_gradients_of_one_part_alone(mirror: int, trained: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody wants a gradient of is not sent back, and the rest is as with plain all-to-alls, in pieces or not."""
-    monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
+    monkeypatch.setattr("fluid_hf.attention.planner.MIN_SECONDS_IN_PIECES", least)
     shape = dataclasses.replace(ATTENTION_SHAPES["tiny-normed"], heads=8)
     bench = AttentionBench(shape, mirror, 8 * mirror, CPU, dtype=torch.float32, layers=1)
     found = []
@@ -170,7 +170,7 @@ def test_gradients_of_one_part_alone(mirror: int, trained: str, least: int, monk
 @pytest.mark.parametrize("least", [0, 1 << 60])
 def test_steps_on_each_gradient_as_it_comes(mirror: int, least: int, chunks: int, monkeypatch: Any) -> None:
     """An optimizer in the backward pass changes o_proj's weight before the gradient of the input is computed."""
-    monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
+    monkeypatch.setattr("fluid_hf.attention.planner.MIN_SECONDS_IN_PIECES", least)
     shape = dataclasses.replace(ATTENTION_SHAPES["tiny"], heads=8)
     bench = AttentionBench(shape, mirror, 8 * mirror, CPU, dtype=torch.float32, layers=1)
     layer, module = bench.ours(overlap=True, chunks=chunks)

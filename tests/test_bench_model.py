@@ -14,6 +14,8 @@ from distributed import RankPool, rank_pool
 
 from fluid_hf import cli
 from fluid_hf.bench.links import world_sizes
+from fluid_hf.bench.model import ModelBench, ModelSlice
+from fluid_hf.bench.same_routing import RecordedRouting, SameRouting
 from fluid_hf.bench.stages import Stages
 from fluid_hf.errors import ConfigError
 
@@ -51,6 +53,26 @@ def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pyte
     assert len(table.splitlines()) == 2 + 4 * len(cells) and len(report.splitlines()) == 2 + 2 * len(cells)
     for folder in ("pictures", "again"):
         assert {path.name for path in (tmp_path / folder).glob("*.png")} == {"tiny_2x1.png", "tiny_2x1_sp2.png"}
+
+
+def test_a_second_model_routes_as_the_first_with_weights_of_its_own() -> None:
+    bench = ModelBench(ModelSlice("tiny", 2, 2, 16), torch.device("cpu"), torch.float32)
+    first, second = bench.build(), bench.build()
+    with torch.no_grad():
+        for layer in second.layers:  # type: ignore[union-attr]
+            layer.mlp.gate.weight.add_(torch.randn_like(layer.mlp.gate.weight))
+        with RecordedRouting() as routing:
+            first(**bench.inputs)
+        with RecordedRouting() as free:
+            own = second(**bench.inputs).last_hidden_state
+        with SameRouting(routing.chosen), RecordedRouting() as bound:
+            led = second(**bench.inputs).last_hidden_state
+    assert [index.shape[0] for index in routing.chosen] == [32, 32]
+    assert all(map(torch.equal, routing.chosen, bound.chosen)) and not torch.equal(own, led)
+    assert not any(map(torch.equal, routing.chosen, free.chosen))
+    bench.make_reference(bench.build())
+    assert bench.error(bench.build()) == 0
+    assert bench.error(second.train()) > 1e-3, "routers that give other weights are told"
 
 
 def test_stages_are_named_before_they_end(capsys: pytest.CaptureFixture[str]) -> None:

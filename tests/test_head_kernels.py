@@ -103,7 +103,7 @@ def test_rows_in_travel_order(width: int) -> None:
 @pytest.mark.parametrize("least", [0, 1 << 60])
 def test_whole_layer(monkeypatch: pytest.MonkeyPatch, shape: str, size: int, chunks: int, least: int) -> None:
     """One layer's output and gradients with the kernels and with the plain code, in pieces or not."""
-    monkeypatch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", least)
+    monkeypatch.setattr("fluid_hf.attention.planner.MIN_SECONDS_IN_PIECES", least)
     init_mirror(size)
     try:
         bench = AttentionBench(ATTENTION_SHAPES[shape], size, 16 * size, DEVICE, dtype=torch.float32, layers=1)

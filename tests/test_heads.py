@@ -110,6 +110,7 @@ def test_fused_projection(heads: int, kv_heads: int, size: int, chunks: int) -> 
 )
 def test_chunks_where_they_pay(num_bytes: int, size: int, chunks: int) -> None:
     assert choose_head_chunks(num_bytes, size) == chunks
+    assert choose_head_chunks(10 * num_bytes, size, speed=460e9) == chunks
 
 
 @pytest.mark.parametrize(

@@ -186,3 +186,26 @@ def run_gpu_case(rank: int, world: int, seed: int) -> tuple[float, float]:
 def test_cases_of_the_gpu_scripts_are_right_on_the_cpu(pool2: RankPool) -> None:
     for errors in pool2.run(run_gpu_case, 3):
         assert max(errors) <= 1e-5
+
+
+def run_between_two(rank: int, world: int) -> list[float]:
+    """As over NCCL, where two ranks exchange what each sends by one all-to-all: rows that differ in number, or none."""
+    exchange, peer = PeerExchange(dist.group.WORLD, rank, world), 1 - rank
+    for counts in ((3, 5), (0, 4), (4, 0)):
+        sent, received = torch.full((counts[rank], 2, 3), float(rank)), torch.full((counts[peer], 2, 3), -1.0)
+        exchange._track([exchange._start_between_two(*_pairs(peer, sent, received))], [sent, received]).wait()
+        assert bool((received == peer).all())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            PeerExchange, "_start", lambda self, *pairs: [self._start_between_two(*pairs)] if any(pairs) else []
+        )
+        return [max(run_gpu_case(rank, world, seed)) for seed in (3, 4)]
+
+
+def _pairs(peer: int, *tensors: torch.Tensor) -> list[list[tuple[int, torch.Tensor]]]:
+    return [[(peer, tensor)] if tensor.numel() else [] for tensor in tensors]
+
+
+def test_two_ranks_exchange_by_one_all_to_all(pool2: RankPool) -> None:
+    for errors in pool2.run(run_between_two):
+        assert max(errors) <= 1e-5

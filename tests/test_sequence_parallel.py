@@ -169,7 +169,7 @@ def test_three_chunks_of_unequal_size(pool2: RankPool, kv_heads: int) -> None:
 def run_in_pieces(rank: int, world: int, family: str, **options: Any) -> dict[str, float]:
     """`run_model` with messages in two pieces, however small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", 0)
+        patch.setattr("fluid_hf.attention.planner.MIN_SECONDS_IN_PIECES", 0)
         return run_model(rank, world, family, 2, **options)
 
 
@@ -318,7 +318,7 @@ SCHEDULE = [
 
 def run_schedule_in_pieces(rank: int, world: int) -> tuple[list[str], int, float]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fluid_hf.attention.planner.MIN_BYTES_IN_PIECES", 0)
+        patch.setattr("fluid_hf.attention.planner.MIN_SECONDS_IN_PIECES", 0)
         return run_schedule(rank, world, "mixtral", waves=1)
 
 
@@ -336,3 +336,30 @@ def test_order_of_events_and_bytes(pool2: RankPool) -> None:
             tokens, layers, heads = 2 * 6, 2, 4 // 2 + 2 * 2 // 2 + 4 // 2  # q, k and v, results to the other rank
             assert sent == layers * tokens * heads * 8 * 4
             assert inside >= layers  # o_proj
+
+
+def run_measured(rank: int, world: int) -> tuple[float, int, list[int], dict[str, float]]:
+    """As on a device whose links are measured: the speed, the chunks of layers at it, and bytes that count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fluid_hf.models.sequence_parallel.MEASURED", ("cpu",))
+        errors = run_model(rank, world, "mixtral", 2)
+        model = fluid_hf.patch_model(tiny_model("mixtral"), FluidConfig(ep_size=1, sp_size=world)).train()
+        exchange, chunks = model.fluid.sequence_exchange, []
+        shard = model.fluid.shard_batch(whole_batch(0, packed=False, mask="", length=12))
+        model(**shard)
+        speed, sent, layer = exchange.speed, exchange.bytes_sent, model.model.layers[0].self_attn.forward
+        chunks.append(len(layer.context.plans))
+        exchange.speed = 1e3
+        model(**shard)
+        chunks += layer.context.plans
+        fluid_hf.unpatch_model(model)
+    return speed, sent, chunks, errors
+
+
+def test_the_speed_of_the_link_is_measured_once_and_agreed(pool2: RankPool) -> None:
+    results = pool2.run(run_measured)
+    check([errors for *_, errors in results])
+    for speed, sent, chunks, _ in results:
+        assert speed == results[0][0] and speed > 0
+        assert chunks == [1, 1, 3], "one plan, of one chunk; a slow link is worth more of them"
+        assert sent == 2 * 2 * 6 * (4 // 2 + 2 * 2 // 2 + 4 // 2) * 8 * 4, "what measures the link does not count"

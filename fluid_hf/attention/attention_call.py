@@ -68,7 +68,7 @@ class AttentionCall:
         self.peer = 1 - self.own if self.size == 2 else None  # whose part alone is exchanged
         tokens = self.batch * self.length
         sent = context.layout.bytes_sent(tokens, context.head_dim, dtype.itemsize)
-        self.in_pieces = travels_in_pieces(sent, self.num_chunks, self.size)
+        self.in_pieces = travels_in_pieces(sent, self.num_chunks, self.size, context.exchange.speed)
         self._even = [1] * self.size
         self._handles: list[list[ExchangeHandle]] = []
         self._received: list[torch.Tensor] = []

@@ -21,6 +21,7 @@ from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence
 from fluid_hf.bench.attention_peers import AttentionLayer, AttentionShape, deepspeed_layer, new_layer, plain_layer
 from fluid_hf.bench.layer import measure
+from fluid_hf.comm.calibration import MEASURED, measure_speed
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.models.attention import AttentionSite
 from fluid_hf.models.attention_forms import find_attention_form
@@ -72,6 +73,8 @@ class AttentionBench:
         self.dtype, self.length = dtype, tokens // sp_size
         self.layout = plan_heads(shape.heads, shape.kv_heads, sp_size)
         self.exchange = PeerExchange(dist.group.WORLD if sp_size > 1 else None, 0, sp_size)
+        if sp_size > 1 and device.type in MEASURED:
+            self.exchange.speed = measure_speed(self.exchange, device)
         generator = torch.Generator(device=device).manual_seed(0)
         size = (1, self.length, shape.hidden)
         self.hidden, self.grad = (torch.randn(size, device=device, generator=generator).to(dtype) for _ in range(2))

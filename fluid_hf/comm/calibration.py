@@ -12,7 +12,9 @@ import torch.distributed as dist
 from fluid_hf.comm.peer_exchange import ExchangeHandle, PeerExchange
 from fluid_hf.comm.spared import AS_IT_IS, Spared, can_spare
 
-__all__ = ["LinkSpeed", "measure_launch", "measure_link", "measure_spared"]
+__all__ = ["MEASURED", "LinkSpeed", "measure_launch", "measure_link", "measure_spared", "measure_speed"]
+
+MEASURED = ("cuda",)  # devices whose links are measured; elsewhere planners take what is usual
 
 # A message as large as a wave's: 8 MiB to one peer did not fill a link (NVLink, and PCIe both ways). The least size is
 # for many peers, whose buffers grow with their number.
@@ -83,6 +85,17 @@ def measure_link(exchange: PeerExchange, device: torch.device, repeats: int = 5)
     (taken,) = _agree(exchange, device, [load.share_taken(message)])
     exchange.bytes_sent = before
     return LinkSpeed.from_times(exchange.size - 1, message, small, post, taken)
+
+
+def measure_speed(exchange: PeerExchange, device: torch.device, repeats: int = 3) -> float:
+    """Bytes per second in each direction with all peers at once, the slowest rank's. Collective over the group."""
+    exchange.at(exchange.place[0], STEP)
+    before = exchange.bytes_sent
+    load = _Load(exchange, device)
+    load.post(1, load.size)[0].wait()  # NCCL connects the ranks
+    (seconds,) = _agree(exchange, device, [min(load.message(load.size)[0] for _ in range(repeats))])
+    exchange.bytes_sent = before
+    return (exchange.size - 1) * load.size / seconds
 
 
 def measure_spared(exchange: PeerExchange, device: torch.device, repeats: int = 3) -> int:

@@ -100,7 +100,7 @@ def _bench(options: Any, sp_size: int, cells: list[dict[str, Any]]) -> None:
 
 
 def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
-    planned = len(bench.layout.chunks(choose_head_chunks(bench.bytes_sent(), bench.sp_size)))
+    planned = len(bench.layout.chunks(choose_head_chunks(bench.bytes_sent(), bench.sp_size, bench.exchange.speed)))
     chunks = sorted({planned, *(len(bench.layout.chunks(count)) for count in options.chunks)})
     cell: dict[str, Any] = {"shape": name, "sp_size": bench.sp_size, "tokens": bench.tokens, "layers": bench.layers}
     cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}

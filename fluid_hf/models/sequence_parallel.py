@@ -25,6 +25,7 @@ from fluid_hf.attention.planner import choose_head_chunks
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.sequence import ShardedSequence, gather_sequence
 from fluid_hf.attention.ulysses import ulysses_attention
+from fluid_hf.comm.calibration import MEASURED, measure_speed
 from fluid_hf.comm.call_form import CallForm, check_forms, describe_ranks
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelError
@@ -173,7 +174,8 @@ class OverlappedForward:
         if not chunks:
             tokens, size = hidden_states.shape[0] * hidden_states.shape[1], module.q_proj.weight.element_size()
             layout = self.context.layout
-            chunks = choose_head_chunks(layout.bytes_sent(tokens, self.context.head_dim, size), layout.sp_size)
+            sent = layout.bytes_sent(tokens, self.context.head_dim, size)
+            chunks = choose_head_chunks(sent, layout.sp_size, self.context.exchange.speed)
         extra = {name: value for name, value in kwargs.items() if name not in LAYER_ARGUMENTS}
         extra["scaling"], extra["dropout"] = module.scaling, module.attention_dropout if module.training else 0.0
         extra |= form.window(module)
@@ -309,6 +311,9 @@ class SequenceParallel:
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         positions, mask = given["position_ids"], given.get("attention_mask")
         self._check_calls(tokens, positions, mask)
+        if self.exchange.speed is None and self.overlapped and tokens.device.type in MEASURED:
+            self.exchange.at("attention", "calibration")
+            self.exchange.speed = measure_speed(self.exchange, tokens.device)  # host synchronisation, once per model
         positions = self.gather(positions, self.exchange)
         mask = self.gather(mask, self.exchange) if mask is not None else None
         embeds = self._stand_in(tokens, positions)

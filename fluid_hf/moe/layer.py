@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fluid_hf.comm.calibration import measure_launch, measure_link, measure_spared
+from fluid_hf.comm.calibration import MEASURED, measure_launch, measure_link, measure_spared
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.config import FluidConfig, check_sizes
 from fluid_hf.errors import ConfigError, GradientError, UnsupportedModelError
@@ -26,7 +26,6 @@ from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["ExpertParallelExperts", "ExpertParallelLayer", "WaveChoice"]
 
-MEASURED = ("cuda",)  # devices whose links are measured; elsewhere the planner takes one wave
 # Names in `expert_parameters()` of the first projection, whole or in parts.
 FIRST = ("gate_up", "gate", "up", "first", "first.0", "first.1")
 
