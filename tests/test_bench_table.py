@@ -18,7 +18,7 @@ from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
 
 RESULTS = Path(__file__).resolve().parent.parent / "examples/benchmarks/results"
-TRACED = RESULTS / "2026-11-28_model_2xh200_nvlink.json"
+TRACED = RESULTS / "2026-11-29_model_2xh200_nvlink.json"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,26 +56,26 @@ def draw_pictures(cell: dict[str, Any], folder: str | Path) -> list[Path]:
 
 
 def model_table(report: dict[str, Any]) -> str:
-    """One line per slice and mode: milliseconds of the main variants, and how much faster ours is than each."""
-    names = ["row per expert", "serial", "fluid_hf", "AutoEP", "AllToAllEP"]
-    others = sorted({name for cell in report["cells"] for name in cell["variants"]} - set(names))
-    heads = ["slice", "mode", *names[:2], "fluid_hf (waves)", *names[3:], *others]
+    """One line per slice: milliseconds of the main variants in each mode, and how much faster ours is than each."""
+    names, cells = ["row per expert", "serial", "fluid_hf", "AutoEP", "AllToAllEP"], report["cells"]
+    others = sorted({name for cell in cells for name in cell["variants"]} - set(names))
+    modes = [mode for mode in MODES if any(mode in times for cell in cells for times in cell["variants"].values())]
+    heads = [f"slice: {' / '.join(modes)}", *names[:2], "fluid_hf (waves)", *names[3:], *others]
     heads += ["over row per expert", "over serial", "over AutoEP"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for cell in report["cells"]:
-        for mode in MODES:
-            times = {name: found[mode]["median"] for name, found in cell["variants"].items() if mode in found}
-            if not times:
-                continue
-            waves = cell["waves"].get("fluid_hf")
-            shown = {name: f"{ms:.1f}" for name, ms in times.items()}
-            if "fluid_hf" in shown and waves:
-                shown["fluid_hf"] += f" ({waves})"
-            columns = [slice_name(cell), mode, *(shown.get(name, "-") for name in [*names, *others])]
-            columns += [_ratio(times, name) for name in (names[0], names[1], names[3])]
-            lines.append("| " + " | ".join(columns) + " |")
+    for cell in cells:
+        variants = cell["variants"]
+        times = {name: [found.get(mode, {}).get("median") for mode in modes] for name, found in variants.items()}
+        if not any(map(any, times.values())):
+            continue
+        shown = {name: _joined([ms and f"{ms:.1f}" for ms in found]) for name, found in times.items()}
+        if "fluid_hf" in shown and cell["waves"].get("fluid_hf"):
+            shown["fluid_hf"] += f" ({cell['waves']['fluid_hf']})"
+        columns = [slice_name(cell), *(shown.get(name, "-") for name in [*names, *others])]
+        columns += [_ratios(times.get(name), times.get("fluid_hf")) for name in (names[0], names[1], names[3])]
+        lines.append("| " + " | ".join(columns) + " |")
     reports = []
-    for cell in report["cells"]:
+    for cell in cells:
         for name, timeline in cell["timeline"].items():
             reports.append((slice_name(cell), name, "forward and backward", timeline["breakdown"]))
     return "\n".join([*lines, *breakdown_table("slice", reports)])
@@ -87,8 +87,14 @@ def slice_name(cell: dict[str, Any]) -> str:
     return f"{cell['model']}, {cell['layers']} layers, batch {cell['batch']}{shared}"
 
 
-def _ratio(times: dict[str, float], over: str) -> str:
-    return f"{times[over] / times['fluid_hf']:.2f}x" if over in times and times.get("fluid_hf") else "-"
+def _ratios(theirs: Sequence[float | None] | None, ours: Sequence[float | None] | None) -> str:
+    if not theirs or not ours:
+        return "-"
+    return _joined([f"{other / own:.2f}x" if other and own else None for other, own in zip(theirs, ours, strict=True)])
+
+
+def _joined(values: Sequence[str | None]) -> str:
+    return " / ".join(value or "-" for value in values) if any(values) else "-"
 
 
 def _timeline(found: dict[str, Any]) -> PassTimeline:
