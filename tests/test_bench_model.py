@@ -7,17 +7,19 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed import RankPool, rank_pool
 
 from fluid_hf import cli
+from fluid_hf.bench import model_report
 from fluid_hf.bench.links import world_sizes
 from fluid_hf.bench.model import ModelBench, ModelSlice
 from fluid_hf.bench.same_routing import RecordedRouting, SameRouting
 from fluid_hf.bench.stages import Stages
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import ConfigError, TraceError
 
 pool2 = rank_pool(2)
 OURS = {"row per expert", "serial", "fluid_hf", "fluid_hf waves 2"}
@@ -73,6 +75,30 @@ def test_a_second_model_routes_as_the_first_with_weights_of_its_own() -> None:
     bench.make_reference(bench.build())
     assert bench.error(bench.build()) == 0
     assert bench.error(second.train()) > 1e-3, "routers that give other weights are told"
+
+
+def test_the_traced_pass_is_of_median_length_on_as_many_runs_of_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def run() -> None:
+        runs.append(len(runs))
+
+    def recorded(run: Any) -> tuple[int, dict[str, float]]:
+        run()
+        run()
+        if len(runs) == 4:  # a trace without a layer
+            raise TraceError("trace must have a layer.")
+        return len(runs), {}
+
+    assert model_report.trace_pass(run, is_first=False) is None
+    others, runs = len(runs), []
+    monkeypatch.setattr(model_report, "record", recorded)
+    monkeypatch.setattr(model_report, "layer_passes", lambda trace: [])
+    monkeypatch.setattr(model_report, "summarize", lambda trace: {})
+    lengths = {2: 9.0, 4: 1.0, 6: 5.0}
+    monkeypatch.setattr(model_report, "breakdown", lambda trace, kernels: {"ms": lengths[trace]})
+    found = model_report.trace_pass(run, is_first=True)
+    assert found is not None and found["breakdown"]["ms"] == 9.0 and len(runs) == others == 6
 
 
 def test_stages_are_named_before_they_end(capsys: pytest.CaptureFixture[str]) -> None:
