@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from fluid_hf.bench.layer import LayerBench
+from fluid_hf.bench.layer import LayerBench, measure
 from fluid_hf.bench.mirror import init_mirror
 from fluid_hf.bench.shapes import SHAPES
 
@@ -70,3 +71,9 @@ def test_mirror_collective_is_waited_for_whole(mirror: None) -> None:
         found = target.clone()
         assert torch.equal(found, source)
         torch.cuda.synchronize()
+
+
+def test_the_gpu_rests_before_each_timed_run() -> None:
+    begin = time.monotonic()
+    median, _ = measure(lambda: torch.zeros(8, device="cuda"), 5, torch.device("cuda"), pause=0.1)
+    assert time.monotonic() - begin >= 0.5 and median < 100, "the pauses are not timed"

@@ -8,6 +8,7 @@ those of the slowest one.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,8 @@ class LayerBench:
         skew: exponent of Zipf-distributed expert popularity, the same on all ranks; 0 for balanced routing.
         layers: calls that are timed in a row, each with weights of its own; times are per call. A model runs its
             layers that way; a single call also pays for starting an idle GPU.
+        pause: seconds that the device rests before each timed run. Without, it can be at its power limit, where it
+            lowers its clock for what keeps it busy.
     """
 
     def __init__(
@@ -73,8 +76,9 @@ class LayerBench:
         dtype: torch.dtype = torch.bfloat16,
         skew: float = 0.0,
         layers: int = 4,
+        pause: float = 0.0,
     ) -> None:
-        self.layers, self.skew = layers, skew
+        self.layers, self.skew, self.pause = layers, skew, pause
         self.shape, self.ep_size, self.tokens, self.device = shape, ep_size, tokens, device
         self.exchange = exchange_of(ep_size)
         self.rank = self.exchange.rank
@@ -171,7 +175,7 @@ class LayerBench:
     def time(self, stack: list[tuple[Layer, nn.Module]], repeats: int) -> Timing:
         """Median times of a variant per call, from `layers` builds of it."""
         runs = self.passes(stack)
-        (f, fs), (b, bs) = (measure(runs[name], repeats, self.device) for name in ("forward", "both"))
+        (f, fs), (b, bs) = (self._measure(runs[name], repeats) for name in ("forward", "both"))
         calls = len(stack)
         return Timing(f / calls, fs / calls, b / calls, bs / calls, self._peak(*stack[0]))
 
@@ -222,7 +226,7 @@ class LayerBench:
                 mm(g.t(), x, offs=offsets)
                 mm(x.t(), h, offs=offsets)
 
-        gemm, gemm_both = (measure(run, repeats, self.device)[0] / self.layers for run in (forward, both))
+        gemm, gemm_both = (self._measure(run, repeats)[0] / self.layers for run in (forward, both))
         link = self._link(repeats) if self.ep_size > 1 else 0.0
         return {
             "gemm": gemm,
@@ -269,11 +273,19 @@ class LayerBench:
                 self.exchange.post(out, back).wait()
                 self.exchange.post(back, out).wait()
 
-        return measure(there_and_back, repeats, self.device)[0] / self.layers
+        return self._measure(there_and_back, repeats)[0] / self.layers
+
+    def _measure(self, run: Callable[[], None], repeats: int) -> tuple[float, float]:
+        return measure(run, repeats, self.device, pause=self.pause)
 
 
-def measure(run: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 4) -> tuple[float, float]:
-    """Median milliseconds and spread of a function, of the slowest rank; (0, 0) on the CPU, where it runs once."""
+def measure(
+    run: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 4, pause: float = 0.0
+) -> tuple[float, float]:
+    """Median milliseconds and spread of a function, of the slowest rank; (0, 0) on the CPU, where it runs once.
+
+    The device rests for `pause` seconds before each timed run.
+    """
     if device.type == "cpu":
         run()
         return 0.0, 0.0
@@ -281,6 +293,9 @@ def measure(run: Callable[[], None], repeats: int, device: torch.device, warm_up
         run()
     times, together = [], several_processes()
     for _ in range(repeats):
+        if pause:
+            torch.cuda.synchronize()
+            time.sleep(pause)
         if together:
             dist.all_reduce(torch.zeros(1, device=device))
         torch.cuda.synchronize()

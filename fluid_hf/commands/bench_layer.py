@@ -51,6 +51,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     add("--layers", type=positive, default=4, help="calls timed in a row, as layers run in a model; times are per call")
     add("--repeats", type=positive, default=20, help="timed runs of each variant")
+    add(
+        "--pause",
+        type=not_negative,
+        default=0.0,
+        help="seconds the GPU rests before each timed run; without, small experts are timed at its power limit",
+    )
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add("--report", action="store_true", help="also say where the time goes, from a timeline of ours")
     add_json(parser)
@@ -86,7 +92,8 @@ def _bench(options: Any, ep_size: int, cells: list[dict[str, Any]]) -> None:
     with link_world(options.link, ep_size) as device:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         for name, skew in itertools.product(options.shapes, options.skew):
-            shape, how = shape_of(name), {"skew": skew, "dtype": dtype, "layers": options.layers}
+            shape, how = shape_of(name), {"skew": skew, "dtype": dtype}
+            how |= {"layers": options.layers, "pause": options.pause}
             if shape.experts % ep_size == 0:
                 cells.append(_cell(options, name, LayerBench(shape, ep_size, options.tokens, device, **how)))
                 _write(options, cells)
