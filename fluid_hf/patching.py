@@ -28,6 +28,7 @@ from fluid_hf.models.adapters import (
 )
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
+from fluid_hf.models.expert_hooks import give_back_hooks, share_hooks
 from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
@@ -221,6 +222,7 @@ def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
                     parameter.requires_grad_(trained[weight_name])
     if isinstance(original, StoredExperts):
         unbind_methods(block, state.bound_methods[name])
+    give_back_hooks(layer)
     module = original.module if isinstance(original, StoredExperts) else original
     setattr(block, attribute, module.train(layer.training))
 
@@ -386,7 +388,9 @@ def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None
         state.bound_methods[site.name] = list(site.methods)
         for weight_name in site.weight_names:
             source.release(weight_name)
-    elif state.groups.ep_size > 1:  # the full weights live on in shares only
+    else:
+        share_hooks(source, layer)
+    if state.groups.ep_size > 1 and not isinstance(source, StoredExperts):  # whole weights live on in shares only
         for parameter in (getattr(source, name) for name in site.weight_names):
             if not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.new_empty(0)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fluid_hf.models.expert_hooks import is_watched
+
 __all__ = ["CARRIED", "Run", "carries", "put_off", "run_experts", "take"]
 
 # Name of the argument by which methods and blocks take `run` along.
@@ -50,9 +52,9 @@ def put_off(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Run:
 def run_experts(
     experts: Callable[..., Any], hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, run: Run | None
 ) -> torch.Tensor:
-    """The routed experts [T, H], with the call that was put off made in their window."""
+    """The routed experts [T, H], with the call that was put off made in their window, unless hooks watch them."""
     call: _Call | None = getattr(run, "__self__", None)
-    if call is None or call.done:
+    if call is None or call.done or is_watched(experts):
         routed: torch.Tensor = experts(hidden, index, weights)
         return routed
     routed, call.value = experts(hidden, index, weights, run)

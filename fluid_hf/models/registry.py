@@ -19,6 +19,7 @@ from fluid_hf.errors import UnsupportedModelError
 from fluid_hf.models.adapters import adapters_of
 from fluid_hf.models.expert_blocks import block_methods
 from fluid_hf.models.expert_formats import expert_format, is_experts, weight_names
+from fluid_hf.models.expert_hooks import has_hooks, hooked
 from fluid_hf.models.expert_lists import is_expert_list, read_expert_list
 from fluid_hf.models.other_experts import OTHER_EXPERTS, read_other_experts
 from fluid_hf.models.shared_experts import find_form
@@ -116,12 +117,13 @@ def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:
     """Weights to be split must belong to one block: another one that reads them would find some of the experts only.
 
     Raises:
-        UnsupportedModelError: experts, or weights of theirs, are in several places, or are to be saved with adapters;
-            names the layer.
+        UnsupportedModelError: experts, or weights of theirs, are in several places, are to be saved with adapters, or
+            have hooks on their gradients; names the layer.
     """
     parents = Counter(id(child) for module in model.modules() for child in module.children())
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for site in sites:
+        _check_gradient_hooks(site)
         if ".modules_to_save." in site.name:
             raise UnsupportedModelError(
                 f"the experts of {site.name} (modules_to_save) must not be among what PEFT saves from one rank while "
@@ -133,6 +135,23 @@ def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:
             raise UnsupportedModelError(
                 f"the experts of {site.name} must not be those of another layer too while ep_size is over 1; give each "
                 "layer its own experts, let layers share the whole block, or set ep_size 1."
+            )
+
+
+def _check_call_hooks(module: nn.Module, where: str) -> None:
+    """Hooks on experts that are called in another way than transformers' interface asks for."""
+    if has_hooks(module):
+        raise UnsupportedModelError(
+            f"{where} has hooks, which would be called with other arguments; register them after patch_model."
+        )
+
+
+def _check_gradient_hooks(site: ExpertsSite) -> None:
+    for name in site.weight_names:
+        if any(map(hooked, stored_parameters(site.module, name))):
+            raise UnsupportedModelError(
+                f"{site.name}.{name} has hooks on its gradient, which would not be called: other parameters hold the "
+                "experts of this rank; register them on those, after patch_model, or set ep_size 1."
             )
 
 
@@ -167,6 +186,8 @@ def _make_site(model: nn.Module, name: str, module: nn.Module) -> ExpertsSite:
         raise UnsupportedModelError(
             f"{where} is called in a way that is not known; patch_model knows transformers 5.23."
         )
+    if format is not None and format.scale_input:
+        _check_call_hooks(module, where)
     block = model.get_submodule(parent.rpartition(".")[0])
     if hasattr(block, "text_moe") and hasattr(block, "vision_moe") and find_form(type(block)) is None:
         raise UnsupportedModelError(
@@ -191,6 +212,7 @@ def _make_stored_site(model: nn.Module, name: str, module: nn.Module) -> Experts
         methods = block_methods(block, attribute, f"{type(block).__name__} ({parent})")
     else:
         experts, methods = read_other_experts(module, block, where)
+        _check_call_hooks(module, where)
         if adapters_of(model, module):
             raise UnsupportedModelError(f"{where} has adapters (target_parameters), which are not known how to split.")
     for weight in experts.weight_names:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluid_hf.models.expert_hooks import is_watched
 from fluid_hf.models.shared_methods import (
     block_functions,
     carrying_forward,
@@ -158,6 +159,10 @@ def unbind_methods(block: nn.Module, names: Iterable[str]) -> None:
 def run_between(
     block: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, shared: Callable[[], Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The block's routed experts, with `shared` run in their window: both results."""
+    """The block's routed experts, with `shared` run in their window: both results. Hooks on the experts see what
+    they see in the unpatched model; `shared` then runs outside.
+    """
+    if is_watched(block.experts):
+        return block.experts(hidden_TH, index_TK, weights_TK), shared()
     routed, other = block.experts(hidden_TH, index_TK, weights_TK, shared)
     return routed, other
