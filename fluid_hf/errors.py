@@ -105,10 +105,11 @@ class WgradPendingError(FluidError, RuntimeError):
 
 
 class GradientError(FluidError, RuntimeError):
-    """A gradient was asked for that would be wrong: of weights that changed since forward, or of a gradient.
+    """A gradient was asked for that would be wrong: of weights that changed since forward, of a gradient, or
+    reduced twice.
 
     Remedy: Call `loss.backward()` before `optimizer.step()`, without `create_graph` and outside `torch.func`
-    transforms; take second derivatives with the unpatched model.
+    transforms; take second derivatives with the unpatched model. Call `reduce_gradients` once per step, then clip.
     """
 
 

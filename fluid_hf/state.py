@@ -14,11 +14,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
+from fluid_hf.comm.gradients import LeftGradients
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, HeldGroups
-from fluid_hf.errors import ConfigError, RankMismatchError
+from fluid_hf.errors import ConfigError, GradientError, RankMismatchError
 from fluid_hf.metrics import global_load, imbalance, read_loads
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
@@ -97,6 +98,7 @@ class FluidState:
         self.sharding_check: RemovableHandle | None = None
         self._versions: dict[int, int] = {}
         self._warned = False
+        self._left = LeftGradients()
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
         self.bound_blocks: dict[str, list[str]] = {}
@@ -227,9 +229,13 @@ class FluidState:
         parameter that no rank has used keeps `None`. Where experts of one rank have a gradient that is not finite, all
         ranks get a NaN in theirs, so that loss scaling skips the step everywhere: call it before `scaler.unscale_`.
 
+        Call it once for each time that the gradients are cleared, after the last backward pass and before clipping:
+        experts' gradients that are reduced again, with others added or not, and all that are clipped first, are wrong.
+
         The device is not waited for; the hosts are, for the others' list of gradients.
 
         Raises:
+            GradientError: no gradient has changed since this or `clip_grad_norm_` was called last.
             PeerError: a rank did not take part within `timeout_seconds`; names it. Over NCCL that is so until the first
                 gradient, after which the group's own timeout holds.
             RankMismatchError: a parameter is frozen on some ranks only.
@@ -255,6 +261,7 @@ class FluidState:
         if expert_gradients:
             self._spread_overflow(expert_gradients)
         reduced = [parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]
+        self._left.leave(parameter.grad for parameter in reduced if parameter.grad is not None)
         self._warn_of_untrained({id(p): p for p in reduced if id(p) in expert}, reduced)
 
     def _warn_of_untrained(self, experts: dict[int, nn.Parameter], reduced: list[nn.Parameter]) -> None:
@@ -299,13 +306,23 @@ class FluidState:
         used = [p.requires_grad and p.grad is not None for _, p in named]
         if self.control.group is None:
             return used
+        given = [p.grad for (_, p), is_used in zip(named, used, strict=True) if is_used and p.grad is not None]
+        ends = bool(given), self._left.any_other(given), False
         # Of frozen ones too: gloo ends the process where ranks send messages of other lengths.
-        flags = torch.tensor([used, trained, [not is_trained for is_trained in trained]], dtype=torch.uint8)
+        rows = used, trained, [not is_trained for is_trained in trained]
+        flags = torch.tensor([[*row, end] for row, end in zip(rows, ends, strict=True)], dtype=torch.uint8)
         place = "the list of gradients in reduce_gradients"
         all_reduce_in_time(
             flags, self.control.group, self.config.timeout_seconds, place, self.groups.met, dist.ReduceOp.MAX
         )
-        anywhere = dict(zip([name for name, _ in named], flags[1:].t().tolist(), strict=True))
+        (*used_anywhere, any_given), (*_, any_other), _ = flags.tolist()
+        if any_given and not any_other:
+            raise GradientError(
+                f"gradients ({len(given)} on this rank) must be of a backward pass since reduce_gradients or "
+                "clip_grad_norm_ was called last, and none has changed; call reduce_gradients once, after the last "
+                "loss.backward() of a step, and clip_grad_norm_ after it."
+            )
+        anywhere = dict(zip([name for name, _ in named], flags[1:, :-1].t().tolist(), strict=True))
         differing = [name for name, (is_trained, is_frozen) in anywhere.items() if is_trained and is_frozen]
         if differing:
             first, *others = differing
@@ -315,7 +332,7 @@ class FluidState:
                 f"requires_grad of {first} ({here} on this rank, {not here} on another){more} must be equal on all "
                 "ranks that call reduce_gradients; freeze the same parameters on every rank."
             )
-        return [bool(flag) for flag in flags[0].tolist()]
+        return [bool(flag) for flag in used_anywhere]
 
     def _spread_overflow(self, gradients: list[torch.Tensor]) -> None:
         """Put NaN into the experts' gradients of every rank for which some rank's is not finite, without a host read.
@@ -364,4 +381,6 @@ class FluidState:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient, _ in gradients:
             gradient.mul_(scale.to(gradient.dtype))
+        if max_norm != float("inf"):  # which is for the norm alone
+            self._left.leave(gradient for gradient, _ in gradients)
         return norm

@@ -211,3 +211,52 @@ def test_experts_that_another_model_has_split_are_not_taken_for_equal(pool2: Ran
     for message in pool2.expect("ConfigError", run_two_in_one, False, clip, timeout=60):
         assert "1.model.layers.0.mlp.experts" in message and "every patched model" in message
     pool2.run(run_two_in_one, True, clip, timeout=60)  # a teacher has no gradients
+
+
+def run_order(rank: int, world: int, ep_size: int, order: str) -> None:
+    """The steps of a loop in an order; `skip` is a backward pass that rank 1 does not make."""
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=ep_size, timeout_seconds=30))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    ids = batch(rank, 2)
+
+    def backward() -> None:
+        scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+
+    steps = {
+        "backward": backward,
+        "skip": lambda: backward() if rank == 0 else None,
+        "reduce": lambda: model.fluid.reduce_gradients(model),
+        "clip": lambda: model.fluid.clip_grad_norm_(model, 1.0),
+        "norm": lambda: model.fluid.clip_grad_norm_(model, float("inf")),
+        "unscale": lambda: scaler.unscale_(optimizer),
+        "step": optimizer.step,
+        "clear": optimizer.zero_grad,
+        "zero": lambda: optimizer.zero_grad(set_to_none=False),
+    }
+    try:
+        for name in order.split():
+            steps[name]()
+    finally:
+        fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_gradients_are_reduced_once_and_then_clipped(pool2: RankPool, ep_size: int) -> None:
+    for order in (
+        "reduce reduce",
+        "reduce clip step reduce",
+        "reduce unscale reduce",
+        "clip reduce",
+        "clip step reduce",
+    ):
+        for message in pool2.expect("GradientError", run_order, ep_size, f"backward {order}", timeout=60):
+            assert "must be of a backward pass since reduce_gradients or clip_grad_norm_ was called last" in message
+
+
+def test_orders_of_a_loop_that_are_right(pool2: RankPool) -> None:
+    """Accumulation, either way to clear, a norm that is only looked at, nothing to reduce, a rank without a batch."""
+    accumulated = "backward backward reduce clip step"
+    for clear in ("clear", "zero"):
+        pool2.run(run_order, 2, f"{accumulated} {clear} {accumulated} {clear} backward norm reduce", timeout=60)
+    pool2.run(run_order, 1, "reduce clear reduce backward reduce clear skip reduce step zero skip reduce", timeout=60)

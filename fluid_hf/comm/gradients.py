@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
 
 from fluid_hf.errors import GradientError
 
-__all__ = ["check_versions", "refuse_second_derivatives", "refuse_transforms"]
+__all__ = ["LeftGradients", "check_versions", "refuse_second_derivatives", "refuse_transforms"]
+
+
+class LeftGradients:
+    """Gradients as they were left, known again as the same tensors that nothing has changed; keeps none of them alive.
+
+    A backward pass, and `zero_grad` of either kind, makes them others.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+
+    def leave(self, gradients: Iterable[torch.Tensor]) -> None:
+        """Remember these, and no others."""
+        self._left = {id(g): (weakref.ref(g), g._version) for g in gradients if not g.is_inference()}
+
+    def any_other(self, gradients: Iterable[torch.Tensor]) -> bool:
+        """Whether any of these is another one, or has changed."""
+        return any(not self._is_left(gradient) for gradient in gradients)
+
+    def _is_left(self, gradient: torch.Tensor) -> bool:
+        known = self._left.get(id(gradient))
+        return known is not None and known[0]() is gradient and known[1] == gradient._version
 
 
 def refuse_transforms(layer: str) -> None:
