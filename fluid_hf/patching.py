@@ -46,7 +46,7 @@ from fluid_hf.process_groups import (
     with_exchange_groups,
     with_sequence_groups,
 )
-from fluid_hf.state import FluidState, patched_elsewhere
+from fluid_hf.state import FluidState, patched_elsewhere, unwrapped
 
 __all__ = ["check_config", "get_state", "patch_model", "release_model", "requested_config", "unpatch_model"]
 
@@ -162,10 +162,10 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         NotPatchedError: the model is not patched.
     """
-    state, inner = get_state(model), inside_adapters(model)
+    state, inner = get_state(model), inside_adapters(unwrapped(model))
     state.finish_batch()
     state.backend.detach(inner)
-    unbind_saving(model)
+    unbind_saving(unwrapped(model))
     unbind_saving(inner)
     unbind_generation(inner)
     if state.sequence is not None:
@@ -197,7 +197,7 @@ def release_model(model: nn.Module) -> None:
         NotPatchedError: the model is not patched.
     """
     state = get_state(model)
-    state.backend.detach(inside_adapters(model))
+    state.backend.detach(inside_adapters(unwrapped(model)))
     state.held_groups.release()
 
 

@@ -31,7 +31,7 @@ from fluid_hf.overlap.sampler import OverlapSampler
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats
 from fluid_hf.process_groups import ParallelGroups, set_group_timeout
 
-__all__ = ["FluidState", "patched_elsewhere"]
+__all__ = ["FluidState", "patched_elsewhere", "unwrapped"]
 
 logger = logging.getLogger(__name__)
 WATCHDOG_SECONDS = 10.0  # what a rank that has waited in vain needs to ask who is missing, and to say it
@@ -45,6 +45,12 @@ def patched_elsewhere(model: nn.Module) -> str:
         if isinstance(module, ExpertParallelLayer) and module.patched_in:
             return f"it is a part of a {module.patched_in} that is"
     return ""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` and engines put around one, which pass its attributes on."""
+    inside = model._modules.get("_orig_mod", model._modules.get("module"))
+    return model if inside is None or "fluid" in vars(model) or not hasattr(inside, "fluid") else unwrapped(inside)
 
 
 class FluidState:

@@ -331,3 +331,31 @@ def run_optimizer_before_patch(rank: int, world: int) -> None:
 def test_optimizer_built_before_patching(pool2: RankPool) -> None:
     message = pool2.expect("ConfigError", run_optimizer_before_patch)[0]
     assert "call patch_model before the optimizer is built" in message
+
+
+class Engine(nn.Module):
+    """What engines do: they hold the model as `module`, and pass its attributes on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules[name] if name in self._modules else getattr(self._modules["module"], name)
+
+
+def run_wrapped(rank: int, world: int, engine: bool, folder: str) -> bool:
+    model = tiny_model("qwen3_moe")
+    before, attributes = weights(model), vars(model).keys() | set()
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    wrapper = torch.compile(model)
+    wrapper = Engine(wrapper) if engine else wrapper
+    fluid_hf.save_pretrained(wrapper, folder)
+    assert fluid_hf.unpatch_model(wrapper) is wrapper
+    return unchanged(model, before) and vars(model).keys() == attributes
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_wrappers_that_pass_attributes_on(pool2: RankPool, tmp_path: Path, engine: bool) -> None:
+    assert pool2.run(run_wrapped, engine, str(tmp_path)) == [True, True]
+    assert unchanged(AutoModelForCausalLM.from_pretrained(tmp_path), weights(tiny_model("qwen3_moe")))

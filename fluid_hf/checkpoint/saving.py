@@ -32,7 +32,7 @@ from fluid_hf.checkpoint.gather import (
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
 from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
 from fluid_hf.models.adapters import saves_adapters
-from fluid_hf.state import FluidState, patched_elsewhere
+from fluid_hf.state import FluidState, patched_elsewhere, unwrapped
 
 __all__ = ["StagedWeights", "bind_adapter_saving", "bind_saving", "save_pretrained", "stage_weights", "unbind_saving"]
 
@@ -47,7 +47,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
     or the new one, whole.
 
     Args:
-        model: a patched model.
+        model: a patched model, also inside `torch.compile` or an engine.
         directory: where to write; other files in it stay.
         **kwargs: those of transformers' `save_pretrained`: `max_shard_size`, `variant`, `save_original_format`.
 
@@ -63,7 +63,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
         place = patched_elsewhere(model)
         remedy = f", but {place}; save the one given to patch_model." if place else "; use its own save_pretrained."
         raise NotPatchedError(f"{type(model).__name__} is not patched{remedy}")
-    _save_whole(model, state, directory, kwargs)
+    _save_whole(unwrapped(model), state, directory, kwargs)
 
 
 def _save_whole(model: nn.Module, state: FluidState, directory: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
