@@ -346,13 +346,13 @@ class Engine(nn.Module):
 
 def run_wrapped(rank: int, world: int, engine: bool, folder: str) -> bool:
     model = tiny_model("qwen3_moe")
-    before, attributes = weights(model), vars(model).keys() | set()
+    before, attributes = weights(model), set(vars(model))
     fluid_hf.patch_model(model, FluidConfig(ep_size=world))
     wrapper = torch.compile(model)
     wrapper = Engine(wrapper) if engine else wrapper
     fluid_hf.save_pretrained(wrapper, folder)
     assert fluid_hf.unpatch_model(wrapper) is wrapper
-    return unchanged(model, before) and vars(model).keys() == attributes
+    return unchanged(model, before) and vars(model).keys() - {"_is_torch_compile"} == attributes  # torch's own mark
 
 
 @pytest.mark.parametrize("engine", [False, True])
