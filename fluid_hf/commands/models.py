@@ -25,6 +25,9 @@ Behind transformers' own expert parallelism (`ep_implementation="fluid"`) shared
 family: it replaces the experts' forward by a function of three tensors that returns one, so a block has no way to hand
 its shared expert on, and what implements the exchange is given the experts only, not the block that holds both.
 
+Hooks on a block's experts are called as in transformers, registered before `patch_model` or after it (Llama 4, DBRX,
+LongCat-Flash: after it). While experts have hooks of yours, the shared expert of their block is not overlapped.
+
 | family | served | shared expert | sequence parallel | why not |
 |---|---|---|---|---|
 """
