@@ -6,7 +6,9 @@ Experts that the model stores otherwise, such as a list of modules, go through h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ __all__ = [
     "as_stored",
     "check_whole",
     "gather_experts",
+    "held_elsewhere",
     "iterate_weights",
     "local_weights",
+    "share_of_whole",
     "stack_stored",
     "trained_weights",
     "weight_specs",
@@ -83,6 +87,55 @@ def stack_stored(
     for key in given:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: value for key, value in layer.own_weights(weights).items()})
+
+
+def held_elsewhere(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a rank that holds none of what another one saves; `share_of_whole` tells it from others."""
+    nothing: Any = OrderedDict[str, torch.Tensor]()
+    nothing._metadata = {name: {"held_elsewhere": True} for name in split_layers(model)}  # as torch's own have
+    found: dict[str, torch.Tensor] = nothing
+    return found
+
+
+def share_of_whole(state: FluidState) -> Callable[..., None]:
+    """What takes this rank's experts out of the unpatched model's, before `load_state_dict` of a layer.
+
+    Raises, when it is called:
+        CheckpointError: an engine drives the model, and would not know of the weights; or not all experts are there.
+    """
+    find_state = weakref.ref(state)  # the layer must not keep alive what keeps it alive
+
+    def take(
+        layer: ExpertParallelLayer,
+        state_dict: MutableMapping[str, torch.Tensor],
+        prefix: str,
+        metadata: Mapping[str, Any],
+        *_: Any,
+    ) -> None:
+        held, owner = _held_specs(layer) if layer.unstack is None else {}, find_state()
+        given = {name: state_dict[prefix + name] for name in held if prefix + name in state_dict}
+        own = all(tensor.shape == held[name].shape for name, tensor in given.items())  # under equal names; or none
+        if metadata.get("held_elsewhere") or (not own and owner is not None and owner.engine_bound):
+            raise CheckpointError(
+                f"experts of layer {layer.context.name} must be loaded by the engine that drives the model: its state "
+                "dict is whole, on rank 0 alone, and for saving; use engine.load_checkpoint, or load plain weights "
+                "before deepspeed.initialize."
+            )
+        if own:
+            return
+        for name, share in held.items():
+            shape = [layer.num_experts, *share.shape[1:]]
+            if name not in given or list(given[name].shape) != shape:
+                found = f"has shape {list(given[name].shape)}" if name in given else "is not there"
+                raise CheckpointError(
+                    f"tensor ({prefix}{name}) must have shape {shape} in the state dict but {found}; load all experts "
+                    "of the layer, as the unpatched model's state dict has them, or what this model's has on this rank."
+                )
+        start = layer.ep_rank * layer.num_local_experts
+        weights = {name: state_dict.pop(prefix + name)[start : start + layer.num_local_experts] for name in held}
+        state_dict.update({prefix + key: value for key, value in layer.own_weights(weights).items()})
+
+    return take
 
 
 def weight_specs(model: nn.Module) -> dict[str, TensorSpec]:

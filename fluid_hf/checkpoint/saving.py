@@ -24,8 +24,10 @@ from fluid_hf.checkpoint.files import SafetensorsFile, TensorSpec, new_folder, p
 from fluid_hf.checkpoint.gather import (
     as_stored,
     check_whole,
+    held_elsewhere,
     iterate_weights,
     local_weights,
+    share_of_whole,
     split_layers,
     weight_specs,
 )
@@ -289,7 +291,7 @@ class _StageWriter:
 
 
 def bind_saving(model: nn.Module, state: FluidState) -> None:
-    """Let the own `save_pretrained` of the model and of its parts, and its `state_dict` under an engine, write all."""
+    """Let the model and its parts save all by `save_pretrained`, and `state_dict` under an engine; load all, too."""
     if state.groups.ep_size == 1 and not state.bound_methods:
         return
     for part in model.modules():
@@ -297,13 +299,14 @@ def bind_saving(model: nn.Module, state: FluidState) -> None:
             part.save_pretrained = functools.partial(_save_bound, part, state)  # type: ignore[assignment]
     for layer in split_layers(model).values():
         layer.register_state_dict_pre_hook(_refuse_unbound_save)
+        layer.register_load_state_dict_pre_hook(share_of_whole(state))
 
     def state_dict(*args: Any, **kwargs: Any) -> Any:
         # accelerate asks without arguments, on all ranks, to save; DeepSpeed and nesting modules pass arguments and
         # want the parameters as they are.
         if args or kwargs or not state.engine_bound:
             return nn.Module.state_dict(model, *args, **kwargs)
-        return stage_weights(model, state)
+        return stage_weights(model, state) or held_elsewhere(model)
 
     model.state_dict = state_dict  # type: ignore[assignment]
 
