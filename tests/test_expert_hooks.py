@@ -9,6 +9,7 @@ import pytest
 import torch
 from distributed import RankPool, rank_pool
 from families import batch, errors_by_name, tiny_model
+from test_remote_code import build as build_listed
 from torch import nn
 
 import fluid_hf
@@ -102,6 +103,19 @@ def run_gradient_hooks(rank: int, world: int, kind: str) -> None:
 def test_hooks_on_gradients_of_experts_are_refused(pool2: RankPool, kind: str) -> None:
     for message in pool2.expect("UnsupportedModelError", run_gradient_hooks, kind):
         assert "model.layers.1.mlp.experts.down_proj has hooks on its gradient" in message
+
+
+@pytest.mark.parametrize("kind", ["list", "dbrx"])
+def test_hooks_on_gradients_of_experts_that_are_stored_otherwise_are_refused(kind: str) -> None:
+    """Other parameters hold these, split or not."""
+    model = moe_families.tiny_model(kind) if kind == "dbrx" else build_listed("hit_loop")
+    weight = next(p for name, p in reversed([*model.named_parameters()]) if ".experts." in name)
+    handle = weight.register_hook(lambda _: None)
+    with pytest.raises(fluid_hf.UnsupportedModelError, match="has hooks on its gradient") as caught:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=1))
+    assert "set ep_size 1" not in str(caught.value)
+    handle.remove()
+    fluid_hf.patch_model(model, FluidConfig(ep_size=1))
 
 
 @pytest.mark.parametrize("family", ["llama4", "dbrx"])

@@ -314,6 +314,7 @@ def test_an_unknown_loop_is_refused_until_a_forward_is_registered(monkeypatch: p
         (lambda block: setattr(block.experts[2], "w1", nn.Linear(32, 16, bias=False)), "2.w1.weight"),
         (lambda block: block.experts[1].w2.requires_grad_(False), "requires_grad"),
         (lambda block: block.experts[3].register_forward_hook(lambda *_: None), "hooks"),
+        (lambda block: block.experts[3].w1.register_full_backward_hook(lambda *_: None), "hooks"),
         (lambda block: [setattr(e, "forward", lambda x: x) for e in block.experts], "forward"),
         (lambda block: setattr(block, "forward", lambda x: (x, x)), "replaced"),
         (lambda block: [e.w1.register_parameter("scale", nn.Parameter(torch.ones(1))) for e in block.experts], "scale"),

@@ -22,6 +22,7 @@ from transformers.activations import ACT2CLS
 
 from fluid_hf.errors import UnsupportedModelError
 from fluid_hf.models.code_reading import choose_branches, follow, function_source, same_words
+from fluid_hf.models.expert_hooks import has_hooks
 from fluid_hf.models.stored_experts import StoredExperts
 from fluid_hf.moe.expert_math import ExpertFormat
 
@@ -176,7 +177,7 @@ def _check_alike(modules: nn.ModuleList, known: set[str], where: str) -> None:
                     f"{where}.{index}.{name} ({found}) must have the shape, dtype and requires_grad of expert 0's "
                     f"({first.get(name)})."
                 )
-        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in expert.modules()):
+        if any(has_hooks(m) or "forward" in vars(m) for m in expert.modules()):
             raise UnsupportedModelError(
                 f"{where}.{index} has hooks or a forward of its own, which would not be called any more."
             )

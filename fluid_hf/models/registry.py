@@ -123,7 +123,7 @@ def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:
     parents = Counter(id(child) for module in model.modules() for child in module.children())
     holders = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     for site in sites:
-        _check_gradient_hooks(site)
+        _check_gradient_hooks(site.name, site.module, site.weight_names)
         if ".modules_to_save." in site.name:
             raise UnsupportedModelError(
                 f"the experts of {site.name} (modules_to_save) must not be among what PEFT saves from one rank while "
@@ -146,12 +146,14 @@ def _check_call_hooks(module: nn.Module, where: str) -> None:
         )
 
 
-def _check_gradient_hooks(site: ExpertsSite) -> None:
-    for name in site.weight_names:
-        if any(map(hooked, stored_parameters(site.module, name))):
+def _check_gradient_hooks(name: str, experts: Any, weight_names: Sequence[str]) -> None:
+    """Hooks on gradients of weights that the layer holds in parameters of its own: split, or stored otherwise."""
+    for weight in weight_names:
+        if any(map(hooked, stored_parameters(experts, weight))):
+            remedy = "" if isinstance(experts, StoredExperts) else ", or set ep_size 1"
             raise UnsupportedModelError(
-                f"{site.name}.{name} has hooks on its gradient, which would not be called: other parameters hold the "
-                "experts of this rank; register them on those, after patch_model, or set ep_size 1."
+                f"{name}.{weight} has hooks on its gradient, which would not be called: other parameters hold the "
+                f"experts of this rank; register them on those, after patch_model{remedy}."
             )
 
 
@@ -217,6 +219,7 @@ def _make_stored_site(model: nn.Module, name: str, module: nn.Module) -> Experts
             raise UnsupportedModelError(f"{where} has adapters (target_parameters), which are not known how to split.")
     for weight in experts.weight_names:
         _check_values(experts.parameters(weight)[0], f"{where}.{weight}")
+    _check_gradient_hooks(name, experts, experts.weight_names)
     return ExpertsSite(name, block, attribute, experts, experts.weight_names, experts.format, methods)
 
 
