@@ -9,6 +9,7 @@ import torch
 from distributed import RankPool, rank_pool
 from families import batch, tiny_model
 from transformers import GenerationConfig, StaticCache
+from transformers.generation import BaseStreamer
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -107,3 +108,58 @@ def run_alone(rank: int, world: int) -> None:
 def test_generate_on_one_rank_only(pool2: RankPool) -> None:
     with pytest.raises(AssertionError, match="generate of a patched model must be called on all 2 ranks"):
         pool2.run(run_alone, timeout=60)
+
+
+def ended(kind: str, model: Any, rank: int) -> list[torch.Tensor]:
+    """What a rank that ends early says, streams and keeps, and what it says in the next turn."""
+    streamed: list[torch.Tensor] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            streamed.append(value.flatten())
+
+        def end(self) -> None:
+            pass
+
+    prompt = batch(rank, 1, length=5 + 3 * rank)
+    way: dict[str, Any] = {
+        "sample": lambda: {"streamer": Streamer()},
+        "static": lambda: {"past_key_values": StaticCache(config=model.config, max_cache_len=60)},
+        "beams": lambda: {"num_beams": 2},
+        "lookup": lambda: {"prompt_lookup_num_tokens": 2, "streamer": Streamer()},
+        "early exit": lambda: {"assistant_early_exit": 1},
+        "guided": lambda: {"guidance_scale": 1.5},
+    }[kind]()
+    end = {} if rank else {"eos_token_id": END}
+    said = model.generate(prompt, max_new_tokens=12, return_dict_in_generate=True, **way, **end, **PLAIN)
+    cache, found = said.past_key_values, [said.sequences, torch.cat([torch.tensor([0]), *streamed])]
+    if kind != "beams":  # which keeps two
+        found.append(torch.as_tensor(cache.get_seq_length()).clone())
+        turn = torch.cat([said.sequences, batch(7, 1, length=3)], 1)
+        found.append(model.generate(turn, past_key_values=cache, max_new_tokens=4, **PLAIN))
+    return found
+
+
+END = list(range(3, 40))  # a token among them comes early
+
+
+def run_ended(rank: int, world: int, kind: str) -> tuple[int, bool]:
+    found, wanted = (ended(kind, model, rank) for model in (patched("qwen3_moe"), tiny_model("qwen3_moe").eval()))
+    same = len(found) == len(wanted) and all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    return wanted[0].shape[1] - 5 - 3 * rank, same
+
+
+@pytest.mark.parametrize("kind", ["sample", "static", "beams", "lookup", "early exit", "guided"])
+def test_a_rank_that_has_finished_keeps_no_token_of_the_steps_of_others(pool2: RankPool, kind: str) -> None:
+    (early, same), other = pool2.run(run_ended, kind, timeout=120)
+    assert early < 10 and other[0] == 12
+    assert same and other[1]
+
+
+def run_guided_alone(rank: int, world: int) -> None:
+    patched("qwen3_moe").generate(batch(0, 1), guidance_scale=1.5 if rank else None, max_new_tokens=2, **PLAIN)
+
+
+def test_guidance_on_some_ranks_is_refused(pool2: RankPool) -> None:
+    for message in pool2.expect("ConfigError", run_guided_alone, timeout=60):
+        assert "but rank 0 runs it 1 and rank 1 2 times" in message

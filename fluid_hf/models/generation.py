@@ -1,19 +1,24 @@
 """`generate` on ranks that hold different experts: a rank that has finished goes on until all have.
 
 transformers has the loop for it (`synced_gpus`), made for ZeRO 3 and FSDP, where it is the default; experts that are
-split over ranks need it for the same reason. What a rank that goes on may run out of it does not look after: the room
-of a static cache, and tokens to draft. Nor does it for prompts that are read in pieces.
+split over ranks need it for the same reason. A rank that goes on in it would leave tokens of its own in the cache,
+which the next turn of a conversation continues, and drafts behind its end. So it leaves the loop, and then goes on with
+a token that leaves nothing; one that drafts, or has an encoder, stays in. What such a rank may run out of is looked
+after here: the room of a static cache, and tokens to draft. So are prompts that are read in pieces.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 
 from fluid_hf.errors import ConfigError
@@ -31,15 +36,17 @@ ARGUMENTS = (
 )
 DEFAULT_STEPS = 20  # of transformers, where no length is set
 DRAFTING = "_get_candidate_generator"
+GOES_ON = "_has_unfinished_sequences"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What one rank is about to generate: most steps, those its cache has room for, forward passes of the prompt."""
+    """What one rank is about to generate: most steps, those its cache has room for, passes of the prompt and a step."""
 
     steps: int
     room: int | None
     chunks: int
+    passes: int
 
 
 def bind_generation(model: nn.Module) -> None:
@@ -60,23 +67,26 @@ def bind_generation(model: nn.Module) -> None:
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
         if len(args) <= ARGUMENTS.index("synced_gpus") and given.get("synced_gpus") is None:
             given["synced_gpus"] = kwargs["synced_gpus"] = True
-        if given["synced_gpus"]:
-            # In every call, as a rank cannot know what the others were given; it is small beside one forward pass.
-            state: Any = model.fluid
-            _check(state.control.gather(_plan(model, given), "generate of a patched model"))
-        return own(model, *args, **kwargs)
+        if not given["synced_gpus"] or not all(hasattr(model, name) for name in (DRAFTING, GOES_ON)):
+            return own(model, *args, **kwargs)
+        # In every call, as a rank cannot know what the others were given; it is small beside one forward pass.
+        state: Any = model.fluid
+        plan = _plan(model, given)
+        _check(state.control.gather(plan, "generate of a patched model"))
+        ending = _Ending(model)
+        with ending.bound():
+            output = own(model, *args, **kwargs)
+        ending.accompany(plan.passes)
+        return output
 
     generate.is_synchronised = True  # type: ignore[attr-defined]
     model.generate = generate  # type: ignore[assignment]
-    if hasattr(type(model), DRAFTING):
-        setattr(model, DRAFTING, _keep_drafting(getattr(type(model), DRAFTING), model))
 
 
 def unbind_generation(model: nn.Module) -> None:
     """Give the model its class's own `generate` back."""
     if hasattr(model.__dict__.get("generate"), "is_synchronised"):
         del model.generate
-        model.__dict__.pop(DRAFTING, None)
 
 
 def _plan(model: Any, given: Mapping[str, Any]) -> _Plan:
@@ -104,14 +114,18 @@ def _plan(model: Any, given: Mapping[str, Any]) -> _Plan:
     if setting("prefill_chunk_size") is not None:
         read = 0 if cache is None else int(cache.get_seq_length())  # a prompt with all that was read, or without it
         chunks = math.ceil((length - read if length > read else length) / setting("prefill_chunk_size"))
-    return _Plan(steps, room, chunks)
+    scale = setting("guidance_scale")
+    processors = given.get("logits_processor") or ()
+    guides = sum(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors)
+    return _Plan(steps, room, chunks, passes=1 + guides + (scale is not None and scale != 1))
 
 
 def _check(plans: list[_Plan]) -> None:
     """Refuse what only some ranks could go on with, in the same words on all.
 
     Raises:
-        ConfigError: a static cache is too small for another rank's steps, or prompts have unlike numbers of chunks.
+        ConfigError: a static cache is too small for another rank's steps, prompts have unlike numbers of chunks, or
+            only some ranks generate with guidance.
     """
     steps = max(plan.steps for plan in plans)
     for rank, plan in enumerate(plans):
@@ -128,17 +142,74 @@ def _check(plans: list[_Plan]) -> None:
             "leave prefill_chunk_size out."
         )
 
+    passes = [plan.passes for plan in plans]
+    if min(passes) != max(passes):
+        least, most = passes.index(min(passes)), passes.index(max(passes))
+        raise ConfigError(
+            "guidance_scale must be set on all ranks or on none, as it runs the model twice in each step, but rank "
+            f"{least} runs it {min(passes)} and rank {most} {max(passes)} times."
+        )
 
-def _keep_drafting(own: Callable[..., Any], model: nn.Module) -> Callable[..., Any]:
-    """The maker of an assistant's drafts; of a rank that has finished transformers would ask for less than none.
 
-    An assistant with split experts needs its ranks together, so there each of them drafts at least one token.
-    """
+class _Ending:
+    """What one call of `generate` does when its rank has finished and others have not."""
 
-    @functools.wraps(own)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        drafts = own(model, *args, **kwargs)
-        count = getattr(drafts, "_calculate_new_tokens", None)
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._stays = bool(getattr(model.config, "is_encoder_decoder", False))  # a step needs what the encoder said
+        self._finished = False
+        self._device: torch.device | None = None  # where the ranks ask each other, once the loop was left
+
+    @contextlib.contextmanager
+    def bound(self) -> Iterator[None]:
+        """The model's loop asks here; before, it may have asked a call that this one is drafting for."""
+        names, given = (GOES_ON, DRAFTING), vars(self._model)
+        before = {name: given[name] for name in names if name in given}
+        own = {name: functools.partial(getattr(type(self._model), name), self._model) for name in names}
+        self._ask = own[GOES_ON]
+        given.update({GOES_ON: self._goes_on, DRAFTING: functools.partial(self._make_drafts, own[DRAFTING])})
+        try:
+            yield
+        finally:
+            for name in names:
+                del given[name]
+            given.update(before)
+
+    def accompany(self, passes: int) -> None:
+        """Take part in the steps of other ranks, `passes` forward passes each, until all have finished."""
+        if self._device is None:
+            return
+        token, going = torch.zeros(1, 1, dtype=torch.long, device=self._device), True
+        with torch.no_grad():
+            while going:
+                for _ in range(passes):
+                    self._model(input_ids=token, use_cache=False)
+                going = self._ask(True, True, device=self._device)
+
+    def _goes_on(self, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+        going = self._ask(this_peer_finished, synced_gpus, device=device)
+        self._finished = bool(this_peer_finished)
+        if going and self._finished and not self._stays:
+            self._device = device
+            return False
+        return going
+
+    def _make_drafts(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The maker of drafts; of a rank that has finished transformers would ask for less than none, and take them.
+
+        An assistant with split experts needs its ranks together, so there each of them drafts at least one token.
+        """
+        self._stays = True
+        drafts = own(*args, **kwargs)
+        config: Any = kwargs.get("generation_config", args[0] if args else None)
+        propose, count = drafts.get_candidates, getattr(drafts, "_calculate_new_tokens", None)
+
+        def get_candidates(input_ids: torch.Tensor, *rest: Any, **more: Any) -> Any:
+            if self._finished:
+                config.max_length = input_ids.shape[1]  # the loop then takes no draft, and its cache keeps none
+            return propose(input_ids, *rest, **more)
+
+        drafts.get_candidates = get_candidates
         if count is not None:
             assistant = getattr(drafts, "assistant_model", None)
             least = int(hasattr(getattr(assistant, "generate", None), "is_synchronised"))
@@ -149,5 +220,3 @@ def _keep_drafting(own: Callable[..., Any], model: nn.Module) -> Callable[..., A
 
             drafts._calculate_new_tokens = at_least
         return drafts
-
-    return make
