@@ -133,8 +133,8 @@ def ended(kind: str, model: Any, rank: int) -> list[torch.Tensor]:
     end = {} if rank else {"eos_token_id": END}
     said = model.generate(prompt, max_new_tokens=12, return_dict_in_generate=True, **way, **end, **PLAIN)
     cache, found = said.past_key_values, [said.sequences, torch.cat([torch.tensor([0]), *streamed])]
+    found.append(torch.as_tensor(cache.get_seq_length()).clone())
     if kind != "beams":  # which keeps two
-        found.append(torch.as_tensor(cache.get_seq_length()).clone())
         turn = torch.cat([said.sequences, batch(7, 1, length=3)], 1)
         found.append(model.generate(turn, past_key_values=cache, max_new_tokens=4, **PLAIN))
     return found
@@ -163,3 +163,17 @@ def run_guided_alone(rank: int, world: int) -> None:
 def test_guidance_on_some_ranks_is_refused(pool2: RankPool) -> None:
     for message in pool2.expect("ConfigError", run_guided_alone, timeout=60):
         assert "but rank 0 runs it 1 and rank 1 2 times" in message
+
+
+def run_continuous(rank: int, world: int) -> None:
+    model = patched("qwen3_moe")
+    try:
+        model.init_continuous_batching(GenerationConfig(max_new_tokens=2, **PLAIN))  # as generate_batch does
+    finally:
+        fluid_hf.unpatch_model(model)
+        assert "init_continuous_batching" not in vars(model)
+
+
+def test_continuous_batching_is_refused(pool2: RankPool) -> None:
+    for message in pool2.expect("ConfigError", run_continuous, timeout=60):
+        assert "continuous batching (generate_batch" in message

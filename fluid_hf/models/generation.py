@@ -37,6 +37,7 @@ ARGUMENTS = (
 DEFAULT_STEPS = 20  # of transformers, where no length is set
 DRAFTING = "_get_candidate_generator"
 GOES_ON = "_has_unfinished_sequences"
+BATCHING = "init_continuous_batching"  # also of `generate_batch` and of the cache "paged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,10 @@ class _Plan:
 
 
 def bind_generation(model: nn.Module) -> None:
-    """Let the model's `generate` synchronise the ranks unless it is told not to.
+    """Let the model's `generate` synchronise the ranks unless it is told not to, and refuse continuous batching.
 
-    It then raises `ConfigError` on all ranks where they would go different ways, and `CollectiveError` where not every
-    rank calls it within `timeout_seconds`.
+    `generate` then raises `ConfigError` on all ranks where they would go different ways, and `CollectiveError` where
+    not every rank calls it within `timeout_seconds`.
 
     Args:
         model: a patched model with split experts; one without `generate` stays as it is.
@@ -81,12 +82,23 @@ def bind_generation(model: nn.Module) -> None:
 
     generate.is_synchronised = True  # type: ignore[attr-defined]
     model.generate = generate  # type: ignore[assignment]
+    if hasattr(type(model), BATCHING):
+        setattr(model, BATCHING, _refuse_batching)
 
 
 def unbind_generation(model: nn.Module) -> None:
     """Give the model its class's own `generate` back."""
     if hasattr(model.__dict__.get("generate"), "is_synchronised"):
         del model.generate
+        model.__dict__.pop(BATCHING, None)
+
+
+def _refuse_batching(*args: Any, **kwargs: Any) -> Any:
+    # Each rank's thread takes as many steps as its requests need; what it raises is logged, and answers end early.
+    raise ConfigError(
+        "continuous batching (generate_batch, or cache_implementation='paged') cannot be used with ep_size above 1, as "
+        "the ranks would take unlike numbers of steps; use generate, or unpatch the model."
+    )
 
 
 def _plan(model: Any, given: Mapping[str, Any]) -> _Plan:
