@@ -35,7 +35,7 @@ from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
 from fluid_hf.models.sharding import REFUSED_DDP, refuse_sharding
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
-from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
+from fluid_hf.models.stored_experts import StoredExperts, put_weights, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
@@ -179,6 +179,9 @@ def unpatch_model(model: ModelT) -> ModelT:
     if state.sharding_check is not None:
         state.sharding_check.remove()
     unbind_blocks(inner, state.bound_blocks)
+    with state.gathering():  # all before the first one is swapped: an engine walks the model that it was given
+        for name in state.originals:
+            _take_back(inner, name, state)
     for name in state.originals:
         _swap_back(inner, name, state)
     state.held_groups.release()
@@ -201,25 +204,20 @@ def release_model(model: nn.Module) -> None:
     state.held_groups.release()
 
 
-def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
+def _take_back(model: nn.Module, name: str, state: FluidState) -> None:
+    """Give the original experts the weights of all ranks. Collective over all ranks."""
     original, layer = state.originals[name], state.layers[name]
     join_adapters(adapters_of(model, layer))
+    if state.groups.ep_size == 1 and not isinstance(original, StoredExperts):
+        return  # they share its weights
+    put_weights(original, gather_experts(layer, state, to_all=True), trained_weights(layer))
+
+
+def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
+    original, layer = state.originals[name], state.layers[name]
     place = next(place for place, module in model.named_modules() if module is layer)  # wrappers may be gone
     parent, _, attribute = place.rpartition(".")
     block = model.get_submodule(parent)
-    if state.groups.ep_size > 1 or isinstance(original, StoredExperts):
-        with state.gathering():
-            whole = gather_experts(layer, state, to_all=True)
-        trained = trained_weights(layer)
-        for weight_name, weight in whole.items():
-            if isinstance(original, StoredExperts):
-                original.put(weight_name, weight)
-            else:
-                getattr(original, weight_name).data = weight
-            parameters = stored_parameters(original, weight_name)
-            if parameters[0].requires_grad != trained[weight_name]:  # else each stays as it was before patching
-                for parameter in parameters:
-                    parameter.requires_grad_(trained[weight_name])
     if isinstance(original, StoredExperts):
         unbind_methods(block, state.bound_methods[name])
     give_back_hooks(layer)

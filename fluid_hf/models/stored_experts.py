@@ -11,7 +11,7 @@ from torch import nn
 
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["StoredExperts", "stored_parameters"]
+__all__ = ["StoredExperts", "put_weights", "stored_parameters"]
 
 
 class StoredExperts(ABC):
@@ -73,3 +73,16 @@ class StoredExperts(ABC):
 def stored_parameters(source: Any, name: str) -> list[nn.Parameter]:
     """The parameters that a weight of an experts module, stored in whatever way, is made of."""
     return source.parameters(name) if isinstance(source, StoredExperts) else [getattr(source, name)]
+
+
+def put_weights(source: Any, weights: Mapping[str, torch.Tensor], trained: Mapping[str, bool]) -> None:
+    """Give an experts module, stored in whatever way, weights of all experts, and let those be trained that are."""
+    for name, weight in weights.items():
+        if isinstance(source, StoredExperts):
+            source.put(name, weight)
+        else:
+            getattr(source, name).data = weight
+        parameters = stored_parameters(source, name)
+        if parameters[0].requires_grad != trained[name]:  # else each stays as it was before patching
+            for parameter in parameters:
+                parameter.requires_grad_(trained[name])
