@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -29,11 +28,12 @@ from fluid_hf.models.adapters import (
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
 from fluid_hf.models.expert_hooks import give_back_hooks, share_hooks
+from fluid_hf.models.fused_parts import bind_parts, unbind_parts
 from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
-from fluid_hf.models.sharding import REFUSED_DDP, refuse_sharding
+from fluid_hf.models.sharding import RefuseDDP, refuse_sharding
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
 from fluid_hf.models.stored_experts import StoredExperts, put_weights, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
@@ -118,11 +118,12 @@ def _bind(model: nn.Module, state: FluidState) -> None:
     for layer in state.layers.values():
         layer.patched_in = type(model).__name__
     if state.groups.ep_size > 1:
-        model._ddp_params_and_buffers_to_ignore = _RefuseDDP()  # type: ignore[assignment]
+        model._ddp_params_and_buffers_to_ignore = RefuseDDP()  # type: ignore[assignment]
         bind_generation(model)
         state.sharding_check = refuse_sharding(model, list(state.layers.values()))
         refuse_late_adapters(model, list(state.layers.values()))
     bind_saving(model, state)
+    state.fused_parts = bind_parts(model)
     model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
     state.backend.attach(model)
 
@@ -168,6 +169,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_saving(unwrapped(model))
     unbind_saving(inner)
     unbind_generation(inner)
+    unbind_parts(state.fused_parts)
     if state.sequence is not None:
         for name in state.sequence.overlapped:
             state.backend.gather_together(inner.get_submodule(name), False)
@@ -231,13 +233,6 @@ def _refuse_copy(*args: Any) -> Any:
         "a patched model cannot be copied or pickled: its experts, process groups and saving belong to this one; "
         "copy it before patch_model and patch the copy too, or write it with fluid_hf.save_pretrained."
     )
-
-
-class _RefuseDDP:
-    """Stands where DistributedDataParallel reads what to ignore: it would average different experts with each other."""
-
-    def __iter__(self) -> Iterator[str]:
-        raise ConfigError(REFUSED_DDP)
 
 
 def get_state(model: Any) -> FluidState:

@@ -20,15 +20,15 @@ from fluid_hf.state import FluidState
 
 __all__ = ["LoadHistory", "ProfiledSteps", "StepMetrics"]
 
-SAMPLE_EVERY = 10
+SAMPLE_EVERY = 20
 logger = logging.getLogger(__name__)
 
 
 class StepMetrics:
     """Tokens per second, model TFLOP/s, MFU, and exposed communication of a sampled step.
 
-    Nothing waits for the device but the step that logs. At most one step in ten is sampled with events, and none after
-    it until that sample has been logged.
+    Nothing waits for the device but the step that logs. At most one step in twenty is sampled with events, and none
+    after it until that sample has been logged.
 
     Args:
         model: the patched model.

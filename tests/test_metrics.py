@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidCallback, cli
+from fluid_hf.comm.side_stream import SideStream
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
 from fluid_hf.metrics import global_load, imbalance, model_flops_per_token, peak_tflops, read_loads
 from fluid_hf.moe.statistics import LayerStats
@@ -168,15 +169,14 @@ class Event:
 def test_sampler_on_a_gpu_takes_few_events_and_takes_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait ends where the exchange has arrived, or where it begins."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(SideStream, "alone", lambda self, device: contextlib.nullcontext())
+    monkeypatch.setattr("fluid_hf.overlap.sampler.record", lambda event, device: event.record())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for again in range(2):
         # Begin; posted and arrived twice; waited for at 9 (until 12), and at 30, when it is there since 20.
         Event.clock = iter([0.0, 1.0, 12.0, 2.0, 20.0, 9.0, 30.0])
         if not again:
-            sampler = OverlapSampler(torch.device("cuda"))
-            sampler._side = object()
+            sampler = OverlapSampler(torch.device("cuda", 0))
         else:
             sampler.restart()
         first, second = sampler.post([]), sampler.post([])
@@ -360,7 +360,7 @@ def test_a_sampler_that_is_used_again_tells_of_the_new_step_alone(monkeypatch: p
     metrics, now = StepMetrics(model, model.fluid, peak=None), 0.0
     monkeypatch.setattr(OverlapSampler, "_now", lambda self: now)
     samplers, exposed = [], []
-    for step in range(31):
+    for step in range(61):
         metrics.begin_step()
         sampler = metrics._sampler
         if sampler is not None:
@@ -373,4 +373,4 @@ def test_a_sampler_that_is_used_again_tells_of_the_new_step_alone(monkeypatch: p
         exposed.append(metrics.collect()["fluid/exposed_ms"])
     metrics.close()
     assert len(samplers) == 4 and len(set(map(id, samplers))) == 1
-    assert exposed == [3.0] * 10 + [13.0] * 10 + [23.0] * 10 + [33.0]
+    assert exposed == [3.0] * 20 + [23.0] * 20 + [43.0] * 20 + [63.0]

@@ -33,7 +33,7 @@ MODELS = {
 }
 VOCABULARY = 4096
 # Relative difference from the unpatched model, routed alike.
-ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
+ALLOWED = {torch.bfloat16: 5e-2, torch.float32: 1e-5}
 WARM_UP = 2
 _STATE_BYTES = 18  # of a parameter trained by ZeRO in bfloat16: its gradient, and master weight, moments, gradient
 

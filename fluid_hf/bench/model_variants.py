@@ -13,6 +13,7 @@ from fluid_hf.bench.model import ModelBench
 from fluid_hf.bench.peers import autoep_layer, transformers_layer
 from fluid_hf.config import FluidConfig
 from fluid_hf.models.attention import find_attention
+from fluid_hf.models.fused_parts import unbind_parts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import WaveChoice
 from fluid_hf.overlap.wgrad import WgradScheduler
@@ -83,8 +84,12 @@ def release(model: Any) -> None:
 
 
 def peer_model(bench: ModelBench, name: str) -> nn.Module:
-    """The slice with a peer's layers for experts; sequences are cut by plain all-to-alls around the core attention."""
-    model = patched(bench, ep_size=1, overlap=False) if bench.part.sp > 1 else bench.build()
+    """The slice with a peer's layers for experts and all else as transformers has it; sequences are cut by plain
+    all-to-alls around the core attention.
+    """
+    model: Any = patched(bench, ep_size=1, overlap=False) if bench.part.sp > 1 else bench.build()
+    if bench.part.sp > 1:
+        unbind_parts(model.fluid.fused_parts)
     local = bench.shape.experts // bench.size
     held = slice(bench.rank * local, (bench.rank + 1) * local)
     blocks: list[Any] = [module for module in model.modules() if hasattr(module, "experts")]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["REFUSED_DDP", "refuse_fsdp", "refuse_sharding"]
+__all__ = ["RefuseDDP", "refuse_fsdp", "refuse_sharding"]
 
 REMEDY = (
     "use DeepSpeed's ZeRO, transformers' expert parallelism (fluid_hf.integrations.transformers_ep), which runs under "
@@ -94,3 +94,10 @@ def _averages(around: DistributedDataParallel, parameters: Sequence[torch.Tensor
     named = around.module.named_parameters()
     taken = {id(parameter) for name, parameter in named if name not in around.parameters_to_ignore}
     return any(id(parameter) in taken for parameter in parameters)
+
+
+class RefuseDDP:
+    """Stands where DistributedDataParallel reads what to ignore: it would average different experts with each other."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise ConfigError(REFUSED_DDP)

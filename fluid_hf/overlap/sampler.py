@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fluid_hf.comm.side_stream import SideStream, record
 from fluid_hf.overlap.intervals import length
 
 __all__ = ["Flight", "OverlapSampler"]
@@ -38,7 +39,9 @@ class OverlapSampler:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if self._on_gpu else None
+        unnamed = self._on_gpu and device.index is None
+        self._device = torch.device("cuda", torch.cuda.current_device()) if unnamed else device
+        self._side = SideStream()
         self._events: list[torch.cuda.Event] = []
         self.restart()
 
@@ -51,8 +54,8 @@ class OverlapSampler:
     def post(self, works: Sequence[Any]) -> Flight:
         """An exchange was posted."""
         flight = Flight(self._now())
-        if self._side is not None:
-            with torch.cuda.stream(self._side):
+        if self._on_gpu:
+            with self._side.alone(self._device):
                 for work in works:
                     work.wait()
                 flight.arrived = self._now()
@@ -86,7 +89,7 @@ class OverlapSampler:
             self._events.append(torch.cuda.Event(enable_timing=True))
         event = self._events[self._used]
         self._used += 1
-        event.record()
+        record(event, self._device)
         return event
 
     def _ms(self, at: Any) -> float:

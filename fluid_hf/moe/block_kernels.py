@@ -1,0 +1,156 @@
+"""Triton kernels for what stands around the experts in a decoder layer: RMSNorm, and SwiGLU of dense or shared experts.
+
+Each launch reads its inputs once and writes its outputs once; sums run in float32 in a fixed order, without atomics.
+Legend: M rows, N columns, B programs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from fluid_hf.launch import Kernel, blocks_of, power_of_two
+
+__all__ = ["rms_norm_backward", "rms_norm_forward", "swiglu_backward", "swiglu_forward"]
+
+ELEMENTS = 4096  # of a program's tile of RMSNorm; more where a row is longer
+BLOCK = 2048  # elements of a program of SwiGLU
+PROGRAMS = 4  # of the backward of RMSNorm on each multiprocessor: each sums the weight's gradient over its rows
+
+
+def rms_norm_forward(rows_MN: torch.Tensor, weight_N: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight * rows / sqrt(mean(rows ** 2) + eps)` [M, N], and the reciprocal of that root [M] in float32."""
+    rows, width = rows_MN.shape
+    out, scale = torch.empty_like(rows_MN), torch.empty(rows, dtype=torch.float32, device=rows_MN.device)
+    if rows:
+        columns, height, warps = _tile(width)
+        _rms_norm_forward((blocks_of(rows, height), 1, 1), (rows_MN, weight_N, out, scale), (rows,),
+                          (width, eps, height, columns), warps)  # fmt: skip
+    return out, scale
+
+
+def rms_norm_backward(
+    grad_MN: torch.Tensor, rows_MN: torch.Tensor, weight_N: torch.Tensor, scale_M: torch.Tensor, needs_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of the rows [M, N], and of the weight [N] if it is needed."""
+    rows, width = rows_MN.shape
+    out = torch.empty_like(rows_MN)
+    columns, height, warps = _tile(width)
+    programs = min(max(1, blocks_of(rows, height)), PROGRAMS * _processors(rows_MN.device))
+    shape = (programs if needs_weight else 0, width)
+    sums = torch.empty(shape, dtype=torch.float32, device=rows_MN.device)
+    if rows:
+        _rms_norm_backward((programs, 1, 1), (grad_MN, rows_MN, weight_N, scale_M, out, sums), (rows, programs),
+                           (width, needs_weight, height, columns), warps)  # fmt: skip
+    elif needs_weight:
+        sums.zero_()
+    return out, sums.sum(0).to(weight_N.dtype) if needs_weight else None
+
+
+def swiglu_forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of contiguous tensors of one shape."""
+    out = torch.empty_like(gate)
+    if blocks := blocks_of(gate.numel(), BLOCK):
+        _swiglu_forward((blocks, 1, 1), (gate, up, out), (gate.numel() - (blocks - 1) * BLOCK,), (BLOCK,), 8)
+    return out
+
+
+def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `gate` and `up`."""
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    if blocks := blocks_of(gate.numel(), BLOCK):
+        last = gate.numel() - (blocks - 1) * BLOCK
+        _swiglu_backward((blocks, 1, 1), (grad, gate, up, grad_gate, grad_up), (last,), (BLOCK,), 8)
+    return grad_gate, grad_up
+
+
+@functools.cache
+def _tile(width: int) -> tuple[int, int, int]:
+    """Columns and rows of a tile, and its warps: 16 elements a thread."""
+    columns = power_of_two(width)
+    rows = max(1, ELEMENTS // columns)
+    return columns, rows, max(1, min(16, columns * rows // 512))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _rms_norm_forward_kernel(
+    source, weight, out, scale, rows, width: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.arange(0, COLUMNS)
+    known = row < rows
+    inside = known[:, None] & (at < width)[None, :]
+    x = tl.load(source + row[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    root = 1.0 / tl.sqrt_rn(tl.sum(x * x, 1) / width + eps)
+    tl.store(scale + row, root, mask=known)
+    y = x * root[:, None] * w[None, :]
+    tl.store(out + row[:, None] * width + at[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def _rms_norm_backward_kernel(
+    grad, source, weight, scale, out, sums, rows, programs,
+    width: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, COLUMNS)
+    w = tl.load(weight + at, mask=at < width, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), programs):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        known = row < rows
+        inside = known[:, None] & (at < width)[None, :]
+        place = row[:, None] * width + at[None, :]
+        x = tl.load(source + place, mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        root = tl.load(scale + row, mask=known, other=0.0)
+        normed = x * root[:, None]
+        if WEIGHT:
+            total += dy * normed
+        dy *= w[None, :]
+        mean = tl.sum(dy * normed, 1) / width
+        dx = (dy - normed * mean[:, None]) * root[:, None]
+        tl.store(out + place, dx.to(out.dtype.element_ty), mask=inside)
+    if WEIGHT:
+        tl.store(sums + tl.program_id(0) * width + at, tl.sum(total, 0), mask=at < width)
+
+
+@triton.jit(do_not_specialize=["last"])
+def _swiglu_forward_kernel(gate, up, out, last, SIZE: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, SIZE)
+    # The last block may hold fewer: all elements together may be more than a 32-bit number tells.
+    inside = within < tl.where(block + 1 < tl.num_programs(0), SIZE, last)
+    at = block * SIZE + within
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["last"])
+def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, last, SIZE: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, SIZE)
+    inside = within < tl.where(block + 1 < tl.num_programs(0), SIZE, last)
+    at = block * SIZE + within
+    dh = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    activated = g * sigmoid
+    tl.store(grad_gate + at, (dh * u * (sigmoid * (1 + g - activated))).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + at, (dh * activated).to(grad_up.dtype.element_ty), mask=inside)
+
+
+_rms_norm_forward = Kernel(_rms_norm_forward_kernel)
+_rms_norm_backward = Kernel(_rms_norm_backward_kernel)
+_swiglu_forward = Kernel(_swiglu_forward_kernel)
+_swiglu_backward = Kernel(_swiglu_backward_kernel)

@@ -1,0 +1,166 @@
+"""Norms and gated MLPs around the experts: which are fused, and what they compute.
+
+Kernels on a GPU, or on the CPU with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from families import batch, relative_error, tiny_model
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+import fluid_hf
+from fluid_hf.models import fused_parts
+from fluid_hf.models.fused_parts import bind_parts, gated_forward, norm_forward, unbind_parts
+from fluid_hf.moe.block_parts import fuses_norm, fuses_swiglu, rms_norm, swiglu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AVAILABLE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16]
+needs_kernels = pytest.mark.skipif(not AVAILABLE, reason="needs Triton and a GPU, or its interpreter")
+
+
+class Settings:
+    hidden_size, intermediate_size, hidden_act = 24, 40, "silu"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_norms_and_dense_experts_are_fused_and_given_back(family: str) -> None:
+    model = tiny_model(family)
+    expected = model(input_ids=batch(0, 1)).logits
+    forms = {name: norm_forward for name, part in model.named_modules() if type(part).__name__.endswith("RMSNorm")}
+    forms |= {name: gated_forward for name, part in model.named_modules() if type(part) is Qwen2MoeMLP}
+    fluid_hf.patch_model(model)
+    found = {name: vars(part)["forward"].__func__ for name, part in model.named_modules() if "forward" in vars(part)}
+    assert found == forms and len(forms) > 2
+    assert relative_error(model(input_ids=batch(0, 1)).logits, expected) <= 1e-5
+    fluid_hf.unpatch_model(model)
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+def test_other_norms_and_what_somebody_patched_keep_their_forward() -> None:
+    def own(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    class Scaled(Qwen3MoeRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(hidden_states)
+
+    patched = Qwen3MoeRMSNorm(8)
+    patched.forward = MethodType(own, patched)
+    parts = nn.ModuleList([GemmaRMSNorm(8), Scaled(8), patched, nn.LayerNorm(8), GptOssRMSNorm(8)])
+    bound = bind_parts(parts)
+    assert bound == [parts[4]]
+    wrapped = parts[4].forward
+    parts[4].forward = lambda hidden: wrapped(hidden)  # as hooks of accelerate do
+    unbind_parts(bound)
+    assert "forward" in vars(parts[4]) and not bound and vars(patched)["forward"].__func__ is own
+
+
+@pytest.mark.parametrize("module", [Qwen3MoeRMSNorm(24), GptOssRMSNorm(24), Qwen2MoeMLP(Settings())])
+def test_what_the_kernels_do_not_serve_is_the_modules_own(module: Any) -> None:
+    rows = torch.randn(5, 24, dtype=torch.float64)
+    module = module.double()
+    expected = module(rows)
+    (bound,) = [part for part in bind_parts(module) if part is module]
+    assert torch.equal(bound(rows), expected)
+    unbind_parts([bound])
+
+
+def test_hooks_on_the_activation_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = Qwen2MoeMLP(Settings()), []
+    bind_parts(module)
+    monkeypatch.setattr(fused_parts, "fuses_swiglu", lambda gate, up: True)
+    monkeypatch.setattr(fused_parts, "swiglu", lambda gate, up: seen.append("fused") or gate)
+    module(torch.randn(2, 24))
+    handle = module.act_fn.register_forward_hook(lambda *_: seen.append("hook"))
+    module(torch.randn(2, 24))
+    handle.remove()
+    assert seen == ["fused", "hook"]
+
+
+def test_only_tensors_that_the_kernels_take_are_fused() -> None:
+    rows, weight = torch.randn(3, 8), torch.ones(8)
+    assert not fuses_norm(rows, weight) and not fuses_swiglu(rows, rows), "the plain code serves a CPU"
+
+
+def gradients(call: Callable[..., torch.Tensor], grad: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    result = call(*leaves)
+    return [result.detach(), *torch.autograd.grad(result, leaves, grad.to(result.dtype))]
+
+
+def compare(ours: Callable[..., Any], plain: Callable[..., Any], grad: torch.Tensor, *tensors: torch.Tensor) -> None:
+    """Rounded once, or no further from float64 than the plain code is."""
+    once = max(1e-6, torch.finfo(grad.dtype).eps / 2)
+    found, again = gradients(ours, grad, *tensors), gradients(ours, grad, *tensors)
+    theirs = gradients(plain, grad, *tensors)
+    exact = gradients(plain, grad.double(), *[tensor.double() for tensor in tensors])
+    for mine, second, other, right in zip(found, again, theirs, exact, strict=True):
+        assert torch.equal(mine, second) and mine.dtype == grad.dtype and mine.shape == right.shape
+        size = right.norm().clamp(min=1e-30)
+        error, allowed = (mine - right).norm() / size, (other - right).norm() / size
+        assert error <= max(1.05 * allowed, once), (error, allowed)
+
+
+def plain_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * wide.to(rows.dtype)
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [((1,), 3), ((7, 3), 24), ((2, 65, 4), 128), ((67,), 720), ((3, 5), 4096)])
+def test_norm(dtype: torch.dtype, rows: tuple[int, ...], width: int) -> None:
+    torch.manual_seed(width)
+    x, grad = (torch.randn(*rows, width, device=DEVICE).to(dtype) for _ in range(2))
+    weight = (1 + torch.randn(width, device=DEVICE) / 4).to(dtype)
+    compare(lambda x, weight: rms_norm(x, weight, 1e-6), plain_norm, grad, x, weight)
+    frozen = gradients(lambda x: rms_norm(x, weight, 1e-6), grad, x)
+    assert torch.equal(frozen[1], gradients(lambda x, w: rms_norm(x, w, 1e-6), grad, x, weight)[1])
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 40), (129, 64)])
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(*shape, device=DEVICE).to(dtype) for _ in range(3))
+    compare(swiglu, lambda gate, up: nn.functional.silu(gate) * up, grad, gate, up)
+
+
+@pytest.mark.gpu
+@needs_kernels
+def test_without_rows() -> None:
+    x, weight = torch.empty(2, 0, 16, device=DEVICE), torch.ones(16, device=DEVICE)
+    out, grad, grad_weight = gradients(lambda x, w: rms_norm(x, w, 1e-6), x, x, weight)
+    assert out.shape == grad.shape == x.shape and not grad_weight.any()
+    assert all(found.shape == x.shape for found in gradients(swiglu, x, x, x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_elements_than_a_32_bit_number_tells() -> None:
+    gate = torch.randn(2**15, 2**16 + 8, device=DEVICE, dtype=torch.bfloat16)
+    up = torch.ones_like(gate)
+    found = swiglu(gate, up)
+    for row in (0, 32_750, -1):
+        assert torch.allclose(found[row], nn.functional.silu(gate[row]), rtol=2e-2)
+    rows = gate.view(-1, 8)
+    weight = torch.ones(8, device=DEVICE, dtype=torch.bfloat16)
+    assert torch.allclose(rms_norm(rows, weight, 1e-6)[-9:], plain_norm(rows[-9:], weight), rtol=2e-2)
