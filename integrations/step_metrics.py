@@ -18,7 +18,7 @@ from fluid_hf.profiling.picture import draw_expert_load
 from fluid_hf.profiling.session import StepTrace, write_report
 from fluid_hf.state import FluidState
 
-__all__ = ["LoadHistory", "ProfiledSteps", "StepMetrics"]
+__all__ = ["SAMPLE_EVERY", "LoadHistory", "ProfiledSteps", "StepMetrics"]
 
 SAMPLE_EVERY = 20
 logger = logging.getLogger(__name__)
@@ -69,6 +69,12 @@ class StepMetrics:
             device = next(self.model.parameters()).device
             self._sampler, self._since_sample = self.fluid.start_sampling(device, self._read), 1
             self._read = None
+
+    def sample_next(self, wanted: bool) -> None:
+        """Sample the next step, or do not, whenever the last sample was: for what times both."""
+        if self._unread is not None:
+            self._read, self._unread = self._unread, None
+        self._since_sample = SAMPLE_EVERY if wanted else 0
 
     def end_step(self) -> None:
         """An optimizer step ended; its samples are read when the next log waits for the device anyway."""

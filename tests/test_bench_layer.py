@@ -11,8 +11,11 @@ import pytest
 import torch
 from distributed import RankPool, rank_pool
 
+from fluid_hf import cli
 from fluid_hf.bench import links
+from fluid_hf.bench.layer import LayerBench
 from fluid_hf.bench.report import markdown_table
+from fluid_hf.commands import bench_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples/benchmarks/results"
@@ -103,3 +106,20 @@ def test_a_free_port_is_none_that_connections_are_given(monkeypatch: pytest.Monk
         monkeypatch.setattr(links.random.SystemRandom, "sample", lambda self, ports, count: [port])
         with pytest.raises(OSError, match="no free port"):
             links.free_port()
+
+
+def test_nothing_is_timed_after_the_first_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What traces a GPU stays in the process: launches take the host up to twice as long."""
+    done: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        return lambda *args, **kwargs: (done.append(name), function(*args, **kwargs))[1]
+
+    monkeypatch.setattr(LayerBench, "time", noted("time", LayerBench.time))
+    monkeypatch.setattr(bench_layer, "record", noted("trace", bench_layer.record))
+    out = tmp_path / "layer.json"
+    options = ["--shapes", "tiny", "--tokens", "16", "--ep", "1", "2", "--report", "--json", str(out)]
+    assert cli.main(["bench", "layer", *options]) == 0
+    cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
+    assert [sorted(cell["report"]) for cell in cells] == [["fluid_hf"], ["overlap 1", "serial"]]
+    assert done == ["time"] * done.count("time") + ["trace"] * 6

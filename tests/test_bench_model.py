@@ -39,6 +39,9 @@ def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pyte
     assert status == other_status == 0 and other_printed == ""
     for stage in ("build and patch", "fluid_hf: first pass and comparison", "AutoEP: step"):
         assert f"{stage} ..." in printed
+    timed, _, traced = printed.partition("timelines of")  # what traces a GPU slows what is launched after it
+    assert ": trace ..." in traced and ": trace ..." not in timed
+    assert not any(f": {mode} ..." in traced for mode in ("inference", "forward", "backward", "step"))
     cells = json.loads(out.read_text())["cells"]
     assert [cell["sp"] for cell in cells] == [1, 2]
     for cell in cells:

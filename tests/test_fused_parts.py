@@ -1,4 +1,4 @@
-"""Norms and gated MLPs around the experts: which are fused, and what they compute.
+"""Norms, rotary embeddings and gated MLPs around the experts: which are fused, and what they compute.
 
 Kernels on a GPU, or on the CPU with TRITON_INTERPRET=1.
 """
@@ -18,12 +18,12 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, rotate_half
 
 import fluid_hf
 from fluid_hf.models import fused_parts
 from fluid_hf.models.fused_parts import bind_parts, gated_forward, norm_forward, unbind_parts
-from fluid_hf.moe.block_parts import fuses_norm, fuses_swiglu, rms_norm, swiglu
+from fluid_hf.moe.block_parts import fuses_norm, fuses_rotary, fuses_swiglu, rms_norm, rotary, swiglu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or INTERPRETED)
@@ -44,7 +44,9 @@ def test_norms_and_dense_experts_are_fused_and_given_back(family: str) -> None:
     forms |= {name: gated_forward for name, part in model.named_modules() if type(part) is Qwen2MoeMLP}
     fluid_hf.patch_model(model)
     found = {name: vars(part)["forward"].__func__ for name, part in model.named_modules() if "forward" in vars(part)}
-    assert found == forms and len(forms) > 2
+    attention = {name: found.pop(name) for name in list(found) if name.endswith("self_attn")}
+    assert found == forms and len(forms) > 2 and len(attention) == model.config.num_hidden_layers
+    assert len(set(attention.values())) == 1
     assert relative_error(model(input_ids=batch(0, 1)).logits, expected) <= 1e-5
     fluid_hf.unpatch_model(model)
     assert not any("forward" in vars(part) for part in model.modules())
@@ -62,7 +64,7 @@ def test_other_norms_and_what_somebody_patched_keep_their_forward() -> None:
     patched.forward = MethodType(own, patched)
     parts = nn.ModuleList([GemmaRMSNorm(8), Scaled(8), patched, nn.LayerNorm(8), GptOssRMSNorm(8)])
     bound = bind_parts(parts)
-    assert bound == [parts[4]]
+    assert bound == {parts[4]: norm_forward}
     wrapped = parts[4].forward
     parts[4].forward = lambda hidden: wrapped(hidden)  # as hooks of accelerate do
     unbind_parts(bound)
@@ -74,9 +76,10 @@ def test_what_the_kernels_do_not_serve_is_the_modules_own(module: Any) -> None:
     rows = torch.randn(5, 24, dtype=torch.float64)
     module = module.double()
     expected = module(rows)
-    (bound,) = [part for part in bind_parts(module) if part is module]
-    assert torch.equal(bound(rows), expected)
-    unbind_parts([bound])
+    bound = bind_parts(module)
+    assert module in bound and torch.equal(module(rows), expected)
+    unbind_parts(bound)
+    assert "forward" not in vars(module)
 
 
 def test_hooks_on_the_activation_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +94,39 @@ def test_hooks_on_the_activation_are_called(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == ["fused", "hook"]
 
 
-def test_only_tensors_that_the_kernels_take_are_fused() -> None:
-    rows, weight = torch.randn(3, 8), torch.ones(8)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
+def test_attention_calls_what_transformers_calls(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and with a cache, bit for bit; and the fused embedding where it serves."""
+    model = tiny_model(family).eval()
+    ids, calls = batch(0, 2), []
+    expected = [model(input_ids=ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)]
+    bound = bind_parts(model)
+    found = [model(input_ids=ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)]
+    assert all(map(torch.equal, found, expected))
+
+    def counted(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, Any]:
+        calls.append(q.shape)
+        return plain_rotary(q, k, cos, sin)
+
+    monkeypatch.setattr(fused_parts, "fuses_rotary", lambda *_: True)
+    monkeypatch.setattr(fused_parts, "rotary", counted)
+    assert torch.equal(model(input_ids=ids).logits, expected[0])
+    assert len(calls) == model.config.num_hidden_layers
+    unbind_parts(bound)
+
+
+def test_only_tensors_that_the_kernels_take_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight, heads, table = torch.randn(3, 8), torch.ones(8), torch.randn(2, 4, 3, 8), torch.randn(1, 3, 8)
     assert not fuses_norm(rows, weight) and not fuses_swiglu(rows, rows), "the plain code serves a CPU"
+    assert not fuses_rotary(heads, heads, table, table)
+    monkeypatch.setattr("fluid_hf.moe.block_parts.use_kernels", lambda tensor: True)
+    assert fuses_norm(rows, weight) and fuses_swiglu(rows, rows) and fuses_rotary(heads, heads, table, table)
+    assert not fuses_norm(rows.half(), weight) and not fuses_norm(rows[:, :4], weight)
+    assert not fuses_swiglu(rows, rows.half()) and not fuses_swiglu(rows, rows[:2]) and not fuses_swiglu(rows.T, rows.T)
+    others = [(heads.half(), table), (heads, table[:, :2]), (heads, table[..., :6]), (heads[..., ::2], table[..., :4])]
+    others += [(heads, table.expand(3, -1, -1)), (heads, table.clone().requires_grad_())]
+    for other, angles in others:
+        assert not fuses_rotary(other, other, angles, angles)
 
 
 def gradients(call: Callable[..., torch.Tensor], grad: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -137,11 +170,40 @@ def test_norm(dtype: torch.dtype, rows: tuple[int, ...], width: int) -> None:
 @pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 40), (129, 64)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 40), (129, 64), (2, 1024), (3, 4096)])
 def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     gate, up, grad = (torch.randn(*shape, device=DEVICE).to(dtype) for _ in range(3))
     compare(swiglu, lambda gate, up: nn.functional.silu(gate) * up, grad, gate, up)
+
+
+def plain_rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[Any, Any]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("as_projected", [True, False])
+@pytest.mark.parametrize(("sizes", "tables"), [((1, 1, 1, 2), 1), ((2, 4, 37, 64), 1), ((3, 2, 16, 48), 3)])
+def test_rotary(dtype: torch.dtype, as_projected: bool, sizes: tuple[int, ...], tables: int) -> None:
+    torch.manual_seed(0)
+    batch, heads, tokens, dim = sizes
+
+    def new(count: int) -> torch.Tensor:
+        shape = (batch, tokens, count, dim) if as_projected else (batch, count, tokens, dim)
+        made = torch.randn(shape, device=DEVICE).to(dtype)
+        return made.transpose(1, 2) if as_projected else made
+
+    q, grad_q, k, grad_k = new(2 * heads), new(2 * heads), new(heads), new(heads)
+    cos, sin = (torch.randn(tables, tokens, dim, device=DEVICE).to(dtype) for _ in range(2))
+
+    def both(turn: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+        return lambda q, k: torch.cat(turn(q, k, cos.to(q.dtype), sin.to(q.dtype)), 1)
+
+    compare(both(rotary), both(plain_rotary), torch.cat([grad_q, grad_k], 1), q, k)
+    assert all(out.stride() == x.stride() for out, x in zip(rotary(q, k, cos, sin), (q, k), strict=True))
 
 
 @pytest.mark.gpu

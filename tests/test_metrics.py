@@ -333,9 +333,11 @@ def test_cost_of_the_metrics_is_measured(tmp_path: Path, capsys: pytest.CaptureF
     report = json.loads((tmp_path / "cost.json").read_text())
     assert report["link"] == "mirror" and report["ranks"] == 2
     assert ("no GPU: times say nothing" in capsys.readouterr().err) == (not torch.cuda.is_available())
-    assert 0 < report["collect_ms"] and 0 < report["step_ms"]
-    low, high = report["cost_quartiles"]
-    assert low <= report["cost_of_a_step"] <= high
+    assert 0 < report["collect_ms"] and 0 < report["step_ms"]["plain"]
+    costs = report["costs"]
+    assert report["cost_of_a_step"] == pytest.approx(sum(costs.values())) and report["standard_error"] > 0
+    assert costs["reading"] == pytest.approx(report["collect_ms"] / 2 / report["step_ms"]["plain"])
+    assert report["sample_every"] == 20
 
 
 def test_a_sample_is_not_replaced_before_it_is_logged() -> None:

@@ -104,11 +104,29 @@ class SliceRun:
             self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
         for name in filter(self.settings.wants, PEERS):
             self._peer(name)
-        first = self.cells[0]
-        if self.settings.pictures and self.stages.is_first and first["timeline"]:
+
+    def trace(self) -> None:
+        """Timelines and picture of the first slice, with `pictures`; when nothing is timed any more.
+
+        What traces a GPU stays in the process, and every later launch takes the host up to twice as long.
+        """
+        cell, folder = self._cells[0], self.settings.pictures
+        traced = [way for way in self.ways if way.name in cell.data["variants"] and way.name in TRACED]
+        if folder is None or not traced or not self._time_left("timelines"):
+            return
+        self.stages.say(f"\ntimelines of {cell.part}")
+        with self.stages.stage("build and patch"):
+            model: Any = patched(cell.bench, timeout_seconds=self.settings.timeout)
+        for way in traced:
+            select(model, way)
+            self._trace(model, way.name, cell)
+        release(model)
+        del model
+        self._free()
+        if self.stages.is_first and cell.data["timeline"]:
             with self.stages.stage("picture") as found:
                 try:
-                    draw_pictures(first, self.settings.pictures)
+                    draw_pictures(cell.data, folder)
                 except MissingPackageError as error:  # the times are what was asked for; the JSON has the timelines
                     found.append(f"none: {error}")
 
@@ -126,8 +144,6 @@ class SliceRun:
             self._modes(model, way.name, cell)
             layer = next(iter(model.fluid.layers.values()))
             cell.data["waves"][way.name] = layer.context.waves if way.overlap else SERIAL
-            if self.settings.pictures and way.name in TRACED and cell is self._cells[0]:
-                self._trace(model, way.name, cell)
         self._steps(model, group)
         release(model)
         del model

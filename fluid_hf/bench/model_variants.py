@@ -13,7 +13,7 @@ from fluid_hf.bench.model import ModelBench
 from fluid_hf.bench.peers import autoep_layer, transformers_layer
 from fluid_hf.config import FluidConfig
 from fluid_hf.models.attention import find_attention
-from fluid_hf.models.fused_parts import unbind_parts
+from fluid_hf.models.fused_parts import bind_parts, unbind_parts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.moe.layer import WaveChoice
 from fluid_hf.overlap.wgrad import WgradScheduler
@@ -67,12 +67,14 @@ def select(model: Any, way: Way) -> None:
             layer.forward = _one_row_per_expert(layer.forward)
     state = model.fluid
     if state.sequence is not None:
+        unbind_parts(state.fused_parts)
         state.sequence.detach()
         sites = find_attention(model, state.groups.sp_size)
         state.sequence = SequenceParallel(
             model, sites, state.sequence_exchange, scheduler, overlap=way.overlap, chunks=way.waves
         )
         state.sequence.attach()
+        state.fused_parts = bind_parts(model)
 
 
 def release(model: Any) -> None:

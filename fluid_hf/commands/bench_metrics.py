@@ -1,8 +1,9 @@
-"""`fluid-hf bench metrics`: what the metrics cost: training steps with and without them, in turn."""
+"""`fluid-hf bench metrics`: what the metrics cost: training steps without them, with them, and sampled, in turn."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import statistics
@@ -20,10 +21,11 @@ from fluid_hf.bench.links import is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelBench, ModelSlice
 from fluid_hf.commands.arguments import add_json, positive, write_whole
 from fluid_hf.config import FluidConfig
-from fluid_hf.integrations.step_metrics import StepMetrics
+from fluid_hf.integrations.step_metrics import SAMPLE_EVERY, StepMetrics
 from fluid_hf.patching import patch_model
 
 WARM_UP = 2
+KINDS = ("plain", "counted", "sampled")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -31,8 +33,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "metrics",
         help="time what the metrics cost",
-        description="Times training steps (forward and backward) of a slice of a model with and without the metrics, "
-        "in turn. On one GPU's mirror link; under torchrun on its ranks, where the loads are also gathered.",
+        description="Times training steps (forward and backward) of a slice of a model without the metrics, with them, "
+        "and with the exchanges sampled, in turn, and the reading at a log; and reckons what a step costs more. On one "
+        "GPU's mirror link; under torchrun on its ranks, where the loads are also gathered.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -43,7 +46,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--sequence", type=positive, default=4096, help="tokens of a sequence")
     add("--waves", type=positive, help="waves of each exchange (the planner's choice if not given)")
     add("--logging-steps", type=positive, default=10, help="steps between two logs")
-    add("--repeats", type=positive, default=12, help="stretches of that many steps to time of each kind")
+    add("--repeats", type=positive, default=40, help="steps to time of each kind")
     add_json(parser)
     return parser
 
@@ -56,12 +59,10 @@ def run(options: argparse.Namespace) -> int:
             print("no GPU: times say nothing; --model tiny --sequence 128 tries it at once", file=sys.stderr)
         model, step = _build(options, device)
         metrics = StepMetrics(model, model.fluid, None)  # type: ignore[arg-type]
-        times: dict[str, list[float]] = {"plain": [], "measured": [], "collect": []}
-        rounds = range(options.repeats + WARM_UP)
-        for index in tqdm(rounds, leave=False, disable=None if is_first() else True):
-            found = _one_round(options.logging_steps, step, metrics, device, plain_first=index % 2 == 0)
-            if index >= WARM_UP:
-                for name, seconds in found.items():
+        times: dict[str, list[float]] = {name: [] for name in (*KINDS, "collect")}
+        for index in tqdm(range(options.repeats + WARM_UP), leave=False, disable=None if is_first() else True):
+            for name, seconds in _one_round(index, step, metrics, device).items():
+                if index >= WARM_UP:
                     times[name].append(seconds * 1e3)
         metrics.close()
         if is_first():
@@ -77,57 +78,69 @@ def _build(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module
     return model, bench.modes(model)["backward"]
 
 
-def _one_round(
-    steps: int, step: Callable[[], None], metrics: StepMetrics, device: torch.device, plain_first: bool
-) -> dict[str, float]:
-    """Seconds of a stretch of steps without the metrics, of one with them, and of the reading at its end.
+def _one_round(index: int, step: Callable[[], None], metrics: StepMetrics, device: torch.device) -> dict[str, float]:
+    """Seconds of a step of each kind, and of the reading after them.
 
-    Which comes first alternates from round to round: a machine that gets slower or faster favours neither.
+    Which comes first changes from round to round: a machine that gets slower or faster favours none.
     """
 
     def plain() -> None:
-        metrics.fluid.count(False)  # or the next reading would have these steps to read, too
-        for _ in range(steps):
-            step()
+        metrics.fluid.count(False)
+        step()
         metrics.fluid.count(True)
 
     def measured() -> None:
-        for _ in range(steps):
-            metrics.begin_step()
-            step()
-            metrics.end_step()
+        metrics.begin_step()
+        step()
+        metrics.end_step()
 
-    found = {"plain": _seconds(plain, device)} if plain_first else {}
-    found["measured"] = _seconds(measured, device)
+    found = {}
+    for turn in range(len(KINDS)):
+        name = KINDS[(index + turn) % len(KINDS)]
+        metrics.sample_next(name == "sampled")
+        found[name] = _seconds(plain if name == "plain" else measured, device)
     # The Trainer waits for the device at a log anyway, for the loss: what is read then is timed by itself.
-    found["collect"] = _seconds(lambda: metrics.collect(), device)
-    found["measured"] += found["collect"]
-    return found if plain_first else found | {"plain": _seconds(plain, device)}
+    return found | {"collect": _seconds(lambda: metrics.collect(), device)}
 
 
 def _report(options: argparse.Namespace, link: str, times: dict[str, list[float]], device: torch.device) -> None:
     plain, collect = (statistics.median(times[name]) for name in ("plain", "collect"))
-    costs = sorted((after - before) / before for before, after in zip(times["plain"], times["measured"], strict=True))
-    quarter = len(costs) // 4
-    cost, low, high = statistics.median(costs), costs[quarter], costs[-1 - quarter]
+    counted, sampled = ([a - b for a, b in zip(times[name], times["plain"], strict=True)] for name in KINDS[1:])
+    shares = {"counting": 1.0, "sampling": 1.0 / max(SAMPLE_EVERY, options.logging_steps)}
+    more = {"counting": counted, "sampling": [a - b for a, b in zip(sampled, counted, strict=True)]}
+    costs = {name: shares[name] * statistics.median(values) / plain for name, values in more.items()}
+    costs["reading"] = collect / options.logging_steps / plain
+    error = sum((shares[name] * _error(values) / plain) ** 2 for name, values in more.items()) ** 0.5
     report = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
         "link": link,
         "ranks": dist.get_world_size() if dist.is_initialized() else 1,
         "command": vars(options),
-        "step_ms": plain / options.logging_steps,
+        "step_ms": {name: statistics.median(times[name]) for name in KINDS},
         "collect_ms": collect,
-        "cost_of_a_step": cost,
-        "cost_quartiles": [low, high],
+        "sample_every": round(1 / shares["sampling"]),
+        "cost_of_a_step": sum(costs.values()),
+        "standard_error": error,
+        "costs": costs,
     }
     print(
-        f"{options.model}, {options.layers} layers, EP{report['ranks']}: a step {report['step_ms']:.2f} ms; with the "
-        f"metrics, read every {options.logging_steps} steps in {collect:.2f} ms, {cost:+.2%} "
-        f"(quartiles {low:+.2%} to {high:+.2%})"
+        f"{options.model}, {options.layers} layers, EP{report['ranks']}: a step {plain:.2f} ms; the metrics cost "
+        f"{report['cost_of_a_step']:+.2%} of it (standard error {error:.2%}): reading {collect:.2f} ms every "
+        f"{options.logging_steps} steps {costs['reading']:.2%}, one sampled step in {report['sample_every']} "
+        f"{costs['sampling']:+.2%}, the rest {costs['counting']:+.2%}"
     )
     if options.json:
         write_whole(options.json, json.dumps(report, indent=1))
+
+
+def _error(values: list[float]) -> float:
+    """Standard error of the median, from the quartiles: 1.25 times that of the mean of a normal distribution."""
+    if len(values) < 2:
+        return float("inf")
+    low, _, high = statistics.quantiles(values, n=4)
+    return float(1.25 * (high - low) / 1.349 / len(values) ** 0.5)
 
 
 def _seconds(function: Callable[[], Any], device: torch.device) -> float:

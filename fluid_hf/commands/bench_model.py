@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
             "one process plays all ranks; start real ones with torchrun and use nccl or gloo."
         )
     cells: list[dict[str, Any]] = []
+    timed: list[SliceRun] = []
     with link_world(options.link, options.ep, options.timeout) as device:
         stages = Stages(device, options.budget, options.stack_after)
         for layers, sp, name in itertools.product(sorted(options.layers), options.sp, options.models):
@@ -98,6 +99,10 @@ def run(options: argparse.Namespace) -> int:
             slices = SliceRun(parts, settings, stages, device, functools.partial(_write, options, device, cells))
             cells.extend(slices.cells)
             slices.run()
+            timed.append(slices)
+            _write(options, device, cells)
+        for slices in timed:
+            slices.trace()
             _write(options, device, cells)
     return int(any(str(error).startswith("differs") for cell in cells for error in cell["errors"].values()))
 

@@ -1,4 +1,4 @@
-"""The norms and gated MLPs of a patched model, by one kernel each way where the kernels serve their tensors.
+"""Norms, rotary embeddings and gated MLPs of a patched model, by one kernel each way where it serves their tensors.
 
 What reads exactly like the text here, names of local variables aside, has the form; others keep their own forward, as
 does what somebody has patched before. Modules stay what and where they are, with their weights, hooks and adapters.
@@ -7,19 +7,22 @@ does what somebody has patched before. Modules stay what and where they are, wit
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.models.expert_hooks import is_watched
 from fluid_hf.models.shared_experts import bind_methods, canonical_text, unbind_methods
 from fluid_hf.moe.activation import is_silu
-from fluid_hf.moe.block_parts import fuses_norm, fuses_swiglu, rms_norm, swiglu
+from fluid_hf.moe.block_parts import fuses_norm, fuses_rotary, fuses_swiglu, rms_norm, rotary, swiglu
 
 __all__ = ["bind_parts", "unbind_parts"]
 
+Forward = Callable[..., Any]
 NORMS = (
     """
 def forward(self, hidden_states):
@@ -67,38 +70,76 @@ def gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-_FORMS: dict[str | None, Callable[..., torch.Tensor]] = {
+def attention_forward(kind: type[nn.Module], form: AttentionForm) -> Forward:
+    """The forward of an attention layer of that class and form, with the rotary embedding in one launch."""
+    space: Any = sys.modules[kind.__module__]
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        q, k = self.q_proj(hidden_states).view(hidden_shape), self.k_proj(hidden_states).view(hidden_shape)
+        if form.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        v = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        cos, sin = position_embeddings
+        q, k = rotary(q, k, cos, sin) if fuses_rotary(q, k, cos, sin) else space.apply_rotary_pos_emb(q, k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        core = space.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, space.eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        options = {"dropout": dropout, "scaling": self.scaling, **form.window(self), **kwargs}
+        output, weights = core(self, q, k, v, attention_mask, **options)
+        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+
+    return forward
+
+
+_FORMS: dict[str | None, Forward] = {
     **{canonical_text(text): norm_forward for text in NORMS},
     **{canonical_text(text): gated_forward for text in GATED},
 }
 
 
-def bind_parts(model: nn.Module) -> list[nn.Module]:
-    """Give every norm and gated MLP of these forms the forward that fuses it; returns them."""
-    known: dict[type, Callable[..., torch.Tensor] | None] = {}
-    bound = []
+def bind_parts(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Give every norm, gated MLP and attention layer of these forms the forward that fuses it; which got which."""
+    known: dict[type, Forward | None] = {}
+    bound = {}
     for module in model.modules():
         kind = type(module)
         if kind not in known:
-            known[kind] = _form_of(kind)
+            known[kind] = _form_of(module)
         form = known[kind]
         if form is not None and "forward" not in vars(module):
             bind_methods(module, {"forward": form})
-            bound.append(module)
+            bound[module] = form
     return bound
 
 
-def unbind_parts(bound: list[nn.Module]) -> None:
+def unbind_parts(bound: dict[nn.Module, Forward]) -> None:
     """Give the modules their classes' own forwards back, but where somebody wrapped them since."""
-    for module in bound:
-        if getattr(vars(module).get("forward"), "__func__", None) in (norm_forward, gated_forward):
+    for module, form in bound.items():
+        if getattr(vars(module).get("forward"), "__func__", None) is form:
             unbind_methods(module, ["forward"])
     bound.clear()
 
 
-def _form_of(kind: type[nn.Module]) -> Callable[..., torch.Tensor] | None:
+def _form_of(module: nn.Module) -> Forward | None:
+    kind = type(module)
     try:
         text = canonical_text(inspect.getsource(kind.forward))
     except (OSError, TypeError, SyntaxError):  # no source, or not a function in a file of its own
         return None
-    return None if text is None else _FORMS.get(text)
+    if text in _FORMS and text is not None:
+        return _FORMS[text]
+    form = find_attention_form(module) if hasattr(module, "q_proj") else None
+    return None if form is None else attention_forward(kind, form)

@@ -1,7 +1,8 @@
-"""Triton kernels for what stands around the experts in a decoder layer: RMSNorm, and SwiGLU of dense or shared experts.
+"""Triton kernels for what stands around the experts in a decoder layer: RMSNorm, rotary embedding, SwiGLU of dense and
+of shared experts.
 
 Each launch reads its inputs once and writes its outputs once; sums run in float32 in a fixed order, without atomics.
-Legend: M rows, N columns, B programs.
+Legend: M rows, N columns; B sequences, T tokens of each, n heads, D head size.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import triton.language as tl
 
 from fluid_hf.launch import Kernel, blocks_of, power_of_two
 
-__all__ = ["rms_norm_backward", "rms_norm_forward", "swiglu_backward", "swiglu_forward"]
+__all__ = ["rms_norm_backward", "rms_norm_forward", "rotate", "swiglu_backward", "swiglu_forward"]
 
 ELEMENTS = 4096  # of a program's tile of RMSNorm; more where a row is longer
-BLOCK = 2048  # elements of a program of SwiGLU
+BLOCKS = (4096, 2048, 1024)  # elements of a program of SwiGLU: the first that divides them all needs no mask
+TOKENS = 32  # of a program of the rotary embedding, for one head
 PROGRAMS = 4  # of the backward of RMSNorm on each multiprocessor: each sums the weight's gradient over its rows
 
 
@@ -50,20 +52,45 @@ def rms_norm_backward(
     return out, sums.sum(0).to(weight_N.dtype) if needs_weight else None
 
 
+def rotate(
+    q_BnTD: torch.Tensor, k_BnTD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys turned by their positions' angles, or with `back` the gradients of what was turned.
+
+    Args:
+        q_BnTD, k_BnTD: in any order of their dimensions but the last, which is dense; so are the results.
+        cos_BTD, sin_BTD: contiguous; of one sequence for all, or of each.
+    """
+    batch, heads, tokens, dim = q_BnTD.shape
+    outs = torch.empty_like(q_BnTD), torch.empty_like(k_BnTD)
+    places = [tensor.stride()[:3] for tensor in (q_BnTD, k_BnTD, *outs)]
+    steps = [step for place in places for step in place]
+    unit = 8 if all([step % 8 == 0 for step in steps]) else 1  # wide accesses, whatever the lengths are
+    if q_BnTD.numel() or k_BnTD.numel():
+        _rotate(
+            (blocks_of(batch * tokens, TOKENS), heads + k_BnTD.shape[1], 1),
+            (q_BnTD, k_BnTD, cos_BTD, sin_BTD, *outs),
+            (batch * tokens, tokens, 0 if cos_BTD.shape[0] == 1 else tokens, *[step // unit for step in steps]),
+            (heads, dim, power_of_two(dim // 2), unit, back, TOKENS),
+        )
+    return outs
+
+
 def swiglu_forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of contiguous tensors of one shape."""
     out = torch.empty_like(gate)
-    if blocks := blocks_of(gate.numel(), BLOCK):
-        _swiglu_forward((blocks, 1, 1), (gate, up, out), (gate.numel() - (blocks - 1) * BLOCK,), (BLOCK,), 8)
+    blocks, last, constants, warps = _blocks(gate.numel())
+    if blocks:
+        _swiglu_forward((blocks, 1, 1), (gate, up, out), (last,), constants, warps)
     return out
 
 
 def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `gate` and `up`."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    if blocks := blocks_of(gate.numel(), BLOCK):
-        last = gate.numel() - (blocks - 1) * BLOCK
-        _swiglu_backward((blocks, 1, 1), (grad, gate, up, grad_gate, grad_up), (last,), (BLOCK,), 8)
+    blocks, last, constants, warps = _blocks(gate.numel())
+    if blocks:
+        _swiglu_backward((blocks, 1, 1), (grad, gate, up, grad_gate, grad_up), (last,), constants, warps)
     return grad_gate, grad_up
 
 
@@ -73,6 +100,17 @@ def _tile(width: int) -> tuple[int, int, int]:
     columns = power_of_two(width)
     rows = max(1, ELEMENTS // columns)
     return columns, rows, max(1, min(16, columns * rows // 512))
+
+
+@functools.lru_cache(maxsize=256)
+def _blocks(elements: int) -> tuple[int, int, tuple[int, bool], int]:
+    """Programs, elements of the last one, size of a block and whether all are full, and warps: 8 elements a thread.
+
+    A mask that may end anywhere would make every access as narrow as an element.
+    """
+    size = next((size for size in BLOCKS if elements % size == 0), BLOCKS[-1])
+    blocks = blocks_of(elements, size)
+    return blocks, elements - (blocks - 1) * size, (size, elements % size == 0), size // 256
 
 
 @functools.cache
@@ -123,12 +161,58 @@ def _rms_norm_backward_kernel(
         tl.store(sums + tl.program_id(0) * width + at, tl.sum(total, 0), mask=at < width)
 
 
+@triton.jit
+def _turn(source, out, place, target, low, cos_low, sin_low, cos_high, sin_high, inside, half, BACK: tl.constexpr):
+    """One half of a head's elements with the other: `x * cos + (-other, other) * sin`, or that transposed."""
+    x = tl.load(source + place + low, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(source + place + half + low, mask=inside, other=0.0).to(tl.float32)
+    if BACK:
+        first, second = x * cos_low + y * sin_high, y * cos_high - x * sin_low
+    else:
+        first, second = x * cos_low - y * sin_low, y * cos_high + x * sin_high
+    tl.store(out + target + low, first.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + target + half + low, second.to(out.dtype.element_ty), mask=inside)
+
+
+_STEPS = [f"{name}_{axis}" for name in ("q", "k", "to_q", "to_k") for axis in ("batch", "head", "token")]
+
+
+@triton.jit(do_not_specialize=["count", "tokens", "table_step", *_STEPS])
+def _rotate_kernel(
+    q, k, cos, sin, to_q, to_k, count, tokens, table_step,
+    q_batch, q_head, q_token, k_batch, k_head, k_token,
+    to_q_batch, to_q_head, to_q_token, to_k_batch, to_k_head, to_k_token,
+    heads: tl.constexpr, dim: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, BACK: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sequence, token = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    half: tl.constexpr = dim // 2
+    low = tl.arange(0, HALF)[None, :]
+    inside = (row < count)[:, None] & (low < half)
+    at = ((sequence * table_step + token) * dim)[:, None] + low
+    cos_low = tl.load(cos + at, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + at + half, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + at + half, mask=inside, other=0.0).to(tl.float32)
+    if head < heads:
+        place = (sequence * q_batch + head * q_head + token * q_token)[:, None] * UNIT
+        target = (sequence * to_q_batch + head * to_q_head + token * to_q_token)[:, None] * UNIT
+        _turn(q, to_q, place, target, low, cos_low, sin_low, cos_high, sin_high, inside, half, BACK)
+    else:
+        head -= heads
+        place = (sequence * k_batch + head * k_head + token * k_token)[:, None] * UNIT
+        target = (sequence * to_k_batch + head * to_k_head + token * to_k_token)[:, None] * UNIT
+        _turn(k, to_k, place, target, low, cos_low, sin_low, cos_high, sin_high, inside, half, BACK)
+
+
 @triton.jit(do_not_specialize=["last"])
-def _swiglu_forward_kernel(gate, up, out, last, SIZE: tl.constexpr):
+def _swiglu_forward_kernel(gate, up, out, last, SIZE: tl.constexpr, FULL: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     within = tl.arange(0, SIZE)
     # The last block may hold fewer: all elements together may be more than a 32-bit number tells.
-    inside = within < tl.where(block + 1 < tl.num_programs(0), SIZE, last)
+    inside = within < (SIZE if FULL else tl.where(block + 1 < tl.num_programs(0), SIZE, last))
     at = block * SIZE + within
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
@@ -136,10 +220,10 @@ def _swiglu_forward_kernel(gate, up, out, last, SIZE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["last"])
-def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, last, SIZE: tl.constexpr):
+def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, last, SIZE: tl.constexpr, FULL: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     within = tl.arange(0, SIZE)
-    inside = within < tl.where(block + 1 < tl.num_programs(0), SIZE, last)
+    inside = within < (SIZE if FULL else tl.where(block + 1 < tl.num_programs(0), SIZE, last))
     at = block * SIZE + within
     dh = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
@@ -152,5 +236,6 @@ def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, last, SIZE: tl.c
 
 _rms_norm_forward = Kernel(_rms_norm_forward_kernel)
 _rms_norm_backward = Kernel(_rms_norm_backward_kernel)
+_rotate = Kernel(_rotate_kernel)
 _swiglu_forward = Kernel(_swiglu_forward_kernel)
 _swiglu_backward = Kernel(_swiglu_backward_kernel)

@@ -1,8 +1,9 @@
-"""RMSNorm and SwiGLU around the experts of a decoder layer, one launch each way instead of six and two.
+"""RMSNorm, rotary embedding and SwiGLU around the experts of a decoder layer, in one launch each way.
 
-In transformers both are written out in PyTorch: of a norm, float32 copies of the rows and of the normed rows stay until
-backward; of SwiGLU, the activated gate. Here the inputs stay alone, and everything is computed in float32 and rounded
-once. The plain code beside them is transformers' own, which also serves what the kernels do not.
+In transformers they are written out in PyTorch, six, ten and two launches: of a norm, float32 copies of the rows and of
+the normed rows stay until backward; of SwiGLU, the activated gate. Here the inputs stay alone, of the rotary embedding
+nothing but its tables, and everything is computed in float32 and rounded once. The plain code beside them is
+transformers' own, which also serves what the kernels do not.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from fluid_hf.kernels import kernel_module, use_kernels
 
-__all__ = ["fuses_norm", "fuses_swiglu", "rms_norm", "swiglu"]
+__all__ = ["fuses_norm", "fuses_rotary", "fuses_swiglu", "rms_norm", "rotary", "swiglu"]
 
 WIDEST_ROW = 16384  # of a norm: a program holds whole rows
+WIDEST_HEAD = 512
 
 
 def fuses_norm(rows: torch.Tensor, weight_N: torch.Tensor) -> bool:
@@ -44,9 +46,34 @@ def fuses_swiglu(gate: torch.Tensor, up: torch.Tensor) -> bool:
     )
 
 
+def fuses_rotary(q_BnTD: torch.Tensor, k_BnTD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> bool:
+    """Whether `rotary` serves these: as `fuses_norm`, the whole head turned, no gradient of the angles."""
+    batch, _, tokens, dim = q_BnTD.shape
+    return (
+        use_kernels(q_BnTD)
+        and q_BnTD.dtype == k_BnTD.dtype == cos_BTD.dtype == sin_BTD.dtype
+        and cos_BTD.shape == sin_BTD.shape
+        and cos_BTD.shape in ((1, tokens, dim), (batch, tokens, dim))
+        and k_BnTD.shape[::2] == (batch, tokens)
+        and k_BnTD.shape[3] == dim <= WIDEST_HEAD
+        and dim % 2 == 0
+        and q_BnTD.stride(3) == k_BnTD.stride(3) == 1
+        and not (cos_BTD.requires_grad or sin_BTD.requires_grad)
+        and all([_is_plain(tensor) for tensor in (q_BnTD, k_BnTD, cos_BTD, sin_BTD)])
+    )
+
+
 def rms_norm(rows: torch.Tensor, weight_N: torch.Tensor, eps: float) -> torch.Tensor:
     """`weight * rows / sqrt(mean(rows ** 2) + eps)` along the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
     result: torch.Tensor = _RMSNorm.apply(rows, weight_N, eps)
+    return result
+
+
+def rotary(
+    q_BnTD: torch.Tensor, k_BnTD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x * cos + rotate_half(x) * sin` of queries and keys (Su et al., arXiv:2104.09864)."""
+    result: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q_BnTD, k_BnTD, cos_BTD, sin_BTD)
     return result
 
 
@@ -90,3 +117,18 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
         return kernel_module("block_kernels").swiglu_backward(grad.contiguous(), gate, up)  # type: ignore[no-any-return]
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return kernel_module("block_kernels").rotate(q, k, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        q, k = (grad if grad.stride(3) == 1 else grad.contiguous() for grad in grads)
+        q, k = kernel_module("block_kernels").rotate(q, k, *ctx.saved_tensors, True)
+        return q, k, None, None

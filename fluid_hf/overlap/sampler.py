@@ -42,6 +42,8 @@ class OverlapSampler:
         unnamed = self._on_gpu and device.index is None
         self._device = torch.device("cuda", torch.cuda.current_device()) if unnamed else device
         self._side = SideStream()
+        with self._side.alone(self._device):
+            pass  # the first stream of a process takes milliseconds to make: not between two events
         self._events: list[torch.cuda.Event] = []
         self.restart()
 
