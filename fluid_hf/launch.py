@@ -156,7 +156,7 @@ class Kernel:
 
         Args:
             grid: programs along each axis, all at least 1.
-            pointers: tensors on one CUDA device, which must be the current one.
+            pointers: tensors on one CUDA device.
             integers: below 2**31.
             constants: compile-time values; each new combination compiles.
             num_stages: pipeline stages of the loops over products.
@@ -167,6 +167,10 @@ class Kernel:
         bits = functools.reduce(operator.or_, addresses)
         aligned = () if bits & 15 == 0 else tuple([address & 15 == 0 for address in addresses])
         device = pointers[0].get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():  # of a model whose layers are on several devices
+            with torch.cuda.device(device):
+                self(grid, pointers, integers, constants, num_warps, num_stages, descriptors)
+            return
         key: tuple[Any, ...] = (device, num_warps, num_stages, constants, aligned, *map(_TYPE_OF, pointers))
         places: tuple[Any, ...] = pointers
         if descriptors:

@@ -109,7 +109,7 @@ def test_a_free_port_is_none_that_connections_are_given(monkeypatch: pytest.Monk
 
 
 def test_nothing_is_timed_after_the_first_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What traces a GPU stays in the process: launches take the host up to twice as long."""
+    """What traces a GPU stays in the process, and can make later launches take the host longer."""
     done: list[str] = []
 
     def noted(name: str, function: Any) -> Any:

@@ -108,11 +108,11 @@ class SliceRun:
     def trace(self) -> None:
         """Timelines and picture of the first slice, with `pictures`; when nothing is timed any more.
 
-        What traces a GPU stays in the process, and every later launch takes the host up to twice as long.
+        What traces a GPU stays in the process, and can make every later launch take the host longer.
         """
-        cell, folder = self._cells[0], self.settings.pictures
+        cell = self._cells[0]
         traced = [way for way in self.ways if way.name in cell.data["variants"] and way.name in TRACED]
-        if folder is None or not traced or not self._time_left("timelines"):
+        if self.settings.pictures is None or not traced or not self._time_left("timelines"):
             return
         self.stages.say(f"\ntimelines of {cell.part}")
         with self.stages.stage("build and patch"):
@@ -123,10 +123,15 @@ class SliceRun:
         release(model)
         del model
         self._free()
-        if self.stages.is_first and cell.data["timeline"]:
+        self.draw()
+
+    def draw(self) -> None:
+        """The picture of the first slice's timelines, if there are any."""
+        cell, folder = self.cells[0], self.settings.pictures
+        if folder is not None and self.stages.is_first and cell["timeline"]:
             with self.stages.stage("picture") as found:
                 try:
-                    draw_pictures(cell.data, folder)
+                    draw_pictures(cell, folder)
                 except MissingPackageError as error:  # the times are what was asked for; the JSON has the timelines
                     found.append(f"none: {error}")
 
@@ -169,7 +174,7 @@ class SliceRun:
     def _pairs(self, group: list[Way]) -> Iterator[tuple[Way, _Cell]]:
         """Every variant on every slice; those with fixed settings on the smallest one only, while time is left."""
         for way in group:
-            fixed = way.waves is not None or way.max_ctas is not None
+            fixed = way.waves is not None or way.max_ctas is not None or not way.fused
             if not fixed:
                 yield from ((way, cell) for cell in self._cells)
             elif self._time_left(way.name):

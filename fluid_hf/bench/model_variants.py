@@ -35,6 +35,7 @@ class Way:
         waves: number of waves; `None` for the planner's choice.
         per_expert: one row per (token, expert), as peers send them.
         max_ctas: most thread blocks of NCCL; needs a model patched with it.
+        fused: norms, rotary embeddings and gated MLPs by one kernel each; else as transformers has them.
     """
 
     name: str
@@ -42,11 +43,13 @@ class Way:
     waves: int | None = None
     per_expert: bool = False
     max_ctas: int | None = None
+    fused: bool = True
 
 
 def ways(waves: Iterable[int] = (), max_ctas: Iterable[int] = ()) -> list[Way]:
     """The baselines, the planner's choice, and what is timed beside them."""
     found = [Way("row per expert", overlap=False, per_expert=True), Way("serial", overlap=False), Way("fluid_hf")]
+    found += [Way("fluid_hf, parts unfused", fused=False)]
     found += [Way(f"fluid_hf waves {count}", waves=count) for count in waves]
     return found + [Way(f"fluid_hf CTAs {count}", max_ctas=count) for count in max_ctas]
 
@@ -66,14 +69,15 @@ def select(model: Any, way: Way) -> None:
         if way.per_expert:
             layer.forward = _one_row_per_expert(layer.forward)
     state = model.fluid
+    unbind_parts(state.fused_parts)
     if state.sequence is not None:
-        unbind_parts(state.fused_parts)
         state.sequence.detach()
         sites = find_attention(model, state.groups.sp_size)
         state.sequence = SequenceParallel(
             model, sites, state.sequence_exchange, scheduler, overlap=way.overlap, chunks=way.waves
         )
         state.sequence.attach()
+    if way.fused:
         state.fused_parts = bind_parts(model)
 
 

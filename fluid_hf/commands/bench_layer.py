@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         cells: list[dict[str, Any]] = []
         for ep_size in sizes:
             _bench(options, ep_size, cells)
-        # When all is timed: what traces a GPU stays in the process, and later launches take the host twice as long.
+        # When all is timed: what traces a GPU stays in the process, and can make later launches take the host longer.
         for ep_size in sizes if options.report else []:
             _report_all(options, ep_size, cells)
     return int(any("differs" in str(error) for cell in cells for error in cell["errors"].values()))

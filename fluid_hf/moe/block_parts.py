@@ -19,39 +19,24 @@ __all__ = ["fuses_norm", "fuses_rotary", "fuses_swiglu", "rms_norm", "rotary", "
 
 WIDEST_ROW = 16384  # of a norm: a program holds whole rows
 WIDEST_HEAD = 512
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def fuses_norm(rows: torch.Tensor, weight_N: torch.Tensor) -> bool:
-    """Whether `rms_norm` serves these: tensors of one type on a GPU with Triton; a compiler fuses by itself."""
-    return (
-        use_kernels(rows)
-        and rows.dtype == weight_N.dtype
-        and weight_N.dim() == 1
-        and 0 < weight_N.shape[0] == rows.shape[-1] <= WIDEST_ROW
-        and _is_plain(rows)
-        and _is_plain(weight_N)
-    )
+    """Whether `rms_norm` serves these: plain tensors of one type on one GPU with Triton; a compiler fuses by itself."""
+    return _are_alike(rows, weight_N) and weight_N.dim() == 1 and 0 < weight_N.shape[0] == rows.shape[-1] <= WIDEST_ROW
 
 
 def fuses_swiglu(gate: torch.Tensor, up: torch.Tensor) -> bool:
     """Whether `swiglu` serves these: as `fuses_norm`."""
-    return (
-        use_kernels(gate)
-        and gate.dtype == up.dtype
-        and gate.shape == up.shape
-        and gate.is_contiguous()
-        and up.is_contiguous()
-        and _is_plain(gate)
-        and _is_plain(up)
-    )
+    return _are_alike(gate, up) and gate.shape == up.shape and gate.is_contiguous() and up.is_contiguous()
 
 
 def fuses_rotary(q_BnTD: torch.Tensor, k_BnTD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> bool:
     """Whether `rotary` serves these: as `fuses_norm`, the whole head turned, no gradient of the angles."""
     batch, _, tokens, dim = q_BnTD.shape
     return (
-        use_kernels(q_BnTD)
-        and q_BnTD.dtype == k_BnTD.dtype == cos_BTD.dtype == sin_BTD.dtype
+        _are_alike(q_BnTD, k_BnTD, cos_BTD, sin_BTD)
         and cos_BTD.shape == sin_BTD.shape
         and cos_BTD.shape in ((1, tokens, dim), (batch, tokens, dim))
         and k_BnTD.shape[::2] == (batch, tokens)
@@ -59,7 +44,6 @@ def fuses_rotary(q_BnTD: torch.Tensor, k_BnTD: torch.Tensor, cos_BTD: torch.Tens
         and dim % 2 == 0
         and q_BnTD.stride(3) == k_BnTD.stride(3) == 1
         and not (cos_BTD.requires_grad or sin_BTD.requires_grad)
-        and all([_is_plain(tensor) for tensor in (q_BnTD, k_BnTD, cos_BTD, sin_BTD)])
     )
 
 
@@ -83,8 +67,11 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+def _are_alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or not use_kernels(first) or type(first) not in PLAIN:
+        return False
+    dtype, device = first.dtype, first.get_device()
+    return all([other.dtype == dtype and other.get_device() == device and type(other) in PLAIN for other in others])
 
 
 class _RMSNorm(torch.autograd.Function):
