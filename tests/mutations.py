@@ -46,7 +46,16 @@ TRUST = "tests/test_trust.py::test_"
 RANKS = "tests/test_expert_parallel.py::test_two_ranks"
 FAULTS = "tests/test_faults.py::test_"
 COMBINATIONS = "tests/test_combinations.py::test_"
+PARTS = "tests/test_fused_parts.py::test_"
 MUTATIONS = (
+    # around the experts: another forward than the module's, parts that were somebody's own
+    Mutation(
+        "models/fused_parts.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", PARTS + "attention"
+    ),
+    Mutation("models/fused_parts.py", 'dropout, "scaling": self.scaling', 'dropout, "scaling": None', PARTS + "att"),
+    Mutation("models/fused_parts.py", "self.act_fn(gate) * up", "self.act_fn(up) * gate", PARTS + "what_the_kernels"),
+    Mutation("models/fused_parts.py", 'and "forward" not in vars(module)', "", PARTS + "other_norms"),
+    Mutation("models/fused_parts.py", "is form:", "is not None:", PARTS + "other_norms"),
     # comm: wrong peers, off-by-one in splits, rows of the wrong rank
     Mutation("comm/tournament.py", "(round_index - rank) % last", "(round_index + rank) % last", PROPERTIES + "tourn"),
     Mutation("comm/tournament.py", "size - 1 + size % 2", "size - 1", PROPERTIES + "tournament"),

@@ -127,6 +127,25 @@ def test_only_tensors_that_the_kernels_take_are_fused(monkeypatch: pytest.Monkey
     others += [(heads, table.expand(3, -1, -1)), (heads, table.clone().requires_grad_())]
     for other, angles in others:
         assert not fuses_rotary(other, other, angles, angles)
+    seen: list[bool] = []
+    torch.func.grad(lambda gate: seen.append(fuses_swiglu(gate, gate)) or gate.sum())(rows)
+    assert seen == [False], "transforms need the plain code, as the layers that refuse them by name are asked after it"
+
+
+def test_compiled_models_are_fused_by_their_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing breaks the graph, and nothing of ours is in it."""
+    model = tiny_model("qwen2_moe").model.layers[0].mlp.shared_expert
+    rows = torch.randn(5, model.gate_proj.in_features)
+    expected = model(rows)
+    bind_parts(model)
+    monkeypatch.setattr("fluid_hf.moe.block_parts.use_kernels", lambda tensor: True)
+    monkeypatch.setattr("fluid_hf.moe.block_parts.kernel_module", lambda name: pytest.fail("a kernel of ours"))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(rows), expected)
+    norm = Qwen3MoeRMSNorm(rows.shape[1])
+    expected = norm(rows)
+    bind_parts(norm)
+    assert torch.equal(torch.compile(norm, backend="eager", fullgraph=True)(rows), expected)
 
 
 def gradients(call: Callable[..., torch.Tensor], grad: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:

@@ -34,13 +34,18 @@ class LeftGradients:
         return known is not None and known[0]() is gradient and known[1] == gradient._version
 
 
+def inside_transforms() -> bool:
+    """Whether this runs inside a `torch.func` transform."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuse_transforms(layer: str) -> None:
     """Raise inside `torch.func` transforms (`grad`, `vmap`, `jvp` and what is made of them).
 
     Raises:
         GradientError: names the layer.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if inside_transforms():
         raise GradientError(
             f"layer {layer} must be called outside torch.func transforms (grad, vmap, jvp): they would run its "
             "exchange another number of times on each rank; use loss.backward() or torch.autograd.grad."

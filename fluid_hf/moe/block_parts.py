@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fluid_hf.comm.gradients import inside_transforms
 from fluid_hf.kernels import kernel_module, use_kernels
 
 __all__ = ["fuses_norm", "fuses_rotary", "fuses_swiglu", "rms_norm", "rotary", "swiglu"]
@@ -68,7 +69,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def _are_alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or not use_kernels(first) or type(first) not in PLAIN:
+    if torch.compiler.is_compiling() or not use_kernels(first) or type(first) not in PLAIN or inside_transforms():
         return False
     dtype, device = first.dtype, first.get_device()
     return all([other.dtype == dtype and other.get_device() == device and type(other) in PLAIN for other in others])
