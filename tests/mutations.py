@@ -52,7 +52,7 @@ MUTATIONS = (
     Mutation(
         "models/fused_parts.py", "q, k = self.q_norm(q), self.k_norm(k)", "q = self.q_norm(q)", PARTS + "attention"
     ),
-    Mutation("models/fused_parts.py", 'dropout, "scaling": self.scaling', 'dropout, "scaling": None', PARTS + "att"),
+    Mutation("models/fused_parts.py", "k, v = past_key_values.update(", "past_key_values.update(", PARTS + "attention"),
     Mutation("models/fused_parts.py", "self.act_fn(gate) * up", "self.act_fn(up) * gate", PARTS + "what_the_kernels"),
     Mutation("models/fused_parts.py", 'and "forward" not in vars(module)', "", PARTS + "other_norms"),
     Mutation("models/fused_parts.py", "is form:", "is not None:", PARTS + "other_norms"),
