@@ -123,7 +123,7 @@ def _bind(model: nn.Module, state: FluidState) -> None:
         state.sharding_check = refuse_sharding(model, list(state.layers.values()))
         refuse_late_adapters(model, list(state.layers.values()))
     bind_saving(model, state)
-    state.fused_parts = bind_parts(model)
+    bind_parts(model)
     model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
     state.backend.attach(model)
 
@@ -169,7 +169,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_saving(unwrapped(model))
     unbind_saving(inner)
     unbind_generation(inner)
-    unbind_parts(state.fused_parts)
+    unbind_parts(inner)
     if state.sequence is not None:
         for name in state.sequence.overlapped:
             state.backend.gather_together(inner.get_submodule(name), False)

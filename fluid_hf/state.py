@@ -71,7 +71,6 @@ class FluidState:
         bound_blocks: methods that run a shared expert in the window, by the name of the block or layer that has them.
         bound_methods: names of the methods of the block around a list of experts that call all of them at once, by
             the layer's name.
-        fused_parts: norms, attention layers and gated MLPs, and the forward that fuses what is around their products.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
         engine_bound: whether an engine drives the model.
         staging_folder: where whole models are kept for the moment between gathering and saving them; `None` is the
@@ -110,7 +109,6 @@ class FluidState:
         self.originals: dict[str, nn.Module | StoredExperts] = {}
         self.bound_blocks: dict[str, list[str]] = {}
         self.bound_methods: dict[str, list[str]] = {}
-        self.fused_parts: dict[nn.Module, Callable[..., Any]] = {}
         self.engine_bound = False
         self.staging_folder: str | None = None
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext

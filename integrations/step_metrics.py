@@ -72,7 +72,7 @@ class StepMetrics:
 
     def sample_next(self, wanted: bool) -> None:
         """Sample the next step, or do not, whenever the last sample was: for what times both."""
-        if self._unread is not None:
+        if wanted and self._unread is not None:
             self._read, self._unread = self._unread, None
         self._since_sample = SAMPLE_EVERY if wanted else 0
 

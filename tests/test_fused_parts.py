@@ -5,24 +5,32 @@ Kernels on a GPU, or on the CPU with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import io
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import batch, relative_error, tiny_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.glm4v.modeling_glm4v import Glm4VisionMlp as Glm4vVisionMlp
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, rotate_half
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRMSNorm, rotate_half
 
 import fluid_hf
+from fluid_hf import UnsupportedModelError
 from fluid_hf.models import fused_parts
-from fluid_hf.models.fused_parts import bind_parts, gated_forward, norm_forward, unbind_parts
+from fluid_hf.models.fused_parts import bind_parts, gated_forward, is_fused, norm_forward, unbind_parts
 from fluid_hf.moe.block_parts import fuses_norm, fuses_rotary, fuses_swiglu, rms_norm, rotary, swiglu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,7 +41,7 @@ needs_kernels = pytest.mark.skipif(not AVAILABLE, reason="needs Triton and a GPU
 
 
 class Settings:
-    hidden_size, intermediate_size, hidden_act = 24, 40, "silu"
+    hidden_size, intermediate_size, out_hidden_size, hidden_act = 24, 40, 24, "silu"
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
@@ -63,11 +71,93 @@ def test_other_norms_and_what_somebody_patched_keep_their_forward() -> None:
     patched = Qwen3MoeRMSNorm(8)
     patched.forward = MethodType(own, patched)
     parts = nn.ModuleList([GemmaRMSNorm(8), Scaled(8), patched, nn.LayerNorm(8), GptOssRMSNorm(8)])
-    bound = bind_parts(parts)
-    assert bound == {parts[4]: norm_forward}
+    bind_parts(parts)
+    assert [is_fused(part) for part in parts] == [False] * 4 + [True]
     parts[4].forward = MethodType(own, parts[4])  # by somebody, since
-    unbind_parts(bound)
-    assert not bound and all(vars(part)["forward"].__func__ is own for part in (parts[4], patched))
+    unbind_parts(parts)
+    assert all(vars(part)["forward"].__func__ is own for part in (parts[4], patched))
+
+
+def test_what_somebody_wrapped_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`functools.wraps` makes a wrapper read like what it wraps."""
+
+    def halved(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            result = forward(self, *args, **kwargs)
+            return (result[0] / 2, *result[1:]) if isinstance(result, tuple) else result / 2
+
+        return wrapper
+
+    for kind in (Qwen3MoeAttention, Qwen3MoeRMSNorm, Qwen2MoeMLP):
+        monkeypatch.setattr(kind, "forward", halved(kind.forward))
+    model = tiny_model("qwen3_moe")
+    expected = model(input_ids=batch(0, 1)).logits
+    fluid_hf.patch_model(model)
+    assert not any(map(is_fused, model.modules()))
+    assert relative_error(model(input_ids=batch(0, 1)).logits, expected) <= 1e-5
+
+
+def test_whatever_a_model_holds_it_is_patched_whole(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe")
+    model.scripted = torch.jit.script(nn.Linear(3, 3))
+    spec = importlib.util.spec_from_loader("nowhere", loader=None)
+    assert spec is not None
+    nowhere = importlib.util.module_from_spec(spec)  # in no file, and not among the imported ones
+    exec(
+        "class Odd(Base):\n    def forward(self, x):\n        return x",
+        vars(nowhere) | (space := {"Base": nn.Module}),
+        space,
+    )
+    model.odd = space["Odd"]()
+    model.odd.q_proj = nn.Linear(2, 2)
+    fluid_hf.patch_model(model)
+    assert is_fused(model.model.norm) and not is_fused(model.odd)
+    fluid_hf.unpatch_model(model)
+
+
+def test_a_subclass_defined_elsewhere_calls_what_its_parent_calls() -> None:
+    class Attention(Qwen3MoeAttention):
+        """In this file, which has neither interface nor rotary embedding by those names."""
+
+    model = tiny_model("qwen3_moe").eval()
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Attention
+    expected = model(input_ids=batch(0, 1)).logits
+    bind_parts(model)
+    assert is_fused(model.model.layers[0].self_attn)
+    assert torch.equal(model(input_ids=batch(0, 1)).logits, expected)
+
+
+def test_callers_may_name_the_argument() -> None:
+    named = Qwen2MoeMLP(Settings()), Glm4vVisionMlp(Settings()), Qwen3MoeRMSNorm(24)
+    for module, name in zip(named, ("x", "hidden_state", "hidden_states"), strict=True):
+        rows = torch.randn(2, 24)
+        expected = module(**{name: rows})
+        bind_parts(module)
+        assert torch.equal(module(**{name: rows}), expected)
+
+
+def test_nothing_of_it_is_left_in_copies_pickles_and_hooks() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen2_moe"))
+    add_hook_to_module(model.model.norm, ModelHook())
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["input_layernorm"], r=2))
+    file = io.BytesIO()
+    torch.save(model.model.layers[0].self_attn, file)
+    fluid_hf.unpatch_model(adapted)
+    remove_hook_from_module(model.model.norm)
+    assert not any(map(is_fused, adapted.modules()))
+    rows = torch.randn(2, adapted.config.hidden_size)
+    assert torch.equal(model.model.norm(rows), type(model.model.norm).forward(model.model.norm, rows))
+    file.seek(0)
+    assert not is_fused(torch.load(file, weights_only=False))
+
+
+def test_data_parallel_is_refused_by_name() -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    layer = next(iter(model.fluid.layers.values()))
+    with pytest.raises(UnsupportedModelError, match=r"cannot run under torch\.nn\.DataParallel.*one process per GPU"):
+        layer._replicate_for_data_parallel()
 
 
 @pytest.mark.parametrize("module", [Qwen3MoeRMSNorm(24), GptOssRMSNorm(24), Qwen2MoeMLP(Settings())])
@@ -75,9 +165,9 @@ def test_what_the_kernels_do_not_serve_is_the_modules_own(module: Any) -> None:
     rows = torch.randn(5, 24, dtype=torch.float64)
     module = module.double()
     expected = module(rows)
-    bound = bind_parts(module)
-    assert module in bound and torch.equal(module(rows), expected)
-    unbind_parts(bound)
+    bind_parts(module)
+    assert is_fused(module) and torch.equal(module(rows), expected)
+    unbind_parts(module)
     assert "forward" not in vars(module)
 
 
@@ -90,7 +180,11 @@ def test_hooks_on_the_activation_are_called(monkeypatch: pytest.MonkeyPatch) -> 
     handle = module.act_fn.register_forward_hook(lambda *_: seen.append("hook"))
     module(torch.randn(2, 24))
     handle.remove()
-    assert seen == ["fused", "hook"]
+    module.act_fn.forward = lambda gate: seen.append("own") or gate
+    module(torch.randn(2, 24))
+    module.act_fn = type("SiLU", (nn.Module,), {"forward": lambda self, gate: seen.append("alike") or gate})()
+    module(torch.randn(2, 24))
+    assert seen == ["fused", "hook", "own", "alike"]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "mixtral"])
@@ -99,7 +193,7 @@ def test_attention_calls_what_transformers_calls(family: str, monkeypatch: pytes
     model = tiny_model(family).eval()
     ids, calls = batch(0, 2), []
     expected = [model(input_ids=ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)]
-    bound = bind_parts(model)
+    bind_parts(model)
     found = [model(input_ids=ids).logits, model.generate(ids, max_new_tokens=3, do_sample=False)]
     assert all(map(torch.equal, found, expected))
 
@@ -111,7 +205,8 @@ def test_attention_calls_what_transformers_calls(family: str, monkeypatch: pytes
     monkeypatch.setattr(fused_parts, "rotary", counted)
     assert torch.equal(model(input_ids=ids).logits, expected[0])
     assert len(calls) == model.config.num_hidden_layers
-    unbind_parts(bound)
+    unbind_parts(model)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_only_tensors_that_the_kernels_take_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +223,9 @@ def test_only_tensors_that_the_kernels_take_are_fused(monkeypatch: pytest.Monkey
         assert not fuses_rotary(other, other, angles, angles)
     seen: list[bool] = []
     torch.func.grad(lambda gate: seen.append(fuses_swiglu(gate, gate)) or gate.sum())(rows)
-    assert seen == [False], "transforms need the plain code, as the layers that refuse them by name are asked after it"
+    with forward_ad.dual_level():
+        seen.append(fuses_swiglu(rows, rows))
+    assert seen == [False, False], "the plain code: the experts refuse transforms by name later"
 
 
 def test_compiled_models_are_fused_by_their_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +319,44 @@ def test_rotary(dtype: torch.dtype, as_projected: bool, sizes: tuple[int, ...], 
 
     compare(both(rotary), both(plain_rotary), torch.cat([grad_q, grad_k], 1), q, k)
     assert all(out.stride() == x.stride() for out, x in zip(rotary(q, k, cos, sin), (q, k), strict=True))
+
+
+@pytest.mark.gpu
+@needs_kernels
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_whole_models_with_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of the unpatched model; Mixtral's jitter writes to what a norm returns."""
+    monkeypatch.setattr("fluid_hf.moe.block_parts.use_kernels", lambda tensor: True)
+    settings = {"router_jitter_noise": 0.1} if family == "mixtral" else {}
+    model, ids = tiny_model(family, **settings).train().to(DEVICE), batch(0, 2).to(DEVICE)
+    found = []
+    for fused in (False, True):
+        if fused:
+            bind_parts(model)
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *[parameter.grad.clone() for parameter in model.parameters()]])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        assert relative_error(ours, theirs) <= 2e-5
+
+
+@pytest.mark.gpu
+@needs_kernels
+def test_results_can_be_written_to() -> None:
+    x, weight = torch.randn(2, 3, 8, device=DEVICE), torch.rand(8, device=DEVICE)
+
+    def twice(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            y = norm(x, weight)
+            y *= 2
+            y[:, 0] += 1
+            return y
+
+        return call
+
+    compare(twice(lambda x, w: rms_norm(x, w, 1e-6)), twice(plain_norm), torch.randn_like(x), x, weight)
 
 
 @pytest.mark.gpu

@@ -136,6 +136,10 @@ class ModelBench:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         return float(worst)
 
+    def forget_reference(self) -> None:
+        """Give back the memory of what variants were compared with."""
+        self._expected, self._chosen = [], []
+
     def modes(self, model: nn.Module) -> dict[str, Callable[[], None]]:
         """What is timed: inference (the model in evaluation), forward as in training, forward and backward."""
 

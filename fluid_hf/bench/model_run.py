@@ -104,6 +104,8 @@ class SliceRun:
             self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
         for name in filter(self.settings.wants, PEERS):
             self._peer(name)
+        for cell in self._cells:
+            cell.bench.forget_reference()
 
     def trace(self) -> None:
         """Timelines and picture of the first slice, with `pictures`; when nothing is timed any more.

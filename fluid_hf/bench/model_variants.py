@@ -69,7 +69,7 @@ def select(model: Any, way: Way) -> None:
         if way.per_expert:
             layer.forward = _one_row_per_expert(layer.forward)
     state = model.fluid
-    unbind_parts(state.fused_parts)
+    unbind_parts(model)
     if state.sequence is not None:
         state.sequence.detach()
         sites = find_attention(model, state.groups.sp_size)
@@ -78,7 +78,7 @@ def select(model: Any, way: Way) -> None:
         )
         state.sequence.attach()
     if way.fused:
-        state.fused_parts = bind_parts(model)
+        bind_parts(model)
 
 
 def release(model: Any) -> None:
@@ -95,7 +95,7 @@ def peer_model(bench: ModelBench, name: str) -> nn.Module:
     """
     model: Any = patched(bench, ep_size=1, overlap=False) if bench.part.sp > 1 else bench.build()
     if bench.part.sp > 1:
-        unbind_parts(model.fluid.fused_parts)
+        unbind_parts(model)
     local = bench.shape.experts // bench.size
     held = slice(bench.rank * local, (bench.rank + 1) * local)
     blocks: list[Any] = [module for module in model.modules() if hasattr(module, "experts")]

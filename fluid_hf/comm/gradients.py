@@ -6,10 +6,11 @@ import weakref
 from collections.abc import Iterable
 
 import torch
+from torch.autograd import forward_ad
 
 from fluid_hf.errors import GradientError
 
-__all__ = ["LeftGradients", "check_versions", "refuse_second_derivatives", "refuse_transforms"]
+__all__ = ["LeftGradients", "check_versions", "inside_transforms", "refuse_second_derivatives", "refuse_transforms"]
 
 
 class LeftGradients:
@@ -35,8 +36,8 @@ class LeftGradients:
 
 
 def inside_transforms() -> bool:
-    """Whether this runs inside a `torch.func` transform."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether this runs inside a `torch.func` transform or forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def refuse_transforms(layer: str) -> None:
@@ -45,7 +46,7 @@ def refuse_transforms(layer: str) -> None:
     Raises:
         GradientError: names the layer.
     """
-    if inside_transforms():
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         raise GradientError(
             f"layer {layer} must be called outside torch.func transforms (grad, vmap, jvp): they would run its "
             "exchange another number of times on each rank; use loss.backward() or torch.autograd.grad."

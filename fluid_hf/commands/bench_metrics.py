@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import sys
@@ -61,9 +62,15 @@ def run(options: argparse.Namespace) -> int:
         metrics = StepMetrics(model, model.fluid, None)  # type: ignore[arg-type]
         times: dict[str, list[float]] = {name: [] for name in (*KINDS, "collect")}
         for index in tqdm(range(options.repeats + WARM_UP), leave=False, disable=None if is_first() else True):
-            for name, seconds in _one_round(index, step, metrics, device).items():
-                if index >= WARM_UP:
-                    times[name].append(seconds * 1e3)
+            found = _one_round(index, step, metrics, device)
+            if metrics.steps >= options.logging_steps:
+                # The Trainer waits for the device at a log anyway, for the loss: what is read then is timed by itself.
+                # A sample is read with the counts of all steps, each time; in training not more often than one is made.
+                found["collect"] = _seconds(lambda: metrics.collect(), device)
+            for name, seconds in found.items() if index >= WARM_UP else ():
+                times[name].append(seconds * 1e3)
+        if not times["collect"]:
+            times["collect"].append(_seconds(lambda: metrics.collect(), device) * 1e3)
         metrics.close()
         if is_first():
             _report(options, link, times, device)
@@ -79,7 +86,7 @@ def _build(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module
 
 
 def _one_round(index: int, step: Callable[[], None], metrics: StepMetrics, device: torch.device) -> dict[str, float]:
-    """Seconds of a step of each kind, and of the reading after them.
+    """Seconds of a step of each kind.
 
     Which comes first changes from round to round: a machine that gets slower or faster favours none.
     """
@@ -99,8 +106,7 @@ def _one_round(index: int, step: Callable[[], None], metrics: StepMetrics, devic
         name = KINDS[(index + turn) % len(KINDS)]
         metrics.sample_next(name == "sampled")
         found[name] = _seconds(plain if name == "plain" else measured, device)
-    # The Trainer waits for the device at a log anyway, for the loss: what is read then is timed by itself.
-    return found | {"collect": _seconds(lambda: metrics.collect(), device)}
+    return found
 
 
 def _report(options: argparse.Namespace, link: str, times: dict[str, list[float]], device: torch.device) -> None:
@@ -122,7 +128,7 @@ def _report(options: argparse.Namespace, link: str, times: dict[str, list[float]
         "collect_ms": collect,
         "sample_every": round(1 / shares["sampling"]),
         "cost_of_a_step": sum(costs.values()),
-        "standard_error": error,
+        "standard_error": error if math.isfinite(error) else None,
         "costs": costs,
     }
     print(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,25 +106,30 @@ def _canonical(source: str) -> str:
 
 
 def _reads_like(function: Any, text: str) -> bool:
+    """Whether a function reads like this, under what transformers decorates it with."""
     try:
         return _canonical(inspect.getsource(inspect.unwrap(function))) == _canonical(text)
     except (OSError, TypeError, SyntaxError, AssertionError):
         return False
 
 
+def _is_plainly(method: Any, text: str) -> bool:
+    """Whether a method reads like this and nobody has wrapped it since."""
+    return not hasattr(method, "__wrapped__") and _reads_like(method, text)
+
+
 def find_attention_form(module: nn.Module) -> AttentionForm | None:
     """The form of a layer's forward, or `None` if it reads like none of them."""
     kind: Any = type(module)
-    space = sys.modules[kind.__module__]
+    space = getattr(kind.forward, "__globals__", {})  # where it was defined, which a class that inherits it need not be
     if "forward" in vars(module) or not all(
-        _reads_like(getattr(space, name, None), text)
-        for name, text in (("apply_rotary_pos_emb", _ROTARY), ("rotate_half", _HALF))
+        _reads_like(space.get(name), text) for name, text in (("apply_rotary_pos_emb", _ROTARY), ("rotate_half", _HALF))
     ):
         return None
     for normed, (q, k) in _PROJECTED.items():
         for window, arguments in _WINDOWS.items():
-            if _reads_like(kind.forward, _FORWARD.format(q=q, k=k, window=window)):
+            if _is_plainly(kind.forward, _FORWARD.format(q=q, k=k, window=window)):
                 norms = [type(getattr(module, name)) for name in ("q_norm", "k_norm")] if normed else []
-                if all(_reads_like(norm.forward, _NORM) for norm in norms):
+                if all(_is_plainly(norm.forward, _NORM) for norm in norms):
                     return AttentionForm(normed, arguments)
     return None

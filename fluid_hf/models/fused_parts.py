@@ -7,8 +7,8 @@ does what somebody has patched before. Modules stay what and where they are, wit
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch import nn
 
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.models.expert_hooks import is_watched
-from fluid_hf.models.shared_experts import bind_methods, canonical_text, unbind_methods
+from fluid_hf.models.shared_experts import bind_methods, canonical_text, method_text, unbind_methods
 from fluid_hf.moe.activation import is_silu
 from fluid_hf.moe.block_parts import fuses_norm, fuses_rotary, fuses_swiglu, rms_norm, rotary, swiglu
 
-__all__ = ["bind_parts", "unbind_parts"]
+__all__ = ["bind_parts", "is_fused", "unbind_parts"]
 
 Forward = Callable[..., Any]
+MARK = "_fluid_part"
 NORMS = (
     """
 def forward(self, hidden_states):
@@ -72,7 +73,7 @@ def gated_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def attention_forward(kind: type[nn.Module], form: AttentionForm) -> Forward:
     """The forward of an attention layer of that class and form, with the rotary embedding in one launch."""
-    space: Any = sys.modules[kind.__module__]
+    space: dict[str, Any] = kind.forward.__globals__
 
     def forward(
         self: Any,
@@ -90,30 +91,36 @@ def attention_forward(kind: type[nn.Module], form: AttentionForm) -> Forward:
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         v = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         cos, sin = position_embeddings
-        q, k = rotary(q, k, cos, sin) if fuses_rotary(q, k, cos, sin) else space.apply_rotary_pos_emb(q, k, cos, sin)
+        q, k = rotary(q, k, cos, sin) if fuses_rotary(q, k, cos, sin) else space["apply_rotary_pos_emb"](q, k, cos, sin)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        core = space.ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, space.eager_attention_forward
+        core = space["ALL_ATTENTION_FUNCTIONS"].get_interface(
+            self.config._attn_implementation, space["eager_attention_forward"]
         )
         dropout = self.attention_dropout if self.training else 0.0
         options = {"dropout": dropout, "scaling": self.scaling, **form.window(self), **kwargs}
         output, weights = core(self, q, k, v, attention_mask, **options)
         return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
 
-    return forward
+    return _marked(forward)
+
+
+def _marked(function: Forward) -> Forward:
+    """Known as ours wherever it goes; copies in a pickle become their class's own forward, by its name."""
+    function.__name__ = "forward"
+    vars(function)[MARK] = True
+    return function
 
 
 _FORMS: dict[str | None, Forward] = {
-    **{canonical_text(text): norm_forward for text in NORMS},
-    **{canonical_text(text): gated_forward for text in GATED},
+    **{canonical_text(text): _marked(norm_forward) for text in NORMS},
+    **{canonical_text(text): _marked(gated_forward) for text in GATED},
 }
 
 
-def bind_parts(model: nn.Module) -> dict[nn.Module, Forward]:
-    """Give every norm, gated MLP and attention layer of these forms the forward that fuses it; which got which."""
+def bind_parts(model: nn.Module) -> None:
+    """Give every norm, gated MLP and attention layer of these forms the forward that fuses it."""
     known: dict[type, Forward | None] = {}
-    bound = {}
     for module in model.modules():
         kind = type(module)
         if kind not in known:
@@ -121,25 +128,38 @@ def bind_parts(model: nn.Module) -> dict[nn.Module, Forward]:
         form = known[kind]
         if form is not None and "forward" not in vars(module):
             bind_methods(module, {"forward": form})
-            bound[module] = form
-    return bound
 
 
-def unbind_parts(bound: dict[nn.Module, Forward]) -> None:
-    """Give the modules their classes' own forwards back, but where somebody wrapped them since."""
-    for module, form in bound.items():
-        if getattr(vars(module).get("forward"), "__func__", None) is form:
+def unbind_parts(model: nn.Module) -> None:
+    """Give the modules their classes' own forwards back, also where hooks of accelerate keep them for later; what
+    somebody has put in their place stays.
+    """
+    for module in model.modules():
+        if is_fused(module):
             unbind_methods(module, ["forward"])
-    bound.clear()
+        if _is_ours(vars(module).get("_old_forward")):
+            module._old_forward = MethodType(type(module).forward, module)  # type: ignore[assignment]
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module has a forward from here."""
+    return _is_ours(vars(module).get("forward"))
+
+
+def _is_ours(method: Any) -> bool:
+    return hasattr(getattr(method, "__func__", None), MARK)
 
 
 def _form_of(module: nn.Module) -> Forward | None:
+    """The forward for a module's class; what else a model may hold (scripted modules, code without a file) has none."""
     kind = type(module)
     try:
-        text = canonical_text(inspect.getsource(kind.forward))
-    except (OSError, TypeError, SyntaxError):  # no source, or not a function in a file of its own
+        form = _FORMS.get(method_text(kind.forward))
+        if form is not None:
+            # Callers may name the argument.
+            same = list(inspect.signature(kind.forward).parameters) == list(inspect.signature(form).parameters)
+            return form if same else None
+        found = find_attention_form(module) if hasattr(module, "q_proj") else None
+    except Exception:
         return None
-    if text in _FORMS and text is not None:
-        return _FORMS[text]
-    form = find_attention_form(module) if hasattr(module, "q_proj") else None
-    return None if form is None else attention_forward(kind, form)
+    return None if found is None else attention_forward(kind, found)

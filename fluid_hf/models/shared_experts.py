@@ -38,6 +38,7 @@ __all__ = [
     "canonical_text",
     "find_form",
     "has_form",
+    "method_text",
     "register_form",
     "unbind_blocks",
     "unbind_methods",
@@ -84,11 +85,18 @@ def find_form(block: type[nn.Module]) -> Forward | None:
     """The forward that runs the shared expert of such a block in the window; `None` if none is known."""
     from fluid_hf.models import block_forms  # noqa: F401 - registers the forms
 
+    text = method_text(block.forward)
+    return None if text is None else _FORMS.get(text)
+
+
+def method_text(method: Any) -> str | None:
+    """`canonical_text` of a method; `None` if it has no source of its own, or somebody wrapped it."""
+    if hasattr(method, "__wrapped__"):
+        return None
     try:
-        text = canonical_text(inspect.getsource(block.forward))
+        return canonical_text(inspect.getsource(method))
     except (OSError, TypeError, SyntaxError):  # no source, or not a function in a file of its own
         return None
-    return None if text is None else _FORMS.get(text)
 
 
 def has_form(source: str) -> bool:

@@ -18,11 +18,14 @@ from fluid_hf.moe.permutation import sum_dtype
 __all__ = ["Activation", "activated", "glu_backward", "glu_forward", "is_silu"]
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+_SILU = (("torch.nn.modules.activation", "SiLU"), ("transformers.activations", "SiLUActivation"))
 
 
 def is_silu(act: Activation) -> bool:
     """Whether `act` is SiLU, as torch or transformers write it."""
-    return act is functional.silu or type(act).__name__ in ("SiLU", "SiLUActivation")
+    if act is functional.silu:
+        return True
+    return (type(act).__module__, type(act).__name__) in _SILU and "forward" not in vars(act)
 
 
 def activated(act: Activation, input: torch.Tensor) -> torch.Tensor:

@@ -23,29 +23,30 @@ TOKENS = 32  # of a program of the rotary embedding, for one head
 PROGRAMS = 4  # of the backward of RMSNorm on each multiprocessor: each sums the weight's gradient over its rows
 
 
-def rms_norm_forward(rows_MN: torch.Tensor, weight_N: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight * rows / sqrt(mean(rows ** 2) + eps)` [M, N], and the reciprocal of that root [M] in float32."""
-    rows, width = rows_MN.shape
-    out, scale = torch.empty_like(rows_MN), torch.empty(rows, dtype=torch.float32, device=rows_MN.device)
+def rms_norm_forward(x: torch.Tensor, weight_N: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight * x / sqrt(mean(x ** 2) + eps)` [..., N], and the reciprocal of that root [M] in float32."""
+    width = weight_N.shape[0]
+    rows = x.numel() // width
+    out, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         columns, height, warps = _tile(width)
-        _rms_norm_forward((blocks_of(rows, height), 1, 1), (rows_MN, weight_N, out, scale), (rows,),
+        _rms_norm_forward((blocks_of(rows, height), 1, 1), (x, weight_N, out, scale), (rows,),
                           (width, eps, height, columns), warps)  # fmt: skip
     return out, scale
 
 
 def rms_norm_backward(
-    grad_MN: torch.Tensor, rows_MN: torch.Tensor, weight_N: torch.Tensor, scale_M: torch.Tensor, needs_weight: bool
+    grad: torch.Tensor, x: torch.Tensor, weight_N: torch.Tensor, scale_M: torch.Tensor, needs_weight: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the rows [M, N], and of the weight [N] if it is needed."""
-    rows, width = rows_MN.shape
-    out = torch.empty_like(rows_MN)
+    """Gradients of `x` [..., N], and of the weight [N] if it is needed."""
+    rows, width = scale_M.shape[0], weight_N.shape[0]
+    out = torch.empty_like(x)
     columns, height, warps = _tile(width)
-    programs = min(max(1, blocks_of(rows, height)), PROGRAMS * _processors(rows_MN.device))
+    programs = min(max(1, blocks_of(rows, height)), PROGRAMS * _processors(x.device))
     shape = (programs if needs_weight else 0, width)
-    sums = torch.empty(shape, dtype=torch.float32, device=rows_MN.device)
+    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
     if rows:
-        _rms_norm_backward((programs, 1, 1), (grad_MN, rows_MN, weight_N, scale_M, out, sums), (rows, programs),
+        _rms_norm_backward((programs, 1, 1), (grad, x, weight_N, scale_M, out, sums), (rows, programs),
                            (width, needs_weight, height, columns), warps)  # fmt: skip
     elif needs_weight:
         sums.zero_()
@@ -230,7 +231,7 @@ def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, last, SIZE: tl.c
     u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(g)
     activated = g * sigmoid
-    tl.store(grad_gate + at, (dh * u * (sigmoid * (1 + g - activated))).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_gate + at, (dh * u * (sigmoid * (1 + g * (1 - sigmoid)))).to(grad_gate.dtype.element_ty), mask=inside)
     tl.store(grad_up + at, (dh * activated).to(grad_up.dtype.element_ty), mask=inside)
 
 

@@ -78,20 +78,19 @@ def _are_alike(first: torch.Tensor, *others: torch.Tensor) -> bool:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight_N: torch.Tensor, eps: float) -> torch.Tensor:
-        flat = rows.reshape(-1, rows.shape[-1]).contiguous()
-        out, scale = kernel_module("block_kernels").rms_norm_forward(flat, weight_N.contiguous(), eps)
+        # The result has memory and shape of its own: a view made in here could not be written to (router jitter does).
+        out, scale = kernel_module("block_kernels").rms_norm_forward(rows.contiguous(), weight_N.contiguous(), eps)
         ctx.save_for_backward(rows, weight_N, scale)
-        return out.view(rows.shape)  # type: ignore[no-any-return]
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         rows, weight, scale = ctx.saved_tensors
-        flat, width = rows.reshape(-1, rows.shape[-1]).contiguous(), rows.shape[-1]
         grad_rows, grad_weight = kernel_module("block_kernels").rms_norm_backward(
-            grad.reshape(-1, width).contiguous(), flat, weight.contiguous(), scale, ctx.needs_input_grad[1]
+            grad.contiguous(), rows.contiguous(), weight.contiguous(), scale, ctx.needs_input_grad[1]
         )
-        return grad_rows.view(rows.shape), grad_weight, None
+        return grad_rows, grad_weight, None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -236,6 +236,14 @@ class ExpertParallelLayer(nn.Module):
         computed = self.expert_parameters()
         return lambda: computed
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Where `nn.DataParallel` asks for a copy on another device, to be run by another thread."""
+        raise UnsupportedModelError(
+            f"{type(self).__name__} cannot run under torch.nn.DataParallel (the Trainer's choice where one process "
+            "sees several GPUs), which shares its state between threads; start one process per GPU with `deepspeed` "
+            "or `torchrun`, or let the process see one (CUDA_VISIBLE_DEVICES)."
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """How `copy.deepcopy`, `pickle` and `torch.save` copy it, or what it is a part of: not while it has a group."""
         if self.ep_size > 1:
