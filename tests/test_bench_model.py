@@ -16,7 +16,7 @@ from distributed import RankPool, rank_pool
 from fluid_hf import cli
 from fluid_hf.bench import model_report
 from fluid_hf.bench.links import world_sizes
-from fluid_hf.bench.model import ModelBench, ModelSlice
+from fluid_hf.bench.model import ModelBench, ModelSlice, start_engine
 from fluid_hf.bench.same_routing import RecordedRouting, SameRouting
 from fluid_hf.bench.stages import Stages
 from fluid_hf.errors import ConfigError, TraceError
@@ -127,3 +127,12 @@ def test_real_ranks_are_all_in_one_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert world_sizes("mirror", [8]) == [8] and world_sizes("mirror", None) == [2]
     with pytest.raises(ConfigError, match=r"ep \(2\) must be 1 or the number of ranks \(4\) on nccl"):
         world_sizes("nccl", [2])
+
+
+@pytest.mark.parametrize("overlap_comm", [False, True])
+def test_steps_may_reduce_gradients_beside_backward(overlap_comm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("deepspeed.initialize", lambda **given: seen.append(given["config"]) or ["engine"])
+    bench = ModelBench(ModelSlice("tiny", 1, 1, 8), torch.device("cpu"), torch.float32)
+    assert start_engine(bench.build(), bench, overlap_comm) == "engine"
+    assert seen[0]["zero_optimization"] == {"stage": 1, "overlap_comm": overlap_comm}

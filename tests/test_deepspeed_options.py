@@ -55,3 +55,12 @@ def test_an_optimizer_without_the_experts(pool2: RankPool) -> None:
         expected = pool2.run(run_zero_options, stage, False, {}, "self_attn")[0]
         for curve in pool2.run(run_zero_options, stage, True, {}, "self_attn"):
             assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
+
+
+def test_gradients_reduced_beside_the_backward_pass(pool2: RankPool) -> None:
+    """Also in buckets that a parameter fills, so that the first one leaves while weight gradients are yet to come."""
+    options: dict[str, Any] = {"overlap_comm": True, "reduce_bucket_size": 500}
+    for stage in (1, 2, 3):
+        expected = pool2.run(run_zero_options, stage, False, {})[0]
+        for curve in pool2.run(run_zero_options, stage, True, options):
+            assert_near(curve, expected)

@@ -220,15 +220,19 @@ class ModelBench:
             torch.cuda.synchronize(self.device)
 
 
-def start_engine(model: nn.Module, bench: ModelBench) -> Any:
-    """DeepSpeed's engine with ZeRO 1 and AdamW around a model with split experts. Collective."""
+def start_engine(model: nn.Module, bench: ModelBench, overlap_comm: bool = False) -> Any:
+    """DeepSpeed's engine with ZeRO 1 and AdamW around a model with split experts. Collective.
+
+    Args:
+        overlap_comm: DeepSpeed's setting of that name: gradients are reduced beside the backward pass.
+    """
     import deepspeed
 
     from fluid_hf.integrations.optimizer_groups import split_expert_groups
 
     settings = {
         "train_micro_batch_size_per_gpu": bench.part.batch,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": 1, "overlap_comm": overlap_comm},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bench.dtype == torch.bfloat16},
         "gradient_clipping": 1.0,

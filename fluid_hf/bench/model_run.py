@@ -37,6 +37,7 @@ class RunSettings:
         waves, max_ctas: fixed numbers of waves, and limits of NCCL's thread blocks, timed of the first slice.
         pictures: folder for the timeline of the first slice; `None` for none.
         timeout: seconds that a rank waits for another one.
+        overlap_comm: of DeepSpeed, in steps.
     """
 
     modes: Sequence[str]
@@ -46,6 +47,7 @@ class RunSettings:
     max_ctas: Sequence[int] = ()
     pictures: str | None = None
     timeout: float = 300.0
+    overlap_comm: bool = False
 
     def wants(self, variant: str) -> bool:
         """Whether a variant is timed."""
@@ -206,7 +208,7 @@ class SliceRun:
             self._skip(f"{names}, step: {lacking / 1e9:.1f} GB of memory missing")
             return
         with self.stages.stage("DeepSpeed engine"):
-            engine = start_engine(model, self._cells[0].bench)
+            engine = start_engine(model, self._cells[0].bench, self.settings.overlap_comm)
         for way, cell in self._pairs(group):
             if way.name in cell.data["variants"]:
                 if way.name not in PEERS:

@@ -45,6 +45,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--batch", nargs="+", type=positive, default=[2], help="sequences per rank")
     add("--sequence", type=positive, default=4096, help="tokens of a sequence")
     add("--modes", nargs="+", choices=MODES, default=MODES[:3], help="step: with DeepSpeed ZeRO 1 and AdamW")
+    add(
+        "--overlap-comm",
+        action="store_true",
+        help="steps with DeepSpeed's overlap_comm: dense gradients beside backward",
+    )
     add("--repeats", type=positive, default=20, help="timed runs of each variant and mode")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add(
@@ -95,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
                 max_ctas=options.ctas if first else (),
                 pictures=options.trace if first else None,
                 timeout=options.timeout,
+                overlap_comm=options.overlap_comm,
             )
             slices = SliceRun(parts, settings, stages, device, functools.partial(_write, options, device, cells))
             cells.extend(slices.cells)
