@@ -55,7 +55,11 @@ MUTATIONS = (
     Mutation("models/fused_parts.py", "k, v = past_key_values.update(", "past_key_values.update(", PARTS + "attention"),
     Mutation("models/fused_parts.py", "self.act_fn(gate) * up", "self.act_fn(up) * gate", PARTS + "what_the_kernels"),
     Mutation("models/fused_parts.py", 'and "forward" not in vars(module)', "", PARTS + "other_norms"),
-    Mutation("models/fused_parts.py", "is form:", "is not None:", PARTS + "other_norms"),
+    Mutation("models/fused_parts.py", "if is_fused(module):", "if True:", PARTS + "other_norms"),
+    Mutation("models/shared_experts.py", 'if hasattr(method, "__wrapped__"):', "if False:", PARTS + "what_somebody"),
+    Mutation("models/attention_forms.py", 'not hasattr(method, "__wrapped__") and ', "", PARTS + "what_somebody"),
+    Mutation("models/fused_parts.py", "return form if same else None", "return form", PARTS + "callers"),
+    Mutation("models/fused_parts.py", 'vars(module).get("_old_forward")', "None", PARTS + "nothing_of_it"),
     # comm: wrong peers, off-by-one in splits, rows of the wrong rank
     Mutation("comm/tournament.py", "(round_index - rank) % last", "(round_index + rank) % last", PROPERTIES + "tourn"),
     Mutation("comm/tournament.py", "size - 1 + size % 2", "size - 1", PROPERTIES + "tournament"),
