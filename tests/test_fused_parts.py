@@ -30,6 +30,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, 
 import fluid_hf
 from fluid_hf import UnsupportedModelError
 from fluid_hf.models import fused_parts
+from fluid_hf.models.attention_forms import find_attention_form
 from fluid_hf.models.fused_parts import bind_parts, gated_forward, is_fused, norm_forward, unbind_parts
 from fluid_hf.moe.block_parts import fuses_norm, fuses_rotary, fuses_swiglu, rms_norm, rotary, swiglu
 
@@ -89,9 +90,13 @@ def test_what_somebody_wrapped_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return wrapper
 
-    for kind in (Qwen3MoeAttention, Qwen3MoeRMSNorm, Qwen2MoeMLP):
-        monkeypatch.setattr(kind, "forward", halved(kind.forward))
     model = tiny_model("qwen3_moe")
+    attention = model.model.layers[0].self_attn
+    assert find_attention_form(attention) is not None
+    monkeypatch.setattr(Qwen3MoeRMSNorm, "forward", halved(Qwen3MoeRMSNorm.forward))
+    assert find_attention_form(attention) is None, "sequence parallelism would compute the norm itself"
+    for kind in (Qwen3MoeAttention, Qwen2MoeMLP):
+        monkeypatch.setattr(kind, "forward", halved(kind.forward))
     expected = model(input_ids=batch(0, 1)).logits
     fluid_hf.patch_model(model)
     assert not any(map(is_fused, model.modules()))
