@@ -33,6 +33,26 @@ def test_every_published_file_is_a_table_or_named(path: Path, capsys: pytest.Cap
         assert "what" not in report or f"holds those of {report['what']!r}" in printed.err
 
 
+def test_runs_over_several_links_are_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(RESULTS / f"2026-11-29_model_2xh200_{link}.json") for link in ("nvlink", "shm")]
+    lines = []
+    for names in (files[:1], files[1:], files, [files[0]] * 2):
+        assert cli.main(["bench", "table", "--json", *names]) == 0
+        lines.append(capsys.readouterr().out.split("\n\n")[0].splitlines())
+    fast, slow, both, same = lines
+    assert len(both) == len(fast) + len(slow) - 2 and same == [*fast, *fast[2:]]
+    for alone, link in ((fast, "nccl"), (slow, "nccl, P2P off")):
+        for line in alone[2:]:
+            name, _, times = line.partition(" | ")
+            assert f"{name}, {link} | {times}" in both
+    assert cli.main(["bench", "table", "--json", *files, "--pictures", str(tmp_path)]) == 0
+    drawn = {path.stem for path in tmp_path.glob("*.svg")}
+    assert {"mixtral-8x7b_2x2_nccl", "mixtral-8x7b_2x2_sp2_nccl_p2p_off"} <= drawn and len(drawn) == 12
+    capsys.readouterr()
+    assert cli.main(["bench", "table", "--json", files[0], str(RESULTS / "2026-11-29_layer_h200_mirror.json")]) == 1
+    assert "must be one file, or several of `bench model`; holds those of ['model', 'layer']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("report", "message"),
     [

@@ -14,7 +14,7 @@ from fluid_hf.profiling.picture import draw_timeline
 from fluid_hf.profiling.timeline import PassTimeline, layer_passes, summarize
 from fluid_hf.profiling.trace import Work
 
-__all__ = ["draw_pictures", "model_table", "trace_pass"]
+__all__ = ["draw_pictures", "join_reports", "model_table", "trace_pass"]
 
 MODES = ("inference", "forward", "backward", "step")
 TRACED_RUNS = 3
@@ -58,9 +58,26 @@ def draw_pictures(cell: dict[str, Any], folder: str | Path) -> list[Path]:
             heading = f"{name}: {'backward' if found['backward'] else 'forward'}"
             passes.append((heading, _timeline(found)))
     shared = f"_sp{cell['sp']}" if cell["sp"] > 1 else ""
-    out = Path(folder) / f"{cell['model']}_{cell['layers']}x{cell['batch']}{shared}"
+    over = "_" + cell["over"].replace(", ", "_").replace(" ", "_").lower() if "over" in cell else ""
+    out = Path(folder) / f"{cell['model']}_{cell['layers']}x{cell['batch']}{shared}{over}"
     title = f"{slice_name(cell)} x {cell['sequence']} tokens: one layer"
     return draw_timeline(passes, out, title=title) if passes else []
+
+
+def join_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several runs, whose slices tell their link if the runs have more than one."""
+    links = [_link(report) for report in reports]
+    several = len(set(links)) > 1
+    cells = []
+    for link, report in zip(links, reports, strict=True):
+        cells += [{**cell, "over": link} if several else cell for cell in report["cells"]]
+    return {**reports[0], "cells": cells}
+
+
+def _link(report: dict[str, Any]) -> str:
+    """What ranks exchanged over, as NCCL was told."""
+    name = str(report.get("link", "nccl"))
+    return f"{name}, P2P off" if report.get("nccl_p2p_disabled") else name
 
 
 def model_table(report: dict[str, Any]) -> str:
@@ -92,7 +109,8 @@ def model_table(report: dict[str, Any]) -> str:
 def slice_name(cell: dict[str, Any]) -> str:
     """A slice as the table and the pictures name it."""
     shared = f", SP{cell['sp']}" if cell.get("sp", 1) > 1 else ""
-    return f"{cell['model']}, {cell['layers']} layers, batch {cell['batch']}{shared}"
+    over = f", {cell['over']}" if "over" in cell else ""
+    return f"{cell['model']}, {cell['layers']} layers, batch {cell['batch']}{shared}{over}"
 
 
 def _ratios(theirs: Sequence[float | None] | None, ours: Sequence[float | None] | None) -> str:
