@@ -16,6 +16,7 @@ from fluid_hf.bench import links
 from fluid_hf.bench.layer import LayerBench
 from fluid_hf.bench.report import markdown_table
 from fluid_hf.commands import bench_layer
+from fluid_hf.errors import TraceError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples/benchmarks/results"
@@ -123,3 +124,18 @@ def test_nothing_is_timed_after_the_first_trace(monkeypatch: pytest.MonkeyPatch,
     cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
     assert [sorted(cell["report"]) for cell in cells] == [["fluid_hf"], ["overlap 1", "serial"]]
     assert done == ["time"] * done.count("time") + ["trace"] * 6
+
+
+def test_a_trace_that_says_nothing_costs_no_times(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(run: Any) -> Any:
+        raise TraceError("trace must have a layer.")
+
+    monkeypatch.setattr(bench_layer, "record", fail)
+    out = tmp_path / "layer.json"
+    options = ["--shapes", "tiny", "--tokens", "16", "--ep", "1", "--report", "--json", str(out)]
+    assert cli.main(["bench", "layer", *options]) == 0
+    (cell,) = json.loads(out.read_text(encoding="utf-8"))["cells"]
+    assert "fluid_hf" in cell["variants"] and not cell["report"]
+    assert "no report: trace must have a layer." in capsys.readouterr().out

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["AttentionForm", "find_attention_form"]
+__all__ = ["NORM", "AttentionForm", "find_attention_form"]
 
 _FORWARD = """
 def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs):
@@ -68,7 +68,7 @@ def rotate_half(x):
     x2 = x[..., x.shape[-1] // 2 :]
     return torch.cat((-x2, x1), dim=-1)
 """
-_NORM = """
+NORM = """
 def forward(self, hidden_states):
     input_dtype = hidden_states.dtype
     hidden_states = hidden_states.to(torch.float32)
@@ -130,6 +130,6 @@ def find_attention_form(module: nn.Module) -> AttentionForm | None:
         for window, arguments in _WINDOWS.items():
             if _is_plainly(kind.forward, _FORWARD.format(q=q, k=k, window=window)):
                 norms = [type(getattr(module, name)) for name in ("q_norm", "k_norm")] if normed else []
-                if all(_is_plainly(norm.forward, _NORM) for norm in norms):
+                if all(_is_plainly(norm.forward, NORM) for norm in norms):
                     return AttentionForm(normed, arguments)
     return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
+from fluid_hf.models.attention_forms import NORM, AttentionForm, find_attention_form
 from fluid_hf.models.expert_hooks import is_watched
 from fluid_hf.models.shared_experts import bind_methods, canonical_text, method_text, unbind_methods
 from fluid_hf.moe.activation import is_silu
@@ -25,22 +25,8 @@ __all__ = ["bind_parts", "is_fused", "unbind_parts"]
 Forward = Callable[..., Any]
 MARK = "_fluid_part"
 NORMS = (
-    """
-def forward(self, hidden_states):
-    input_dtype = hidden_states.dtype
-    hidden_states = hidden_states.to(torch.float32)
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-    return self.weight * hidden_states.to(input_dtype)
-""",
-    """
-def forward(self, hidden_states):
-    input_dtype = hidden_states.dtype
-    hidden_states = hidden_states.to(torch.float32)
-    variance = hidden_states.pow(2).mean(-1, keepdim=True)
-    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-    return (self.weight * hidden_states).to(input_dtype)
-""",
+    NORM,
+    NORM.replace("self.weight * hidden_states.to(input_dtype)", "(self.weight * hidden_states).to(input_dtype)"),
 )
 GATED = (
     """
