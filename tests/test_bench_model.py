@@ -32,13 +32,14 @@ def run_bench(rank: int, world: int, options: list[str]) -> tuple[int, str]:
 
 def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.json"
-    options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "1"]
+    options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "2"]
     options += ["--sp", "1", "2", "--waves", "2", "--modes", "inference", "forward", "backward", "step"]
     options += ["--trace", str(tmp_path / "pictures"), "--json", str(out)]
     (status, printed), (other_status, other_printed) = pool2.run(run_bench, options)
     assert status == other_status == 0 and other_printed == ""
     for stage in ("build and patch", "fluid_hf: first pass and comparison", "AutoEP: step"):
         assert f"{stage} ..." in printed
+    assert "fluid_hf: step, again (2 of 2) ..." in printed and "AutoEP: step, again" not in printed
     timed, _, traced = printed.partition("timelines of")  # what traces a GPU can slow what is launched after it
     assert ": trace ..." in traced and ": trace ..." not in timed
     assert not any(f": {mode} ..." in traced for mode in ("inference", "forward", "backward", "step"))

@@ -156,13 +156,6 @@ class ModelBench:
 
         return {"inference": inference, "forward": forward, "backward": backward}
 
-    def time_mode(self, model: nn.Module, mode: str, repeats: int) -> StepTime:
-        """Times of one of `modes`."""
-        model.train(mode != "inference")
-        found = self.time(self.modes(model)[mode], repeats)
-        model.train()
-        return found
-
     def step(self, engine: Any) -> None:
         """A training step of DeepSpeed's engine."""
         output = engine(**self.inputs).last_hidden_state
@@ -185,8 +178,8 @@ class ModelBench:
             dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most.item())
 
-    def time(self, run: Callable[[], None], repeats: int) -> StepTime:
-        """Times of `run` on all ranks together."""
+    def times(self, run: Callable[[], None], repeats: int) -> list[float]:
+        """Milliseconds of `run`, on all ranks together, after two runs that are not counted."""
         for _ in range(WARM_UP):
             run()
         times = []
@@ -199,6 +192,10 @@ class ModelBench:
             run()
             self._wait()
             times.append((time.perf_counter() - start) * 1e3)
+        return times
+
+    def summary(self, times: list[float]) -> StepTime:
+        """Median and spread on the slowest rank. Collective."""
         deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0]] * 2
         both = torch.tensor([statistics.median(times), deciles[-1] - deciles[0]], device=self.device)
         if self.size > 1:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,9 +13,9 @@ import torch
 from torch import nn
 
 from fluid_hf.bench.links import several_processes
-from fluid_hf.bench.model import ALLOWED, ModelBench, ModelSlice, start_engine
+from fluid_hf.bench.model import ALLOWED, ModelBench, ModelSlice, StepTime, start_engine
 from fluid_hf.bench.model_report import draw_pictures, trace_pass
-from fluid_hf.bench.model_variants import PEERS, Way, patched, peer_model, release, select, ways
+from fluid_hf.bench.model_variants import PEERS, Switch, Way, patched, peer_model, release, ways
 from fluid_hf.bench.stages import Stages
 from fluid_hf.comm.calibration import measure_launch, measure_link
 from fluid_hf.errors import MissingPackageError
@@ -24,6 +26,7 @@ __all__ = ["RunSettings", "SliceRun"]
 
 TRACED = ("serial", "fluid_hf")
 PREDICTED = (SERIAL, 1, 2, 3)
+TURNS = 4
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class RunSettings:
 
     Attributes:
         modes: of "inference", "forward", "backward" (forward and backward) and "step".
-        repeats: timed runs of each variant and mode.
+        repeats: timed runs of each variant and mode; those of one model in turns.
         variants: only those whose name contains one of these; all if empty.
         waves, max_ctas: fixed numbers of waves, and limits of NCCL's thread blocks, timed of the first slice.
         pictures: folder for the timeline of the first slice; `None` for none.
@@ -121,8 +124,9 @@ class SliceRun:
         self.stages.say(f"\ntimelines of {cell.part}")
         with self.stages.stage("build and patch"):
             model: Any = patched(cell.bench, timeout_seconds=self.settings.timeout)
+        switch = Switch(model)
         for way in traced:
-            select(model, way)
+            switch.to(way)
             self._trace(model, way.name, cell)
         release(model)
         del model
@@ -148,12 +152,14 @@ class SliceRun:
         if max_ctas is None and self.device.type == "cuda":
             with self.stages.stage("speed of the link") as found:
                 found.append(self._predict(model))
+        switch = Switch(model)
         for way, cell in self._pairs(group):
-            select(model, way)
-            self._modes(model, way.name, cell)
+            switch.to(way)
+            self._compare(model, way.name, cell)
             layer = next(iter(model.fluid.layers.values()))
             cell.data["waves"][way.name] = layer.context.waves if way.overlap else SERIAL
-        self._steps(model, group)
+        self._modes(model, group, switch)
+        self._steps(model, group, switch)
         release(model)
         del model
         self._free()
@@ -162,10 +168,12 @@ class SliceRun:
         try:
             with self.stages.stage(f"{name}: build"):
                 model = peer_model(self._cells[0].bench, name)
-            for _, cell in self._pairs([Way(name)]):
-                self._modes(model, name, cell)
+            group = [Way(name)]
+            for _, cell in self._pairs(group):
+                self._compare(model, name, cell)
+            self._modes(model, group)
             if name == "AutoEP":  # DeepSpeed's engine takes no other peer's split experts
-                self._steps(model, [Way(name)])
+                self._steps(model, group)
             release(model)
             del model
         except Exception as error:  # a peer that fails is a result too; ours must not
@@ -184,9 +192,8 @@ class SliceRun:
             elif self._time_left(way.name):
                 yield way, self._cells[0]
 
-    def _modes(self, model: nn.Module, name: str, cell: _Cell) -> None:
-        what = self._what(name, cell)
-        with self.stages.stage(f"{what}: first pass and comparison") as found:
+    def _compare(self, model: nn.Module, name: str, cell: _Cell) -> None:
+        with self.stages.stage(f"{self._what(name, cell)}: first pass and comparison") as found:
             error = cell.bench.error(model)
             found.append(f"differs {error:.1e}")
         if error > ALLOWED[self.dtype]:
@@ -194,12 +201,30 @@ class SliceRun:
             return
         cell.data["errors"][name] = error
         cell.data["variants"][name] = {}
-        for mode in self.settings.modes:
-            if mode != "step":
-                with self.stages.stage(f"{what}: {mode}") as found:
-                    self._note(cell, name, mode, cell.bench.time_mode(model, mode, self.settings.repeats), found)
 
-    def _steps(self, model: nn.Module, group: list[Way]) -> None:
+    def _modes(self, model: nn.Module, group: list[Way], switch: Switch | None = None) -> None:
+        for cell in self._cells:
+            for mode in self.settings.modes:
+                if mode != "step":
+                    model.train(mode != "inference")
+                    self._time(cell, mode, group, cell.bench.modes(model)[mode], switch)
+                    model.train()
+
+    def _time(self, cell: _Cell, mode: str, group: list[Way], run: Callable[[], None], switch: Switch | None) -> None:
+        """Time the group's variants in turns: a host or a GPU that gets slower must not count against the last one."""
+        group = [way for way in group if way.name in cell.data["variants"]]
+        repeats = self.settings.repeats
+        turns = min(TURNS, repeats) if len(group) > 1 else 1
+        times: dict[str, list[float]] = {way.name: [] for way in group}
+        for turn, way in itertools.product(range(turns), group):
+            again = f", again ({turn + 1} of {turns})" if turn else ""
+            with self.stages.stage(f"{self._what(way.name, cell)}: {mode}{again}") as found:
+                if switch is not None:
+                    switch.to(way)
+                times[way.name] += cell.bench.times(run, repeats // turns + (turn < repeats % turns))
+                self._note(cell, way.name, mode, cell.bench.summary(times[way.name]), found)
+
+    def _steps(self, model: nn.Module, group: list[Way], switch: Switch | None = None) -> None:
         if "step" not in self.settings.modes:
             return
         names = ", ".join(way.name for way in group)
@@ -209,13 +234,8 @@ class SliceRun:
             return
         with self.stages.stage("DeepSpeed engine"):
             engine = start_engine(model, self._cells[0].bench, self.settings.overlap_comm)
-        for way, cell in self._pairs(group):
-            if way.name in cell.data["variants"]:
-                if way.name not in PEERS:
-                    select(model, way)
-                with self.stages.stage(f"{self._what(way.name, cell)}: step") as found:
-                    timing = cell.bench.time(lambda cell=cell: cell.bench.step(engine), self.settings.repeats)  # type: ignore[misc]
-                    self._note(cell, way.name, "step", timing, found)
+        for cell in self._cells:
+            self._time(cell, "step", group, functools.partial(cell.bench.step, engine), switch)
         engine.destroy()
 
     def _predict(self, model: Any) -> str:
@@ -238,7 +258,7 @@ class SliceRun:
         costs += f", {exchange.spared} multiprocessors left to it"
         return f"{link / 1e9:.0f} GB/s each way, {costs}, launch {launch * 1e6:.1f} us"
 
-    def _note(self, cell: _Cell, name: str, mode: str, timing: Any, found: list[str]) -> None:
+    def _note(self, cell: _Cell, name: str, mode: str, timing: StepTime, found: list[str]) -> None:
         cell.data["variants"][name][mode] = asdict(timing)
         found.append(f"{timing.median:8.2f} ms (+-{timing.spread:.2f})")
         self.save()

@@ -20,7 +20,7 @@ from fluid_hf.overlap.wgrad import WgradScheduler
 from fluid_hf.patching import patch_model
 from fluid_hf.process_groups import release_exchange_groups
 
-__all__ = ["PEERS", "PeerExperts", "Way", "patched", "peer_model", "release", "select", "ways"]
+__all__ = ["PEERS", "PeerExperts", "Switch", "Way", "patched", "peer_model", "release", "ways"]
 
 PEERS: dict[str, Callable[..., tuple[Any, nn.Module]]] = {"AutoEP": autoep_layer, "AllToAllEP": transformers_layer}
 
@@ -59,26 +59,36 @@ def patched(bench: ModelBench, **settings: Any) -> nn.Module:
     return patch_model(bench.build(), FluidConfig(**{"ep_size": bench.size, "sp_size": bench.part.sp, **settings}))
 
 
-def select(model: Any, way: Way) -> None:
-    """Let a patched model work in another way."""
-    choice = WaveChoice(way.waves)
-    scheduler = model.fluid.scheduler if way.overlap else WgradScheduler("off")
-    for layer in model.fluid.layers.values():
-        layer.context.overlap, layer.context.scheduler, layer.wave_choice = way.overlap, scheduler, choice
-        vars(layer).pop("forward", None)
-        if way.per_expert:
-            layer.forward = _one_row_per_expert(layer.forward)
-    state = model.fluid
-    unbind_parts(model)
-    if state.sequence is not None:
-        state.sequence.detach()
-        sites = find_attention(model, state.groups.sp_size)
-        state.sequence = SequenceParallel(
-            model, sites, state.sequence_exchange, scheduler, overlap=way.overlap, chunks=way.waves
-        )
-        state.sequence.attach()
-    if way.fused:
-        bind_parts(model)
+class Switch:
+    """Lets a patched model work in one way after the other; what a way measured and chose at first stays chosen."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._choices: dict[str, WaveChoice] = {}
+        self._sequences: dict[str, SequenceParallel] = {}
+
+    def to(self, way: Way) -> None:
+        """Work in that way from now on."""
+        model, state = self._model, self._model.fluid
+        scheduler = state.scheduler if way.overlap else WgradScheduler("off")
+        choice = self._choices.setdefault(way.name, WaveChoice(way.waves))
+        for layer in state.layers.values():
+            layer.context.overlap, layer.context.scheduler, layer.wave_choice = way.overlap, scheduler, choice
+            vars(layer).pop("forward", None)
+            if way.per_expert:
+                layer.forward = _one_row_per_expert(layer.forward)
+        unbind_parts(model)
+        if state.sequence is not None:
+            state.sequence.detach()
+            if way.name not in self._sequences:
+                sites = find_attention(model, state.groups.sp_size)
+                self._sequences[way.name] = SequenceParallel(
+                    model, sites, state.sequence_exchange, scheduler, overlap=way.overlap, chunks=way.waves
+                )
+            state.sequence = self._sequences[way.name]
+            state.sequence.attach()
+        if way.fused:
+            bind_parts(model)
 
 
 def release(model: Any) -> None:
