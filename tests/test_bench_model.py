@@ -52,6 +52,7 @@ def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pyte
         for name, times in cell["variants"].items():
             assert set(times) == {"inference", "forward", "backward"} | ({"step"} if name != "AllToAllEP" else set())
             assert all(time["median"] > 0 for time in times.values())
+            assert {len(time["turns"]) for time in times.values()} == {2 if name in OURS else 1}
         assert cell["waves"]["fluid_hf waves 2"] == 2 and cell["waves"]["serial"] == 0
         assert all(len(cell["timeline"][name]["passes"]) == 2 for name in ("serial", "fluid_hf"))
     assert cli.main(["bench", "table", "--json", str(out), "--pictures", str(tmp_path / "again")]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -216,13 +217,17 @@ class SliceRun:
         repeats = self.settings.repeats
         turns = min(TURNS, repeats) if len(group) > 1 else 1
         times: dict[str, list[float]] = {way.name: [] for way in group}
+        medians: dict[str, list[float]] = {way.name: [] for way in group}
         for turn, way in itertools.product(range(turns), group):
             again = f", again ({turn + 1} of {turns})" if turn else ""
             with self.stages.stage(f"{self._what(way.name, cell)}: {mode}{again}") as found:
                 if switch is not None:
                     switch.to(way)
-                times[way.name] += cell.bench.times(run, repeats // turns + (turn < repeats % turns))
+                latest = cell.bench.times(run, repeats // turns + (turn < repeats % turns))
+                times[way.name] += latest
                 self._note(cell, way.name, mode, cell.bench.summary(times[way.name]), found)
+                medians[way.name].append(round(statistics.median(latest), 2))
+                cell.data["variants"][way.name][mode]["turns"] = medians[way.name]  # of rank 0: whether they drift
 
     def _steps(self, model: nn.Module, group: list[Way], switch: Switch | None = None) -> None:
         if "step" not in self.settings.modes:

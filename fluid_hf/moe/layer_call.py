@@ -123,11 +123,12 @@ class LayerCall:
         self._own_tokens.plan = outgoing.own_pairs()
         early = queued and context.overlap
         if early:
-            with span("own tokens"):
-                weights = self._forward_weights()
+            with span(f"{context.name}::own tokens"):
+                weights, share = self._forward_weights(), context.own_share or 1 / exchange.size
                 with exchange.beside():
-                    early = self._own_tokens.start_early(hidden_TH, weights_TK, weights, exchange.size)
+                    early = self._own_tokens.start_early(hidden_TH, weights_TK, weights, share)
         plan, self.route, self.num_own_pairs = outgoing.read(reading)
+        context.own_share = self.num_own_pairs / max(1, index_TK.numel())
         exchange.at(context.name, "forward dispatch")
         # When a buffer is allocated here, no memory that was used after the mark has been given back.
         self._rows = outgoing.buffer(self.route)

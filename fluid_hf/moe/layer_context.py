@@ -39,6 +39,7 @@ class LayerContext:
         windows: weights of other layers whose gradients are computed in this layer's windows.
         head_start: rows promised for the next call.
         late_status: what kernels found where nothing is exchanged.
+        own_share: of this rank's pairs, those that it computed itself in the last call: about as many as in the next.
     """
 
     exchange: PeerExchange
@@ -55,6 +56,7 @@ class LayerContext:
     windows: WindowWeights | None = None
     head_start: HeadStart = field(default_factory=HeadStart)
     late_status: LateStatus = field(default_factory=LateStatus)
+    own_share: float = 0.0
 
     @property
     def num_local_experts(self) -> int:

@@ -31,15 +31,15 @@ class OwnTokens:
         self.ready = False  # all of it is queued
         self._started: tuple[Piece, Projected] | None = None
 
-    def start_early(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, weights: Any, ranks: int) -> bool:
-        """Queue the projection for an eighth more pairs than an even routing gives, before the counts are read.
+    def start_early(self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, weights: Any, share: float) -> bool:
+        """Queue the projection for an eighth more than a share of all pairs, before the counts are read.
 
         Returns whether it was done; `start` is to be called all the same, whenever it costs least.
         """
         if self.plan is None or not self._math.starts_early(hidden_TH, weights, weights_TK.shape[1]):
             return False
         pairs = weights_TK.numel()
-        places = min(pairs, pairs * 9 // (8 * ranks) + 256)
+        places = min(pairs, int(pairs * share * 9 / 8) + 256)
         piece = Piece(hidden_TH, weights_TK.contiguous(), self.plan.first_pairs(places))
         self._started = piece, self._math.project(piece, weights, self._keep)
         return True
