@@ -218,16 +218,26 @@ class SliceRun:
         turns = min(TURNS, repeats) if len(group) > 1 else 1
         times: dict[str, list[float]] = {way.name: [] for way in group}
         medians: dict[str, list[float]] = {way.name: [] for way in group}
+        allocated: dict[str, list[int]] = {way.name: [] for way in group}
         for turn, way in itertools.product(range(turns), group):
             again = f", again ({turn + 1} of {turns})" if turn else ""
             with self.stages.stage(f"{self._what(way.name, cell)}: {mode}{again}") as found:
                 if switch is not None:
                     switch.to(way)
+                allocations = self._allocations()
                 latest = cell.bench.times(run, repeats // turns + (turn < repeats % turns))
                 times[way.name] += latest
                 self._note(cell, way.name, mode, cell.bench.summary(times[way.name]), found)
+                # Of rank 0: whether turns differ, and whether memory was asked from the driver in them.
                 medians[way.name].append(round(statistics.median(latest), 2))
-                cell.data["variants"][way.name][mode]["turns"] = medians[way.name]  # of rank 0: whether they drift
+                allocated[way.name].append(self._allocations() - allocations)
+                notes = {"turns": medians[way.name], "allocated": allocated[way.name]}
+                cell.data["variants"][way.name][mode] |= notes
+
+    def _allocations(self) -> int:
+        """Times that memory was asked from the driver, which makes the host wait."""
+        on_gpu = self.device.type == "cuda"
+        return int(torch.cuda.memory_stats(self.device)["num_device_alloc"]) if on_gpu else 0
 
     def _steps(self, model: nn.Module, group: list[Way], switch: Switch | None = None) -> None:
         if "step" not in self.settings.modes:

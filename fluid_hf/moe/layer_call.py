@@ -128,7 +128,8 @@ class LayerCall:
                 with exchange.beside():
                     early = self._own_tokens.start_early(hidden_TH, weights_TK, weights, share)
         plan, self.route, self.num_own_pairs = outgoing.read(reading)
-        context.own_share = self.num_own_pairs / max(1, index_TK.numel())
+        if context.overlap:
+            context.own_share = self.num_own_pairs / max(1, index_TK.numel())
         exchange.at(context.name, "forward dispatch")
         # When a buffer is allocated here, no memory that was used after the mark has been given back.
         self._rows = outgoing.buffer(self.route)
