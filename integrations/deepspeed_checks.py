@@ -108,8 +108,17 @@ def _refuse_unclipped_experts(stage: Any, config: Any, state: FluidState) -> Non
 
 
 def _refuse_mixed_experts(stage: Any, zero: Any, state: FluidState) -> None:
-    """Without its common buffer DeepSpeed 0.19 sums experts' gradients over all ranks at stage 1; at 2 it raises."""
-    if stage not in (1, 2) or not _trained(state) or zero.get("contiguous_gradients", True):
+    """Without its common buffer DeepSpeed 0.19 sums experts' gradients over all ranks at stage 1; at 2 it raises, and
+    at both without reduce_scatter.
+    """
+    if stage not in (1, 2) or not _trained(state):
+        return
+    if not zero.get("reduce_scatter", True):
+        raise ConfigError(
+            f"zero_optimization.reduce_scatter (false) must be true at stage {stage} when ep_size "
+            f"({state.groups.ep_size}) is over 1: DeepSpeed trains experts in no other way; remove it."
+        )
+    if zero.get("contiguous_gradients", True):
         return
     offload = zero.get("offload_optimizer")
     if isinstance(offload, dict) and offload.get("device", "none") != "none":

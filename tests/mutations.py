@@ -47,6 +47,8 @@ RANKS = "tests/test_expert_parallel.py::test_two_ranks"
 FAULTS = "tests/test_faults.py::test_"
 COMBINATIONS = "tests/test_combinations.py::test_"
 PARTS = "tests/test_fused_parts.py::test_"
+CHANGED = "tests/test_sequence_modules.py::test_what"
+AGAIN = "tests/test_recomputation.py::test_"
 MUTATIONS = (
     # around the experts: another forward than the module's, parts that were somebody's own
     Mutation(
@@ -60,6 +62,15 @@ MUTATIONS = (
     Mutation("models/attention_forms.py", 'not hasattr(method, "__wrapped__") and ', "", PARTS + "what_somebody"),
     Mutation("models/fused_parts.py", "return form if same else None", "return form", PARTS + "callers"),
     Mutation("models/fused_parts.py", 'vars(module).get("_old_forward")', "None", PARTS + "nothing_of_it"),
+    # what somebody changed of a layer's parts, and what runs again in backward
+    Mutation("models/sequence_parallel.py", 'if "forward" in module.__dict__ and', "if False and", CHANGED),
+    Mutation("models/sequence_parallel.py", "if type(module) is not kind or", "if", CHANGED),
+    Mutation("models/sequence_inputs.py", '"ds_id"', '"dtype"', CHANGED),
+    Mutation("models/attention.py", "if heads:", "if False:", "tests/test_sequence_modules.py::test_heads"),
+    Mutation("nodes.py", "if torch._C._len_torch_dispatch_stack()", "if False", AGAIN + "selective"),
+    Mutation("nodes.py", "for mode in others:", "for mode in ():", AGAIN + "other_modes"),
+    Mutation("models/put_off.py", "(call.done and not again)", "call.done", AGAIN + "parts"),
+    Mutation("models/expert_hooks.py", 'if "forward" in state:', "if False:", AGAIN + "parts"),
     # comm: wrong peers, off-by-one in splits, rows of the wrong rank
     Mutation("comm/tournament.py", "(round_index - rank) % last", "(round_index + rank) % last", PROPERTIES + "tourn"),
     Mutation("comm/tournament.py", "size - 1 + size % 2", "size - 1", PROPERTIES + "tournament"),

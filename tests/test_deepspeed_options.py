@@ -40,6 +40,8 @@ def test_gradients_that_are_not_copied_together(pool2: RankPool) -> None:
     for stage in (1, 2):
         for text in pool2.expect("ConfigError", run_zero_options, stage, True, options):
             assert f"contiguous_gradients (false) must be true at stage {stage} when ep_size (2) is over 1" in text
+        for text in pool2.expect("ConfigError", run_zero_options, stage, True, {"reduce_scatter": False}):
+            assert f"reduce_scatter (false) must be true at stage {stage} when ep_size (2) is over 1" in text
     offloaded = {**options, "offload_optimizer": {"device": "cpu"}}  # DeepSpeed copies them together all the same
     for stage, served in ((1, offloaded), (2, offloaded), (3, options)):
         expected = pool2.run(run_zero_options, stage, False, options)[0]

@@ -40,7 +40,7 @@ from fluid_hf.attention.products import in_type
 from fluid_hf.attention.rotary import RotaryTables
 from fluid_hf.attention.ulysses import CoreAttention
 from fluid_hf.comm.gradients import refuse_second_derivatives, refuse_transforms
-from fluid_hf.nodes import apply_or_run
+from fluid_hf.nodes import apart, apply_or_run
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_tokens
 
 __all__ = ["overlapped_attention"]
@@ -243,7 +243,7 @@ def overlapped_attention(
     rotary = rotary.to(dtype)
     weights = () if norms is None else (norms.q, norms.k)
     arrivals = [_Arrival(call, index, rotary, norms) for index in range(call.num_chunks)]
-    with plain:
+    with apart(), plain:
         qkv, output_weights = _Trained(parameters, QKV, context), _Trained(parameters, OUTPUT, context)
         link = apply_or_run(_Scatter, hidden_BLH, call, qkv, *qkv.tensors)
         call.returns_wanted = link.requires_grad
@@ -252,11 +252,11 @@ def overlapped_attention(
     keys = arrived[1:]
     for arrival in arrivals[1:]:
         output = core(arrived[0], *keys)
-        with plain:
+        with apart(), plain:
             arrived = apply_or_run(_Turn, output, arrival)
         keys = arrived[1:] or keys
     output = core(arrived[0], *keys)
-    with plain:
+    with apart(), plain:
         return apply_or_run(_Gather, output, call, output_weights, *token)  # type: ignore[no-any-return]
 
 

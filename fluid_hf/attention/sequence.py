@@ -90,6 +90,11 @@ def shard_batch(
         )
     _check_equal_batches(ids, exchange)
     whole = dict(batch)
+    if whole.get("labels") is not None and whole["labels"].shape[:2] != ids.shape:
+        raise ConfigError(
+            f"labels (shape {tuple(whole['labels'].shape)}) must be the next tokens of input_ids (shape "
+            f"{tuple(ids.shape)}); set sp_size 1 for other tasks."
+        )
     if whole.get("labels") is not None and whole.get("shift_labels") is None:
         whole["shift_labels"] = functional.pad(whole["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:]
     whole.pop("labels", None)

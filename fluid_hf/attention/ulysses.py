@@ -17,6 +17,7 @@ import torch
 from fluid_hf.attention.heads import HeadLayout
 from fluid_hf.comm.gradients import refuse_second_derivatives
 from fluid_hf.comm.peer_exchange import PeerExchange
+from fluid_hf.nodes import apart
 
 __all__ = ["CoreAttention", "gather_heads_scatter_seq", "scatter_heads_gather_seq", "ulysses_attention"]
 
@@ -41,7 +42,8 @@ def _exchange(sent: torch.Tensor, exchange: PeerExchange) -> torch.Tensor:
     sent = sent.contiguous()
     received = torch.empty_like(sent)
     ones = [1] * exchange.size
-    exchange.all_to_all(received, sent, ones, ones).wait()
+    with apart():
+        exchange.all_to_all(received, sent, ones, ones).wait()
     return received
 
 

@@ -21,6 +21,8 @@ __all__ = ["AttentionSite", "find_attention"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 KINDS = ("full_attention", "sliding_attention")
+# Ends of the names of classes whose heads do not predict the next token.
+WHOLE_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 # Rotary embeddings that do not depend on the longest position of the batch, which a rank's piece would not show.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -70,6 +72,12 @@ def _text_config(model: Any) -> Any:
     config = model.config
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         raise UnsupportedModelError(f"{name} is no decoder-only language model; set sp_size 1.")
+    heads = [kind.__name__ for kind in type(model).__mro__ if kind.__name__.endswith(WHOLE_HEADS)]
+    if heads:
+        raise UnsupportedModelError(
+            f"{name} has the head of {heads[0]}, which looks for the last token of whole sequences, or takes labels "
+            "that are not the next tokens, and a rank has a piece of them; set sp_size 1."
+        )
     if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # it leaves text causal
         raise UnsupportedModelError(
             f"use_bidirectional_attention ({config.use_bidirectional_attention!r}) must be off with sequence "

@@ -48,11 +48,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_watched(experts: Any) -> bool:
-    """Whether somebody's own hooks are on experts, or on what wraps them: these know the arguments and the result that
-    transformers' experts have.
+    """Whether somebody's own hooks or forward are on experts, or on what wraps them: these know the arguments and the
+    result that transformers' experts have.
     """
     while isinstance(experts, nn.Module):
         state = vars(experts)
+        if "forward" in state:
+            return True
         for name in CALLED:
             if state[name] and any([_root(hook) not in KNOWN for hook in state[name].values()]):
                 return True

@@ -30,7 +30,7 @@ class _Call:
     def __init__(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._module, self._args, self._kwargs = module, args, kwargs
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.done = False
+        self.done = self.in_window = False
         self.value: Any = None
 
     def run(self) -> Any:
@@ -54,10 +54,14 @@ def run_experts(
 ) -> torch.Tensor:
     """The routed experts [T, H], with the call that was put off made in their window, unless hooks watch them."""
     call: _Call | None = getattr(run, "__self__", None)
-    if call is None or call.done or is_watched(experts):
+    # Run again in backward, a block alone must do what it did: its value is there, and is not asked for again.
+    again = call is not None and call.in_window and torch._C._current_graph_task_id() != -1
+    if call is None or (call.done and not again) or is_watched(experts):
         routed: torch.Tensor = experts(hidden, index, weights)
         return routed
-    routed, call.value = experts(hidden, index, weights, run)
+    call.in_window = True
+    routed, value = experts(hidden, index, weights, run)
+    call.value = None if again else value
     return routed
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["PACKING_KEYWORDS", "check_inputs", "for_rotary"]
+__all__ = ["PACKING_KEYWORDS", "by_position", "check_inputs", "for_rotary"]
 
 PACKING_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
@@ -58,3 +58,12 @@ def for_rotary(rotary: Any, positions: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=16)  # reading source takes the host long, and this is asked before every forward pass
 def _takes_three_kinds(forward: Callable[..., Any]) -> bool:
     return "expand(3, position_ids.shape[1]" in inspect.getsource(forward)
+
+
+def by_position(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hand the input over by position under ZeRO-3, whose hooks for the end of a module's backward look at such inputs
+    only. Elsewhere somebody's own hooks see what they see in the unpatched model.
+    """
+    if args or "hidden_states" not in kwargs or not hasattr(getattr(module.o_proj, "weight", None), "ds_id"):
+        return args, kwargs
+    return (kwargs["hidden_states"],), {name: value for name, value in kwargs.items() if name != "hidden_states"}

@@ -32,8 +32,10 @@ from fluid_hf.errors import ConfigError, RankMismatchError, UnsupportedModelErro
 from fluid_hf.models.attention import PROJECTIONS, AttentionSite
 from fluid_hf.models.attention_forms import AttentionForm, find_attention_form
 from fluid_hf.models.core_arguments import CoreLayer, core_arguments
+from fluid_hf.models.fused_parts import is_fused
 from fluid_hf.models.mask_code import read_mask_code
-from fluid_hf.models.sequence_inputs import check_inputs, for_rotary
+from fluid_hf.models.sequence_inputs import by_position, check_inputs, for_rotary
+from fluid_hf.nodes import apart
 from fluid_hf.overlap.wgrad import WgradScheduler
 
 __all__ = ["LayerAttention", "OverlappedForward", "SequenceParallel", "take_interface"]
@@ -160,6 +162,8 @@ class OverlappedForward:
         self.module: Any = module
         self._own = module.forward
         self._form, self._attention, self._chunks = form, attention, chunks
+        norms = {name: type(getattr(module, name)) for name in ("q_norm", "k_norm")} if form.normed else {}
+        self._kinds: dict[str, type] = dict.fromkeys(PROJECTIONS, nn.Linear) | norms
         head_dim: Any = module.head_dim
         name = f"attention {getattr(module, 'layer_idx', '')}".strip()
         self.context = AttentionContext(attention.exchange, attention.layout, head_dim, scheduler, name=name)
@@ -190,17 +194,18 @@ class OverlappedForward:
         return output, None
 
     def is_plain(self) -> bool:
-        """Whether the projections are plain: no adapters, no computed weights, no hooks that would not be called."""
-        modules = self.module._modules  # not by attribute: `nn.Module.__getattr__` costs the host a microsecond
-        for name in PROJECTIONS:
-            if type(modules[name]) is not nn.Linear or not isinstance(
-                modules[name]._parameters.get("weight"), nn.Parameter
-            ):
+        """Whether what is not called here would compute the same: no adapters, forwards of somebody's own, computed
+        weights, or hooks.
+        """
+        modules: Any = self.module._modules  # not by attribute: that costs the host a microsecond
+        for name, kind in self._kinds.items():
+            module: nn.Module = modules[name]
+            if type(module) is not kind or any([getattr(module, hooks) for hooks in HOOKS]):
                 return False
-        for name in (*PROJECTIONS, "q_norm", "k_norm") if self._form.normed else PROJECTIONS:
-            if any([getattr(modules[name], kind) for kind in HOOKS]):
+            if "forward" in module.__dict__ and not is_fused(module):
                 return False
-        return True
+        weights = [modules[name]._parameters.get("weight") for name in PROJECTIONS]
+        return all([isinstance(weight, nn.Parameter) for weight in weights])
 
     def _read(self) -> Projections:
         modules = self.module._modules
@@ -269,7 +274,7 @@ class SequenceParallel:
             if form is not None:
                 forward = OverlappedForward(module, form, attention, self._scheduler, self._chunks)
                 self.overlapped[site.name] = module.forward = forward
-                self._hooks.append(module.register_forward_pre_hook(_by_position, with_kwargs=True))
+                self._hooks.append(module.register_forward_pre_hook(by_position, with_kwargs=True))
             take_interface(module, attention)
         self._hooks.append(body.register_forward_pre_hook(self._prepare, with_kwargs=True))
         if body is not self._model:
@@ -306,6 +311,14 @@ class SequenceParallel:
         sharded = given.pop("sequence_sharded", None)
         if not (body.training if sharded is None else sharded):
             return (), {**given, KEYWORD: WHOLE}
+        with apart():
+            sequence = self._whole_sequences(body, given)
+        given["use_cache"] = False
+        # transformers takes a 4-D mask as it is, and ours are used instead: no mask is made for the piece alone.
+        given["attention_mask"] = sequence.position_ids.new_empty((1, 1, 1, 1), dtype=torch.bool)
+        return (), {**given, KEYWORD: sequence}
+
+    def _whole_sequences(self, body: nn.Module, given: dict[str, Any]) -> ShardedSequence:
         self.exchange.drain()
         check_inputs(given, self.exchange.size)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
@@ -323,11 +336,7 @@ class SequenceParallel:
             cos, sin = rotary(embeds, for_rotary(rotary, positions))
             tables = RotaryTables.shaped(cos, sin, self.exchange.size)
         arguments = core_arguments(self._model.config._attn_implementation, positions, tokens.shape[0])
-        sequence = ShardedSequence(positions, self._masks(embeds, positions, mask), tables, arguments)
-        given["use_cache"] = False
-        # transformers takes a 4-D mask as it is, and ours are used instead: no mask is made for the piece alone.
-        given["attention_mask"] = tokens.new_empty((1, 1, 1, 1), dtype=torch.bool)
-        return (), {**given, KEYWORD: sequence}
+        return ShardedSequence(positions, self._masks(embeds, positions, mask), tables, arguments)
 
     def _check_calls(self, tokens: torch.Tensor, positions: torch.Tensor, mask: Any) -> None:
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
@@ -379,15 +388,6 @@ def _rotary(body: nn.Module) -> Any:
     if rotary is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
         return None
     return rotary
-
-
-def _by_position(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Hand the input over by position: hooks for the end of a module's backward (ZeRO-3) look at such inputs only."""
-    if args or "hidden_states" not in kwargs:
-        return args, kwargs
-    return (kwargs["hidden_states"],), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fluid_hf.moe.expert_math import ExpertGradients
 from fluid_hf.moe.layer_call import LayerCall
 from fluid_hf.moe.layer_context import LayerContext
 from fluid_hf.moe.saved_pieces import pack_pieces, unpack_pieces
-from fluid_hf.nodes import apply_inner
+from fluid_hf.nodes import apart, apply_inner
 from fluid_hf.overlap.wgrad import WgradWork, wgrad_token
 from fluid_hf.ranges import span
 
@@ -135,7 +135,7 @@ def expert_parallel(
         context.windows.withdraw()
     if not torch.is_grad_enabled():
         return _infer(call, hidden_TH, top_k_index_TK, top_k_weights_TK, between)
-    with _without_autocast(hidden_TH.device.type):
+    with apart(), _without_autocast(hidden_TH.device.type):
         dispatched = _Dispatch.apply(hidden_TH, top_k_weights_TK, top_k_index_TK, call)  # type: ignore[no-untyped-call]
         _offer_window(call, parameters, 1)
         works: list[WgradWork] = []
@@ -143,7 +143,7 @@ def expert_parallel(
         computed = apply_inner(_Experts, dispatched, call, works, names, *tokens)
         _offer_window(call, parameters, 0)
     shared = _compute_between(between, context.name)
-    with _without_autocast(hidden_TH.device.type):
+    with apart(), _without_autocast(hidden_TH.device.type):
         output: torch.Tensor = apply_inner(_Combine, computed, call)
     return output if shared is None else (output, shared)
 

@@ -20,6 +20,7 @@ from fluid_hf.moe.arguments import check_arguments, fit
 from fluid_hf.moe.expert_parallel import expert_parallel, tell_malformed
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer_context import LayerContext
+from fluid_hf.nodes import apart
 from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
 from fluid_hf.overlap.planner import choose_waves
 from fluid_hf.overlap.wgrad import WgradScheduler
@@ -201,9 +202,10 @@ class ExpertParallelLayer(nn.Module):
         if not fit(hidden_states, top_k_index, top_k_weights, self.hidden_size):
             self._check_arguments(hidden_states, top_k_index, top_k_weights)
             top_k_index = top_k_index.long()  # integers of another width
-        self.context.waves = self.wave_choice.get(
-            self, hidden_states.shape[0], top_k_index.shape[1], hidden_states.device
-        )
+        with apart():
+            self.context.waves = self.wave_choice.get(
+                self, hidden_states.shape[0], top_k_index.shape[1], hidden_states.device
+            )
         parameters = self._readable_parameters()
         return expert_parallel(hidden_states, top_k_index, top_k_weights, parameters, self.context, between)
 
