@@ -70,7 +70,7 @@ MUTATIONS = (
     Mutation("nodes.py", "if torch._C._len_torch_dispatch_stack()", "if False", AGAIN + "selective"),
     Mutation("nodes.py", "for mode in others:", "for mode in ():", AGAIN + "other_modes"),
     Mutation("models/put_off.py", "(call.done and not again)", "call.done", AGAIN + "parts"),
-    Mutation("models/expert_hooks.py", 'if "forward" in state:', "if False:", AGAIN + "parts"),
+    Mutation("models/expert_hooks.py", 'if "forward" in state and', "if False and", AGAIN + "parts"),
     # comm: wrong peers, off-by-one in splits, rows of the wrong rank
     Mutation("comm/tournament.py", "(round_index - rank) % last", "(round_index + rank) % last", PROPERTIES + "tourn"),
     Mutation("comm/tournament.py", "size - 1 + size % 2", "size - 1", PROPERTIES + "tournament"),
