@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,7 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         _refuse_autoep(settings)
         check_training(settings, model, state, split=DeepSpeedExperts, frozen=FrozenExperts)
         _gather_adapted_attention_by_parts(state)
+        state.leave_engine()
         with sequence_parallel_engine(bound.arguments, settings, state):
             if bound.arguments.get("optimizer") is not None:
                 bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], settings, model, state)
@@ -327,11 +329,18 @@ def _prepare_optimizer(optimizer: Any, settings: Any, model: nn.Module, state: F
 
 def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     """Make the engine save whole models and refuse checkpoints of another layout."""
-    state.engine_bound = True
+    state.engine_bound, state.leave_engine = True, functools.partial(_leave, weakref.ref(engine))
     state.gathering = functools.partial(_quiet_optimizer, engine)
     bind_checkpoints(engine, model, state)
     if state.groups.ep_size > 1:
         engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
+
+
+def _leave(engine: weakref.ref[Any]) -> None:
+    """Take ZeRO-3's hooks off the layers it gathers whole: they would fire beside those of the next engine."""
+    optimizer = getattr(engine(), "optimizer", None)
+    for hook in getattr(optimizer, "_leaf_module_hooks", ()):
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -114,6 +114,8 @@ class FluidCallback(TrainerCallback):
     ) -> None:
         """Let weight gradients run in communication windows; begin to measure."""
         fluid = get_state(kwargs["model"])
+        if not fluid.engine_bound:
+            _check_without_engine(kwargs["model"], kwargs.get("optimizer"), fluid)
         if fluid.engine_bound and args.save_strategy != "no":
             _check_output(args, fluid)
         fluid.scheduler.enable()
@@ -213,6 +215,24 @@ def _check_reference(args: TrainingArguments, ep_size: int) -> None:
             f"sync_ref_model (true) must be false with ep_size ({ep_size}) over 1 at ZeRO 3: TRL would mix the policy "
             "into the reference model on rank 0 alone, without the other ranks' experts; use ZeRO 0, 1 or 2 and patch "
             "the reference model too."
+        )
+
+
+def _check_without_engine(model: nn.Module, optimizer: Any, fluid: FluidState) -> None:
+    """Refuse to train without DeepSpeed what only its engine trains, and with an optimizer of weights that are gone."""
+    if fluid.groups.ep_size > 1:
+        raise ConfigError(
+            f"ep_size ({fluid.groups.ep_size}) over 1 needs DeepSpeed in the Trainer, which averages the gradients of "
+            "what is not split over all ranks; give TrainingArguments a deepspeed configuration."
+        )
+    known, held = {id(parameter) for parameter in model.parameters()}, set()
+    for group in getattr(optimizer, "param_groups", ()):
+        held |= {id(parameter) for parameter in group["params"]}
+    experts = [p for layer in fluid.layers.values() for p in layer.split_parameters() if p.requires_grad]
+    if held - known and any(id(parameter) not in held for parameter in experts):
+        raise ConfigError(
+            f"optimizer ({type(optimizer).__name__}) holds {len(held - known)} parameters that are not the model's, "
+            "and not its experts; call patch_model before the optimizer is built."
         )
 
 

@@ -66,3 +66,33 @@ def test_gradients_reduced_beside_the_backward_pass(pool2: RankPool) -> None:
         expected = pool2.run(run_zero_options, stage, False, {})[0]
         for curve in pool2.run(run_zero_options, stage, True, options):
             assert_near(curve, expected)
+
+
+def run_two_engines(rank: int, world: int, stage: int, patched: bool) -> Curve:
+    """Two engines of one model, one after the other, as of two Trainers."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("qwen2_moe")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    curve, engines = [], []
+    for _ in range(2):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        engine, *_ = deepspeed.initialize(
+            model=model, config={**settings(stage), "zero_force_ds_cpu_optimizer": False}, optimizer=optimizer
+        )
+        curve += train(engine, rank)
+        engines.append(engine)
+    for engine in engines:
+        engine.destroy()
+    return curve
+
+
+def test_a_second_engine_of_the_same_model(pool2: RankPool) -> None:
+    """At ZeRO 3 hooks that the first one left on layers gathered whole fired beside the second one's."""
+    for stage in (1, 3):
+        expected = pool2.run(run_two_engines, stage, False)[0]
+        for curve in pool2.run(run_two_engines, stage, True):
+            for steps in (slice(0, 4), slice(4, 8)):
+                assert_near(curve[steps], expected[steps])

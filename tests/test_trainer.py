@@ -15,12 +15,14 @@ import trainer_script
 from distributed import RankError, RankPool, fresh_ranks, rank_pool
 from families import batch, relative_error
 from safetensors.torch import load_file
+from test_remote_code import build
 from test_saving import build_stored
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 import fluid_hf
-from fluid_hf import FluidConfig
+from fluid_hf import FluidCallback, FluidConfig
+from fluid_hf.errors import ConfigError
 from fluid_hf.integrations.trainer_methods import keep_weight_decay, patch_new_models
 
 pool2 = rank_pool(2)
@@ -298,3 +300,34 @@ def test_bad_settings_raise_on_every_rank_before_training(tmp_path: Path) -> Non
     for name, message in (messages | {"reference": "sync_ref_model (true)"}).items():
         assert [result["error"] for result in results[name]] == ["ConfigError"] * 2, results[name]
         assert message in results[name][0]["message"]
+
+
+def test_an_optimizer_of_weights_that_are_gone_is_refused(tmp_path: Path) -> None:
+    """Experts of a `ModuleList` are stored anew: what was built before would train all but them."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+    data = [{"input_ids": ids, "labels": ids} for ids in batch(0, 8, vocab_size=60)]
+    for patch_first in (False, True):
+        model: Any = build("hit_loop")
+        if patch_first:
+            fluid_hf.patch_model(model, FluidConfig(ep_size=1))
+        given = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[FluidCallback()], optimizers=(given, None))
+        if patch_first:
+            assert trainer.train().global_step == 1
+        else:
+            with pytest.raises(
+                ConfigError, match="parameters that are not the model's, and not its experts"
+            ):
+                trainer.train()
+
+
+def begin_without_engine(rank: int, world: int, folder: str) -> None:
+    model = fluid_hf.patch_model(families.tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+    args = TrainingArguments(folder, use_cpu=True, report_to="none")
+    FluidCallback().on_train_begin(args, TrainerState(), TrainerControl(), model=model)
+
+
+def test_split_experts_are_not_trained_without_an_engine(pool2: RankPool, tmp_path: Path) -> None:
+    """As after `evaluate()`, which keeps the Trainer from wrapping the model: nothing would average the gradients."""
+    for text in pool2.expect("ConfigError", begin_without_engine, str(tmp_path)):
+        assert "ep_size (2) over 1 needs DeepSpeed in the Trainer" in text

@@ -95,7 +95,8 @@ def _text_config(model: Any) -> Any:
     if implementation != "eager" and not getattr(core, "__module__", "").startswith("transformers."):
         raise ConfigError(
             f"attention function {implementation!r} ({getattr(core, '__module__', core)}) must be transformers' own: "
-            "something has replaced it, such as DeepSpeed's Ulysses; call patch_model before that."
+            "something has replaced it, such as DeepSpeed's Ulysses; call patch_model before that, and give another "
+            "model, as a second Trainer with sp_size over 1, a process of its own."
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {values.get("rope_type", "default") for values in (rope, *rope.values()) if isinstance(values, dict)}
