@@ -315,9 +315,7 @@ def test_an_optimizer_of_weights_that_are_gone_is_refused(tmp_path: Path) -> Non
         if patch_first:
             assert trainer.train().global_step == 1
         else:
-            with pytest.raises(
-                ConfigError, match="parameters that are not the model's, and not its experts"
-            ):
+            with pytest.raises(ConfigError, match="parameters that are not the model's, and not its experts"):
                 trainer.train()
 
 

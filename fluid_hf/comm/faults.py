@@ -59,7 +59,7 @@ def raise_flagged(counts_2PC: Sequence[Sequence[Sequence[int]]], own: int, ranks
 def routing_error(bad: dict[int, int], layer: str, *, late: bool = False) -> RoutingError:
     """The error for ranks whose router gave something that cannot be used; with `late` in a call before."""
     first = min(bad)
-    when = " It was in a call before this one, whose result lacks these experts." if late else ""
+    when = " It was in a call before this one, whose result has other experts in their place." if late else ""
     return RoutingError(
         f"router output of rank {', '.join(map(str, sorted(bad)))} in layer {layer}: {MEANING[bad[first]]}; look for "
         f"diverged weights, a too high learning rate or bad input on that rank.{when}"

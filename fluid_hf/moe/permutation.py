@@ -181,7 +181,8 @@ def gather_weight_grads(
         wire_kernels = kernel_module("wire_kernels")
         inputs = (own_TK, returned_RK, token_row_TP, index_TK.contiguous(), num_local_experts, own_rank, dtype)
         return wire_kernels.gather_weight_grads(*inputs)
-    row_TK = token_row_TP.gather(1, index_TK // num_local_experts)
+    # The kernels' places say more than R where there is no row.
+    row_TK = token_row_TP.gather(1, index_TK // num_local_experts).clamp(max=returned_RK.shape[0]).long()
     grad_TK = torch.nn.functional.pad(returned_RK, (0, 0, 0, 1)).gather(0, row_TK)
     return (grad_TK if own_TK is None else grad_TK + own_TK).to(dtype)
 

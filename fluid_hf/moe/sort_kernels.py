@@ -54,7 +54,8 @@ def pair_plan(
         told = partial if flag is None else flag
         _count_pairs((blocks, 1, 1), (ids_RK, partial, told), integers[:2], (*constants, flag is not None))
         pointers = (ids_RK, partial, pair_row, pair_slot, row_pair, offsets)
-        _place_pairs((blocks, 1, 1), pointers, integers, (*constants, chunk, max(1, SUM_TILE // keys)))
+        tiles = chunk, max(1, SUM_TILE // keys), flag is not None
+        _place_pairs((blocks, 1, 1), pointers, integers, (*constants, *tiles))
     return pair_row, pair_slot, row_pair, offsets
 
 
@@ -137,8 +138,9 @@ def _key_tile(num_experts: int) -> tuple[int, int]:
 @triton.jit
 def _load_experts(ids, stride, slot, inside, top_k, first, num_experts):
     row = slot // top_k
-    expert = tl.load(ids + row.to(tl.int64) * stride + slot % top_k, mask=inside, other=-1).to(tl.int32) - first
-    return expert, inside & (expert >= 0) & (expert < num_experts)
+    expert = tl.load(ids + row.to(tl.int64) * stride + slot % top_k, mask=inside, other=-1).to(tl.int64) - first
+    held = inside & (expert >= 0) & (expert < num_experts)
+    return tl.where(held, expert, 0).to(tl.int32), held
 
 
 @triton.jit
@@ -174,12 +176,17 @@ def _place_chunks(
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """Place the pairs of slots [first_slot, limit), in order, from `running` on."""
+    """Place the pairs of slots [first_slot, limit), in order, from `running` on; with ALL those of no expert here too, at
+    the first one, so that no place is left undefined.
+    """
     key = tl.arange(0, KEYS)
     for start in range(0, SLOTS, CHUNK):
         slot = first_slot + start + tl.arange(0, CHUNK)
         expert, held = _load_experts(ids, stride, slot, slot < limit, top_k, first, num_experts)
+        if ALL:
+            held = slot < limit
         chosen = ((expert[:, None] == key[None, :]) & held[:, None]).to(tl.int32)
         place = tl.sum(chosen * (tl.cumsum(chosen, 0) - 1 + running[None, :]), 1)
         tl.store(row_pair + slot, tl.where(held, place, absent), mask=slot < limit)
@@ -207,6 +214,7 @@ def _count_pairs_kernel(
     expert, held = _load_experts(ids, stride, slot, slot < num_slots, top_k, first, num_experts)
     if FLAGS:  # all that write do write the same
         tl.store(flag, 2, mask=tl.sum(((slot < num_slots) & ~held).to(tl.int32), 0) > 0)
+        held = slot < num_slots
     found = tl.histogram(tl.where(held, expert, 0), KEYS, mask=held)
     tl.store(partial + block * KEYS + tl.arange(0, KEYS), found.to(tl.int32))
 
@@ -230,6 +238,7 @@ def _place_pairs_kernel(
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    ALL: tl.constexpr,
 ):
     block = tl.program_id(0)
     running, _, end = _starts(partial, block, num_blocks, TILE, KEYS)
@@ -239,7 +248,7 @@ def _place_pairs_kernel(
     limit = tl.minimum(at + BLOCK, num_slots)
     _place_chunks(
         ids, stride, at, limit, first, running, pair_row, pair_slot, row_pair, absent,
-        top_k, num_experts, BLOCK, CHUNK, KEYS,
+        top_k, num_experts, BLOCK, CHUNK, KEYS, ALL,
     )  # fmt: skip
 
 
@@ -379,7 +388,7 @@ def _place_source_kernel(
         none = num_tokens * TOP_K
         _place_chunks(
             index, TOP_K, at, limit, skip * num_local, running, pair_row, pair_slot, row_pair, none,
-            TOP_K, num_local, SLOTS, CHUNK, KEYS,
+            TOP_K, num_local, SLOTS, CHUNK, KEYS, False,
         )  # fmt: skip
 
 

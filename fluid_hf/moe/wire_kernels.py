@@ -116,7 +116,7 @@ def _pack_kernel(
     k = tl.arange(0, PADDED)
     used = (k < top_k) & (tl.program_id(1) == 0)
     expert = tl.load(index + token * top_k + k, mask=used, other=-1).to(tl.int32)
-    weight = tl.load(weights_in + token * top_k + k, mask=used, other=0.0).to(tl.float32)
+    weight = tl.load(weights_in + token * top_k + k, mask=used, other=0.0).to(weights_out.dtype.element_ty)
     owner = tl.where(expert >= 0, expert // num_local, -1)
     for rank in range(ranks):
         row = tl.load(token_row + token * ranks + rank).to(tl.int64)
