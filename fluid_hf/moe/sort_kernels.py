@@ -178,8 +178,9 @@ def _place_chunks(
     KEYS: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """Place the pairs of slots [first_slot, limit), in order, from `running` on; with ALL those of no expert here too, at
-    the first one, so that no place is left undefined.
+    """Place the pairs of slots [first_slot, limit), in order, from `running` on.
+
+    With ALL those of no expert here too, at the first one, so that no place is left undefined.
     """
     key = tl.arange(0, KEYS)
     for start in range(0, SLOTS, CHUNK):
