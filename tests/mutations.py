@@ -196,12 +196,7 @@ MUTATIONS = (
     ),
     Mutation("moe/permutation.py", "grad_TK if own_TK is None else grad_TK + own_TK", "grad_TK", RANKS),
     Mutation("moe/layer_call.py", "context.own_share or 1", "1", "tests/test_own_tokens.py::test_places_follow"),
-    Mutation(
-        "moe/own_tokens.py",
-        "self._started[0].plan.num_pairs >= num_pairs",
-        "self._started[0].plan.num_pairs >= 0",
-        "tests/test_own_tokens.py::test_places_follow",
-    ),
+    Mutation("moe/own_tokens.py", "plan.num_pairs >= num_pairs", "plan.num_pairs >= 0", "tests/test_own_tokens.py"),
     # schedule, planner, groups, settings
     Mutation("overlap/wgrad.py", "if not self.defers or", "if self.defers or", "tests/test_wgrad.py"),
     Mutation("overlap/wgrad.py", "return self.enabled and self.policy", "return self.policy", "tests/test_wgrad.py"),

@@ -109,26 +109,28 @@ def tokens_of(step: int, rank: int, hidden: int, top_k: int) -> dict[str, torch.
     }
 
 
-def run_layer(rank: int, world: int, way: dict[str, Any]) -> list[str]:
-    """What differs from one rank with plain code, over calls with very different tokens."""
-    hidden, inner, dtype = way.get("hidden", 12), way.get("inner", 10), way.get("dtype", torch.float32)
-    tolerance = {torch.float16: 5e-3, torch.float64: 1e-12}.get(dtype, 1e-5)
+def pair_of_layers(
+    rank: int, world: int, way: dict[str, Any], hidden: int, dtype: torch.dtype
+) -> tuple[ExpertParallelExperts, ExpertParallelExperts]:
+    """All experts in float64, with outputs of about 1; and those of this rank."""
+    inner = way.get("inner", 10)
     torch.manual_seed(0)
     full = ExpertParallelExperts(E, hidden, inner, dtype=torch.float64)
-    for weight in full.parameters():  # outputs of about 1
-        weight.data = (10 * weight.data).to(dtype).double()
-    held = slice(rank * E // world, (rank + 1) * E // world)
-    layer = ExpertParallelExperts(
-        E,
-        hidden,
-        inner,
-        group=dist.group.WORLD,
-        dtype=dtype,
-        scheduler=WgradScheduler(way.get("wgrad", "layer")),
-        **{name: way[name] for name in ("waves", "overlap", "recompute") if name in way},
-    )
+    settings = {name: way[name] for name in ("waves", "overlap", "recompute") if name in way}
+    settings |= {"group": dist.group.WORLD, "scheduler": WgradScheduler(way.get("wgrad", "layer"))}
+    layer = ExpertParallelExperts(E, hidden, inner, dtype=dtype, **settings)
     for ours, theirs in zip(layer.parameters(), full.parameters(), strict=True):
-        ours.data = theirs.data[held].to(dtype)
+        theirs.data = (10 * theirs.data).to(dtype).double()
+        ours.data = theirs.data[rank * E // world : (rank + 1) * E // world].to(dtype)
+    return full, layer
+
+
+def run_layer(rank: int, world: int, way: dict[str, Any]) -> list[str]:
+    """What differs from one rank with plain code, over calls with very different tokens."""
+    hidden, dtype = way.get("hidden", 12), way.get("dtype", torch.float32)
+    tolerance = {torch.float16: 5e-3, torch.float64: 1e-12}.get(dtype, 1e-5)
+    full, layer = pair_of_layers(rank, world, way, hidden, dtype)
+    held = slice(rank * E // world, (rank + 1) * E // world)
     wrong, sums = [], [0.0, 0.0]
     for step in range(len(CALLS)):
         top_k = way.get("top_k", 2)
