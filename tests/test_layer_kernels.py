@@ -57,13 +57,14 @@ WAYS: list[dict[str, Any]] = [
     {"waves": 2, "top_k": 3, "accumulate": True, "kinds": True},
     {"waves": 2, "dtype": torch.float16, "hidden": 16, "inner": 16, "evaluate": True},
     {"waves": 2, "dtype": torch.float64},
+    {"waves": 2, "library": True, "evaluate": True},
     {"overlap": False, "dtype": torch.float64},
 ]
 
 
 @contextlib.contextmanager
-def kernels() -> Iterator[None]:
-    """Kernels serve tensors on the CPU, and places for the own tokens' pairs are short."""
+def kernels(library: bool = False) -> Iterator[None]:
+    """Kernels serve tensors on the CPU, and places for the own tokens' pairs are short; or torch's products of copies."""
     for package in ("attention", "moe", "models"):
         path = importlib.import_module(f"fluid_hf.{package}").__path__
         for found in pkgutil.iter_modules(path):
@@ -81,6 +82,12 @@ def kernels() -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "use_kernels", serves))
         stack.enter_context(mock.patch.object(own_tokens.OwnTokens, "start_early", space["start_early"]))
         stack.enter_context(mock.patch.object(layer_call, "input_status", lambda *given: layer_call.GOOD))
+        if library:
+            experts, gemm_kernels = (sys.modules[f"fluid_hf.moe.{name}"] for name in ("experts", "gemm_kernels"))
+            stack.enter_context(mock.patch.object(experts, "is_one_kernel", lambda *of: True))
+            for name in ("prefers_fused", "prefers_gathered", "prefers_gathered_wgrad"):
+                stack.enter_context(mock.patch.object(gemm_kernels, name, lambda *of: False))
+            stack.enter_context(mock.patch.object(experts, "_measured_faster", experts._measured_faster.__wrapped__))
         torch.use_deterministic_algorithms(True)  # fills new memory
         try:
             yield
@@ -150,7 +157,7 @@ def run_layer(rank: int, world: int, way: dict[str, Any]) -> list[str]:
             total * bool(way.get("accumulate")) + p.grad[held] for total, p in zip(sums, full.parameters(), strict=True)
         ]  # type: ignore[index]
         expected += sums  # type: ignore[arg-type]
-        with kernels():
+        with kernels(way.get("library", False)):
             if way.get("evaluate") and step % 2:
                 layer.eval()
                 with torch.inference_mode():

@@ -32,7 +32,7 @@ class Math:
     def starts_early(self, rows_RH: torch.Tensor, weights: Any, top_k: int) -> bool:
         return self.early
 
-    def project(self, piece: Piece, weights: Any, keep: bool) -> Projected:
+    def project(self, piece: Piece, weights: Any, keep: bool, early: bool = False) -> Projected:
         self.pieces.append(piece)
         places = torch.arange(piece.plan.num_pairs)
         return Projected((places,) if keep else (), places)
@@ -117,10 +117,10 @@ def run_skewed(rank: int, world: int) -> tuple[int, list[list[int]], bool]:
     places: list[list[int]] = []
     project, pack = GatedMath.project, Outgoing.pack
 
-    def noting(self: GatedMath, piece: Piece, *arguments: Any) -> Projected:
+    def noting(self: GatedMath, piece: Piece, *arguments: Any, **keywords: Any) -> Projected:
         if piece.rows_RH.shape[0] == TOKENS and piece.rows_RH.data_ptr() == hidden.data_ptr():
             places[-1].append(piece.plan.num_pairs)
-        return project(self, piece, *arguments)
+        return project(self, piece, *arguments, **keywords)
 
     results = []
     with (

@@ -44,7 +44,7 @@ def early(piece: experts.Piece, weights: experts.ExpertWeights, keep: bool) -> t
         pair_row_S=torch.cat([plan.pair_row_S.int(), beyond]),
         pair_slot_S=torch.cat([plan.pair_slot_S.int(), beyond]),
     )
-    own.start_early(*tokens, weights, 1)
+    assert own.start_early(*tokens, weights, 1)
     own.start(*tokens, weights, lambda: plan, plan.num_pairs)
     started = own.take()
     assert started is not None
@@ -107,7 +107,7 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_kernels, "prefers_fused", lambda inner: way in ("fused", "rows copied", "forward"))
     monkeypatch.setattr(gemm_kernels, "prefers_gathered", lambda inner, top_k: way == "gathered")
     monkeypatch.setattr(gemm_kernels, "prefers_gathered_wgrad", lambda inner: way in ("fused", "rows copied"))
-    monkeypatch.setattr(experts, "is_one_kernel", lambda *of: way == "rows copied")
+    monkeypatch.setattr(experts, "is_one_kernel", lambda *of: way in ("rows copied", "library"))
     monkeypatch.setattr(experts, "_measured_faster", experts._measured_faster.__wrapped__)  # not what was found before
 
 
@@ -151,7 +151,7 @@ def test_pieces_of_which_torch_computes_some(ours: str, separate: bool, monkeypa
 @kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(9,), (11, 0, 6)])
-@pytest.mark.parametrize("way", ["fused", "rows copied", "forward"])
+@pytest.mark.parametrize("way", ["fused", "rows copied", "forward", "library"])
 def test_pieces_projected_early_or_again(sizes: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16, whose blocks the copy engine reads where it can: bit for bit as when projected once, in time."""
     expected = gradients(sizes, torch.float64, False)

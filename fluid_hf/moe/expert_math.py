@@ -20,7 +20,7 @@ from fluid_hf.moe.experts import (
     Projected,
     finish_piece,
     project_piece,
-    reads_by_index,
+    starts_early,
 )
 
 __all__ = ["ExpertFormat", "ExpertGradients", "ExpertMath", "GatedMath"]
@@ -69,14 +69,15 @@ class ExpertMath(Protocol):
     def read(self, parameters: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
         """The weights without autograd, in the type that is computed in."""
 
-    def project(self, piece: Piece, weights: Any, keep: bool) -> Projected:
-        """First projection of each pair; with `keep`, what backward needs of it is there."""
+    def project(self, piece: Piece, weights: Any, keep: bool, early: bool = False) -> Projected:
+        """First projection of each pair; with `keep`, what backward needs of it is there.
+
+        `early`, if `starts_early` says so, there are places for more pairs than there are: their number is read on the
+        device, and no memory is given back that was taken, but with the result.
+        """
 
     def starts_early(self, rows_RH: torch.Tensor, weights: Any, top_k: int) -> bool:
-        """Whether `project` may be called with places for more pairs than there are.
-
-        It must then read the number of pairs on the device, and give no memory back that it had taken.
-        """
+        """Whether `project` may be called with `early`."""
 
     def finish(self, piece: Piece, projected: Projected, weights: Any, out_RH: torch.Tensor) -> None:
         """From the first projection to each row's weighted sum of expert outputs, written to `out_RH`."""
@@ -105,11 +106,11 @@ class GatedMath:
         first = tuple([weight.detach() for name, weight in parameters.items() if name != "down"])
         return ExpertWeights(first, parameters["down"].detach()).to(dtype)
 
-    def project(self, piece: Piece, weights: ExpertWeights, keep: bool) -> Projected:
-        return project_piece(piece, weights, self.act, keep)
+    def project(self, piece: Piece, weights: ExpertWeights, keep: bool, early: bool = False) -> Projected:
+        return project_piece(piece, weights, self.act, keep, early)
 
     def starts_early(self, rows_RH: torch.Tensor, weights: ExpertWeights, top_k: int) -> bool:
-        return reads_by_index(rows_RH, weights, self.act, top_k).forward
+        return starts_early(rows_RH, weights, self.act, top_k)
 
     def finish(self, piece: Piece, projected: Projected, weights: ExpertWeights, out_RH: torch.Tensor) -> None:
         finish_piece(piece, projected, weights, self.act, out_RH)

@@ -21,7 +21,7 @@ from fluid_hf.moe.permutation import PairPlan, expand_rows, reduce_pairs
 if TYPE_CHECKING:  # needs Triton
     from fluid_hf.moe.linear_kernels import Places
 
-__all__ = ["ExpertWeights", "Piece", "PieceGradients", "Projected", "finish_piece", "project_piece", "reads_by_index"]
+__all__ = ["ExpertWeights", "Piece", "PieceGradients", "Projected", "finish_piece", "project_piece", "starts_early"]
 
 
 class ExpertWeights(NamedTuple):
@@ -61,13 +61,15 @@ class Projected(NamedTuple):
     Attributes:
         kept: gate and up pre-activations in the layout of `ExpertWeights.first`: [S, 2I], or two of [S, I].
         hidden_SI: input of the down projection, where the same kernel made it; `kept` is then empty unless asked for.
+        copied_SH: the pairs' rows, if an early projection copied them.
     """
 
     kept: tuple[torch.Tensor, ...]
     hidden_SI: torch.Tensor | None = None
+    copied_SH: torch.Tensor | None = None
 
     def first_pairs(self, num_pairs: int) -> Projected:
-        """Without the places that were kept for more pairs than there are."""
+        """Without the places that were kept for more pairs than there are, and without the copied rows."""
         hidden = self.hidden_SI[:num_pairs] if self.hidden_SI is not None else None
         return Projected(tuple(tensor[:num_pairs] for tensor in self.kept), hidden)
 
@@ -115,13 +117,24 @@ def _measured_faster(dtype: torch.dtype, device: torch.device, down: torch.Size,
     return ByIndex(forward, fused, wgrad_first, wgrad_down)
 
 
-def project_piece(piece: Piece, weights: ExpertWeights, act: Activation, keep: bool = True) -> Projected:
-    """Gate and up pre-activations; with `keep` they are there for backward."""
+def starts_early(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> bool:
+    """Whether `project_piece` takes more places than there are pairs, and reads on the device how many there are."""
+    if reads_by_index(rows_RH, weights, act, top_k).forward:
+        return True
+    sizes = [weight.shape[1] for weight in weights.first]
+    return use_kernels(rows_RH) and is_one_kernel(rows_RH.dtype, rows_RH.device, rows_RH.shape[1], *sizes)
+
+
+def project_piece(
+    piece: Piece, weights: ExpertWeights, act: Activation, keep: bool = True, early: bool = False
+) -> Projected:
+    """Gate and up pre-activations; with `keep` they are there for backward, with `early` see `starts_early`."""
     plan, first = piece.plan, weights.first
     by_index = reads_by_index(piece.rows_RH, weights, act, piece.weights_RK.shape[1])
     if not by_index.forward:
-        pairs_SH = expand_rows(piece.rows_RH, plan)
-        return Projected(tuple(grouped_linear(pairs_SH, weight, plan.offsets_E) for weight in first))
+        pairs_SH = expand_rows(piece.rows_RH, plan, early)
+        projections = tuple([grouped_linear(pairs_SH, weight, plan.offsets_E) for weight in first])
+        return Projected(projections, copied_SH=pairs_SH if early else None)
     gemm_kernels = kernel_module("gemm_kernels")
     places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
     if by_index.fused:

@@ -62,7 +62,7 @@ class GeneralMath:
             biases = plain["biases"][:, :outputs], plain["biases"][:, outputs:]
         return GeneralWeights(first, plain["down"], *biases)
 
-    def project(self, piece: Piece, weights: GeneralWeights, keep: bool) -> Projected:
+    def project(self, piece: Piece, weights: GeneralWeights, keep: bool, early: bool = False) -> Projected:
         inputs_SH = self.inputs(piece)
         parts = [self.linear(inputs_SH, weight, piece.plan) for weight in weights.first]
         first_SN = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -41,7 +41,7 @@ class OwnTokens:
         pairs = weights_TK.numel()
         places = min(pairs, int(pairs * share * 9 / 8) + 256)
         piece = Piece(hidden_TH, weights_TK.contiguous(), self.plan.first_pairs(places))
-        self._started = piece, self._math.project(piece, weights, self._keep)
+        self._started = piece, self._math.project(piece, weights, self._keep, early=True)
         return True
 
     def start(

@@ -106,8 +106,10 @@ def gather_rows(rows_RH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows_RH.index_select(0, index)
 
 
-def expand_rows(rows_RH: torch.Tensor, plan: PairPlan) -> torch.Tensor:
-    """Copy each row to its pairs: [R, H] -> [S, H]."""
+def expand_rows(rows_RH: torch.Tensor, plan: PairPlan, early: bool = False) -> torch.Tensor:
+    """Copy each row to its pairs: [R, H] -> [S, H]; the kernels `early`, to those before the plan's last offset only."""
+    if early and use_kernels(rows_RH):
+        return kernel_module("row_kernels").expand(rows_RH, plan.pair_row_S, ends_E=plan.offsets_E)  # type: ignore[no-any-return]
     return gather_rows(rows_RH, plan.pair_row_S)
 
 

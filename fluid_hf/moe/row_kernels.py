@@ -39,23 +39,25 @@ def expand(
     out: torch.Tensor | None = None,
     place_S: torch.Tensor | None = None,
     unit: int = 0,
+    ends_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row at its pairs: [S, H]; with `place_S`, pair s is written to `out[place_S[s]]`.
 
     With `unit`, `pair_row_S` says where each pair's row lies: so many times `unit` elements from the first row (rows
-    may lie in several buffers).
+    may lie in several buffers). With `ends_E` there may be fewer pairs than places: what lies beyond its last value is
+    neither read nor written.
     """
     pairs, hidden = pair_row_S.shape[0], rows_RH.shape[1]
     if out is None:
         out = torch.empty(pairs, hidden, dtype=rows_RH.dtype, device=rows_RH.device)
     if pairs:
         columns, rows, warps = tile(hidden, 8192)
-        placed = place_S is not None
+        placed, experts = place_S is not None, ends_E.shape[0] if ends_E is not None else 0
         _expand(
             (blocks_of(pairs, rows), blocks_of(hidden, columns), 1),
-            (rows_RH, pair_row_S, out, place_S if place_S is not None else pair_row_S),
+            (rows_RH, pair_row_S, out, place_S if placed else pair_row_S, ends_E if experts else pair_row_S),
             (pairs,),
-            (unit or rows_RH.stride(0), hidden, placed, rows, columns),
+            (unit or rows_RH.stride(0), hidden, placed, experts, rows, columns),
             warps,
         )
     return out
@@ -188,15 +190,19 @@ def _expand_kernel(
     pair_row,
     out,
     place,
+    ends,
     pairs,
     row_stride: tl.constexpr,
     hidden: tl.constexpr,
     PLACED: tl.constexpr,
+    EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # several pairs keep more loads in flight
     known = pair < pairs
+    if EXPERTS:
+        known = known & (pair < tl.load(ends + EXPERTS - 1))
     row = tl.load(pair_row + pair, mask=known, other=0).to(tl.int64)
     to = pair
     if PLACED:

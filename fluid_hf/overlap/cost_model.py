@@ -43,6 +43,11 @@ class LayerSizes:
         return self.inner <= MAX_INNER_FUSED
 
     @property
+    def early(self) -> bool:
+        """Whether the own tokens' first projection is queued before the counts are read: `ExpertMath.starts_early`."""
+        return self.fused or self.element_bytes == 2
+
+    @property
     def pairs(self) -> float:
         """(token, expert) pairs that a rank computes."""
         return self.tokens * self.top_k
@@ -153,7 +158,7 @@ def _forward(run: _Run, sizes: LayerSizes, waves: int) -> None:
     # Between two ranks the first wave leaves before the counts are known (`fluid_hf.comm.head_start`). One wave leaves
     # whole: the second message that it has is empty, or holds the few rows by which the routing changed.
     arrivals = [run.post(trip / waves, packed)] if sizes.ep_size == 2 else []
-    early = run.queue(_OWN) if sizes.fused else None  # before the counts are read: `ExpertMath.starts_early`
+    early = run.queue(_OWN) if sizes.early else None
     run.host = max(run.host, counts) + _ROUTE * hardware.launch
     queued = run.queue(_OWN) if early is None else early
     arrivals += [run.post(trip / waves, packed) for _ in range(waves - len(arrivals))]
