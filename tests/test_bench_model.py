@@ -22,7 +22,8 @@ from fluid_hf.bench.stages import Stages
 from fluid_hf.errors import ConfigError, TraceError
 
 pool2 = rank_pool(2)
-OURS = {"row per expert", "serial", "fluid_hf", "fluid_hf, parts unfused", "fluid_hf waves 2"}
+IN_TURNS = {"row per expert", "serial", "fluid_hf", "fluid_hf, parts unfused", "fluid_hf waves 2"}
+OURS = {*IN_TURNS, "fluid_hf wgrad cross_layer"}
 
 
 def run_bench(rank: int, world: int, options: list[str]) -> tuple[int, str]:
@@ -33,7 +34,7 @@ def run_bench(rank: int, world: int, options: list[str]) -> tuple[int, str]:
 def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.json"
     options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "2"]
-    options += ["--sp", "1", "2", "--waves", "2", "--modes", "inference", "forward", "backward", "step"]
+    options += ["--sp", "1", "2", "--waves", "2", "--wgrad", "cross_layer", "--modes", "inference", "forward", "backward", "step"]
     options += ["--trace", str(tmp_path / "pictures"), "--json", str(out)]
     (status, printed), (other_status, other_printed) = pool2.run(run_bench, options)
     assert status == other_status == 0 and other_printed == ""
@@ -52,7 +53,7 @@ def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pyte
         for name, times in cell["variants"].items():
             assert set(times) == {"inference", "forward", "backward"} | ({"step"} if name != "AllToAllEP" else set())
             assert all(time["median"] > 0 for time in times.values())
-            assert {len(time["turns"]) for time in times.values()} == {2 if name in OURS else 1}
+            assert {len(time["turns"]) for time in times.values()} == {2 if name in IN_TURNS else 1}
         assert cell["waves"]["fluid_hf waves 2"] == 2 and cell["waves"]["serial"] == 0
         assert all(len(cell["timeline"][name]["passes"]) == 2 for name in ("serial", "fluid_hf"))
     assert cli.main(["bench", "table", "--json", str(out), "--pictures", str(tmp_path / "again")]) == 0

@@ -64,7 +64,7 @@ WAYS: list[dict[str, Any]] = [
 
 @contextlib.contextmanager
 def kernels(library: bool = False) -> Iterator[None]:
-    """Kernels serve tensors on the CPU, and places for the own tokens' pairs are short; or torch's products of copies."""
+    """Kernels serve tensors on the CPU, places for the own tokens' pairs are short; or torch's products of copies."""
     for package in ("attention", "moe", "models"):
         path = importlib.import_module(f"fluid_hf.{package}").__path__
         for found in pkgutil.iter_modules(path):

@@ -38,7 +38,8 @@ class RunSettings:
         modes: of "inference", "forward", "backward" (forward and backward) and "step".
         repeats: timed runs of each variant and mode; those of one model in turns.
         variants: only those whose name contains one of these; all if empty.
-        waves, max_ctas: fixed numbers of waves, and limits of NCCL's thread blocks, timed of the first slice.
+        waves, max_ctas, wgrad: fixed numbers of waves, limits of NCCL's thread blocks, and policies of the weight
+            gradients, timed of the first slice.
         pictures: folder for the timeline of the first slice; `None` for none.
         timeout: seconds that a rank waits for another one.
         overlap_comm: of DeepSpeed, in steps.
@@ -49,6 +50,7 @@ class RunSettings:
     variants: Sequence[str] = ()
     waves: Sequence[int] = ()
     max_ctas: Sequence[int] = ()
+    wgrad: Sequence[str] = ()
     pictures: str | None = None
     timeout: float = 300.0
     overlap_comm: bool = False
@@ -91,10 +93,10 @@ class SliceRun:
             cell.data = {**asdict(cell.part), "model": cell.part.name, "variants": {}, "errors": {}, "waves": {}}
             cell.data |= {"skipped": [], "timeline": {}}
         self.cells = [cell.data for cell in self._cells]
-        self.ways = [way for way in ways(settings.waves, settings.max_ctas) if settings.wants(way.name)]
+        self.ways = [way for way in ways(settings.waves, settings.max_ctas, settings.wgrad) if settings.wants(way.name)]
 
     def run(self) -> None:
-        """Ours on one patched model, fewer thread blocks on others, then the peers."""
+        """Ours on one patched model, what it must be patched with on others, then the peers."""
         bench = self._cells[0].bench
         self.stages.say(f"\n{self._cells[0].part}, {bench.size} ranks")
         if not self._time_left("everything"):
@@ -106,8 +108,8 @@ class SliceRun:
                     cell.bench.make_reference(model)
                 del model
             self._free()
-        for max_ctas in dict.fromkeys(way.max_ctas for way in self.ways):
-            self._ours([way for way in self.ways if way.max_ctas == max_ctas], max_ctas)
+        for _, group in itertools.groupby(self.ways, lambda way: way.settings):
+            self._ours(list(group))
         for name in filter(self.settings.wants, PEERS):
             self._peer(name)
         for cell in self._cells:
@@ -144,13 +146,13 @@ class SliceRun:
                 except MissingPackageError as error:  # the times are what was asked for; the JSON has the timelines
                     found.append(f"none: {error}")
 
-    def _ours(self, group: list[Way], max_ctas: int | None) -> None:
-        if max_ctas is not None and not self._time_left(group[0].name):
+    def _ours(self, group: list[Way]) -> None:
+        settings = group[0].settings
+        if settings and not self._time_left(group[0].name):
             return
         with self.stages.stage("build and patch"):
-            settings = {"nccl_max_ctas": max_ctas, "timeout_seconds": self.settings.timeout}
-            model: Any = patched(self._cells[0].bench, **settings)
-        if max_ctas is None and self.device.type == "cuda":
+            model: Any = patched(self._cells[0].bench, timeout_seconds=self.settings.timeout, **settings)
+        if not settings and self.device.type == "cuda":
             with self.stages.stage("speed of the link") as found:
                 found.append(self._predict(model))
         switch = Switch(model)
@@ -187,7 +189,7 @@ class SliceRun:
     def _pairs(self, group: list[Way]) -> Iterator[tuple[Way, _Cell]]:
         """Every variant on every slice; those with fixed settings on the smallest one only, while time is left."""
         for way in group:
-            fixed = way.waves is not None or way.max_ctas is not None or not way.fused
+            fixed = way.waves is not None or bool(way.settings) or not way.fused
             if not fixed:
                 yield from ((way, cell) for cell in self._cells)
             elif self._time_left(way.name):

@@ -35,6 +35,7 @@ class Way:
         waves: number of waves; `None` for the planner's choice.
         per_expert: one row per (token, expert), as peers send them.
         max_ctas: most thread blocks of NCCL; needs a model patched with it.
+        wgrad: policy of the weight gradients; needs a model patched with it. `None` for the one by default.
         fused: norms, rotary embeddings and gated MLPs by one kernel each; else as transformers has them.
     """
 
@@ -43,14 +44,22 @@ class Way:
     waves: int | None = None
     per_expert: bool = False
     max_ctas: int | None = None
+    wgrad: str | None = None
     fused: bool = True
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of `FluidConfig`, which a model is patched with."""
+        found = {"nccl_max_ctas": self.max_ctas, "wgrad": self.wgrad}
+        return {name: value for name, value in found.items() if value is not None}
 
-def ways(waves: Iterable[int] = (), max_ctas: Iterable[int] = ()) -> list[Way]:
+
+def ways(waves: Iterable[int] = (), max_ctas: Iterable[int] = (), wgrad: Iterable[str] = ()) -> list[Way]:
     """The baselines, the planner's choice, and what is timed beside them."""
     found = [Way("row per expert", overlap=False, per_expert=True), Way("serial", overlap=False), Way("fluid_hf")]
     found += [Way("fluid_hf, parts unfused", fused=False)]
     found += [Way(f"fluid_hf waves {count}", waves=count) for count in waves]
+    found += [Way(f"fluid_hf wgrad {policy}", wgrad=policy) for policy in wgrad]
     return found + [Way(f"fluid_hf CTAs {count}", max_ctas=count) for count in max_ctas]
 
 

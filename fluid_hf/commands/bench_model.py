@@ -60,6 +60,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="numbers of waves, in the smallest slice of each model",
     )
     add("--ctas", nargs="+", type=positive, default=[], help="nccl_max_ctas, in the smallest slice of each model")
+    add(
+        "--wgrad",
+        nargs="+",
+        choices=["off", "cross_layer"],
+        default=[],
+        help="policies, in the smallest slice likewise",
+    )
     add("--trace", help="folder for a picture of one pass of the smallest slices; the JSON gets its numbers")
     add("--budget", type=not_negative, help="seconds after which no slice or fixed setting is started")
     add(
@@ -98,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
                 variants=options.variants or (),
                 waves=options.waves if first else (),
                 max_ctas=options.ctas if first else (),
+                wgrad=options.wgrad if first else (),
                 pictures=options.trace if first else None,
                 timeout=options.timeout,
                 overlap_comm=options.overlap_comm,

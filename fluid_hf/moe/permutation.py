@@ -107,9 +107,10 @@ def gather_rows(rows_RH: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def expand_rows(rows_RH: torch.Tensor, plan: PairPlan, early: bool = False) -> torch.Tensor:
-    """Copy each row to its pairs: [R, H] -> [S, H]; the kernels `early`, to those before the plan's last offset only."""
+    """Copy each row to its pairs: [R, H] -> [S, H]; the kernels `early` to those before the plan's last offset only."""
     if early and use_kernels(rows_RH):
-        return kernel_module("row_kernels").expand(rows_RH, plan.pair_row_S, ends_E=plan.offsets_E)  # type: ignore[no-any-return]
+        copied: torch.Tensor = kernel_module("row_kernels").expand(rows_RH, plan.pair_row_S, ends_E=plan.offsets_E)
+        return copied
     return gather_rows(rows_RH, plan.pair_row_S)
 
 
