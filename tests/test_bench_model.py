@@ -34,7 +34,20 @@ def run_bench(rank: int, world: int, options: list[str]) -> tuple[int, str]:
 def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.json"
     options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "2"]
-    options += ["--sp", "1", "2", "--waves", "2", "--wgrad", "cross_layer", "--modes", "inference", "forward", "backward", "step"]
+    options += [
+        "--sp",
+        "1",
+        "2",
+        "--waves",
+        "2",
+        "--wgrad",
+        "cross_layer",
+        "--modes",
+        "inference",
+        "forward",
+        "backward",
+        "step",
+    ]
     options += ["--trace", str(tmp_path / "pictures"), "--json", str(out)]
     (status, printed), (other_status, other_printed) = pool2.run(run_bench, options)
     assert status == other_status == 0 and other_printed == ""
@@ -47,7 +60,9 @@ def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pyte
     cells = json.loads(out.read_text())["cells"]
     assert [cell["sp"] for cell in cells] == [1, 2]
     for cell in cells:
-        assert set(cell["variants"]) == {*OURS, "AutoEP", "AllToAllEP"} and not cell["skipped"]
+        shared = cell["sp"] > 1
+        assert set(cell["variants"]) == {*(IN_TURNS if shared else OURS), "AutoEP", "AllToAllEP"}
+        assert len(cell["skipped"]) == shared and all("cross_layer" in why for why in cell["skipped"])
         for name, error in cell["errors"].items():
             assert error <= 1e-5, (name, error)
         for name, times in cell["variants"].items():

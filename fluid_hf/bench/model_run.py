@@ -148,6 +148,9 @@ class SliceRun:
 
     def _ours(self, group: list[Way]) -> None:
         settings = group[0].settings
+        if settings.get("wgrad") == "cross_layer" and self._cells[0].part.sp > 1:
+            self._skip(f"{group[0].name}: attention has windows of its own where ranks share sequences")
+            return
         if settings and not self._time_left(group[0].name):
             return
         with self.stages.stage("build and patch"):
