@@ -34,20 +34,8 @@ def run_bench(rank: int, world: int, options: list[str]) -> tuple[int, str]:
 def test_all_variants_on_two_ranks(pool2: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.json"
     options = ["--models", "tiny", "--link", "gloo", "--sequence", "16", "--batch", "1", "--repeats", "2"]
-    options += [
-        "--sp",
-        "1",
-        "2",
-        "--waves",
-        "2",
-        "--wgrad",
-        "cross_layer",
-        "--modes",
-        "inference",
-        "forward",
-        "backward",
-        "step",
-    ]
+    options += ["--sp", "1", "2", "--waves", "2", "--wgrad", "cross_layer"]
+    options += ["--modes", "inference", "forward", "backward", "step"]
     options += ["--trace", str(tmp_path / "pictures"), "--json", str(out)]
     (status, printed), (other_status, other_printed) = pool2.run(run_bench, options)
     assert status == other_status == 0 and other_printed == ""
