@@ -72,8 +72,8 @@ class ExpertMath(Protocol):
     def project(self, piece: Piece, weights: Any, keep: bool, early: bool = False) -> Projected:
         """First projection of each pair; with `keep`, what backward needs of it is there.
 
-        `early`, if `starts_early` says so, there are places for more pairs than there are: their number is read on the
-        device, and no memory is given back that was taken, but with the result.
+        `early`, if `starts_early` says so, there are places for more pairs than there are, or for fewer: their number
+        is read on the device, and no memory is given back that was taken, but with the result.
         """
 
     def starts_early(self, rows_RH: torch.Tensor, weights: Any, top_k: int) -> bool:

@@ -62,11 +62,13 @@ class Projected(NamedTuple):
         kept: gate and up pre-activations in the layout of `ExpertWeights.first`: [S, 2I], or two of [S, I].
         hidden_SI: input of the down projection, where the same kernel made it; `kept` is then empty unless asked for.
         copied_SH: the pairs' rows, if an early projection copied them.
+        ends_E: the offsets that it read, within the places.
     """
 
     kept: tuple[torch.Tensor, ...]
     hidden_SI: torch.Tensor | None = None
     copied_SH: torch.Tensor | None = None
+    ends_E: torch.Tensor | None = None
 
     def first_pairs(self, num_pairs: int) -> Projected:
         """Without the places that were kept for more pairs than there are, and without the copied rows."""
@@ -118,7 +120,7 @@ def _measured_faster(dtype: torch.dtype, device: torch.device, down: torch.Size,
 
 
 def starts_early(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> bool:
-    """Whether `project_piece` takes more places than there are pairs, and reads on the device how many there are."""
+    """Whether `project_piece` takes more or fewer places than there are pairs, whose number it reads on the device."""
     if reads_by_index(rows_RH, weights, act, top_k).forward:
         return True
     sizes = [weight.shape[1] for weight in weights.first]
@@ -133,8 +135,10 @@ def project_piece(
     by_index = reads_by_index(piece.rows_RH, weights, act, piece.weights_RK.shape[1])
     if not by_index.forward:
         pairs_SH = expand_rows(piece.rows_RH, plan, early)
-        projections = tuple([grouped_linear(pairs_SH, weight, plan.offsets_E) for weight in first])
-        return Projected(projections, copied_SH=pairs_SH if early else None)
+        # There may also be fewer places than pairs; torch's kernel ends the process where an offset is beyond its rows.
+        offsets_E = plan.offsets_E.clamp(max=plan.num_pairs) if early else plan.offsets_E
+        projections = tuple([grouped_linear(pairs_SH, weight, offsets_E) for weight in first])
+        return Projected(projections, None, pairs_SH, offsets_E) if early else Projected(projections)
     gemm_kernels = kernel_module("gemm_kernels")
     places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
     if by_index.fused:
