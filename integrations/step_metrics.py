@@ -28,7 +28,8 @@ class StepMetrics:
     """Tokens per second, model TFLOP/s, MFU, and exposed communication of a sampled step.
 
     Nothing waits for the device but the step that logs. At most one step in twenty is sampled with events, and none
-    after it until that sample has been logged.
+    after it until that sample has been logged. The first step, in which kernels are compiled and the link is measured,
+    is not sampled, and counts in no rate that another step is in.
 
     Args:
         model: the patched model.
@@ -49,7 +50,8 @@ class StepMetrics:
         self._sampler: OverlapSampler | None = None
         self._unread: OverlapSampler | None = None
         self._read: OverlapSampler | None = None
-        self._since_sample = SAMPLE_EVERY
+        self._since_sample = SAMPLE_EVERY - 1
+        self._first_seconds: float | None = None  # until its rates have been collected
         self._overlap: dict[str, float] = {}
         self._flops: dict[int, float] = {}
         self._counting = True
@@ -80,6 +82,8 @@ class StepMetrics:
         """An optimizer step ended; its samples are read when the next log waits for the device anyway."""
         self.steps += 1
         self._last_end = time.perf_counter()
+        if self._first_seconds is None and self._begin is not None:
+            self._first_seconds = self._last_end - self._begin
         if self._sampler is not None:
             self.fluid.stop_sampling()
             self._unread, self._sampler = self._sampler, None
@@ -99,11 +103,16 @@ class StepMetrics:
             self._read, self._unread = self._unread, None
         metrics.update(self._overlap)
         seconds = time.perf_counter() - (self._begin or time.perf_counter())
+        tokens = metrics["fluid/tokens"]
+        if self._first_seconds and self.steps > 1:
+            seconds, tokens = seconds - self._first_seconds, tokens * (1 - 1 / self.steps)
+        if self.steps:
+            self._first_seconds = 0.0
         metrics["fluid/bytes_per_step"] = metrics["fluid/bytes_sent"] / max(1, self.steps)
-        if seconds and metrics["fluid/tokens"]:
-            metrics["fluid/tokens_per_second"] = metrics["fluid/tokens"] / seconds
+        if seconds > 0 and tokens:
+            metrics["fluid/tokens_per_second"] = tokens / seconds
             ranks = self.fluid.groups.world_size
-            tflops = metrics["fluid/tokens"] * self._flops_per_token() / seconds / ranks / 1e12
+            tflops = tokens * self._flops_per_token() / seconds / ranks / 1e12
             metrics["fluid/model_tflops"] = tflops
             if self.peak:
                 metrics["fluid/mfu"] = tflops / self.peak

@@ -326,6 +326,25 @@ def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPa
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize(("logged_at", "seconds"), [((3,), [4.0]), ((1, 3), [90.0, 4.0]), ((2, 3), [4.0, 4.0])])
+def test_the_first_step_counts_in_no_rate_of_others(
+    logged_at: tuple[int, ...], seconds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("fluid_hf.integrations.step_metrics.time.perf_counter", lambda: clock[0])
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    metrics, rates, ids = StepMetrics(model, model.fluid, peak=None), [], batch(0, 2)
+    for step in (1, 2, 3):
+        metrics.begin_step()
+        model(input_ids=ids)
+        clock[0] += 90.0 if step == 1 else 4.0  # kernels are compiled
+        metrics.end_step()
+        if step in logged_at:
+            rates.append(metrics.collect()["fluid/tokens_per_second"])
+    metrics.close()
+    assert rates == [pytest.approx(ids.numel() / each) for each in seconds]
+
+
 def test_cost_of_the_metrics_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"model": "tiny", "ep": 2, "layers": 2, "batch": 1, "sequence": 16, "repeats": 4, "logging-steps": 2}
     arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
@@ -352,7 +371,7 @@ def test_a_sample_is_not_replaced_before_it_is_logged() -> None:
         if step == 24:
             metrics._unread = None  # as a log leaves it
     metrics.close()
-    assert sampled == [0, 25]
+    assert sampled == [1, 25]
 
 
 def test_a_sampler_that_is_used_again_tells_of_the_new_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +381,7 @@ def test_a_sampler_that_is_used_again_tells_of_the_new_step_alone(monkeypatch: p
     metrics, now = StepMetrics(model, model.fluid, peak=None), 0.0
     monkeypatch.setattr(OverlapSampler, "_now", lambda self: now)
     samplers, exposed = [], []
-    for step in range(61):
+    for step in range(62):
         metrics.begin_step()
         sampler = metrics._sampler
         if sampler is not None:
@@ -372,7 +391,7 @@ def test_a_sampler_that_is_used_again_tells_of_the_new_step_alone(monkeypatch: p
             now += 3.0 + step
             sampler.end_wait(flight)
         metrics.end_step()
-        exposed.append(metrics.collect()["fluid/exposed_ms"])
+        exposed.append(metrics.collect().get("fluid/exposed_ms"))
     metrics.close()
     assert len(samplers) == 4 and len(set(map(id, samplers))) == 1
-    assert exposed == [3.0] * 20 + [23.0] * 20 + [43.0] * 20 + [63.0]
+    assert exposed == [None] + [4.0] * 20 + [24.0] * 20 + [44.0] * 20 + [64.0]  # not of the first step

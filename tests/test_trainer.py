@@ -115,7 +115,8 @@ def test_reporters_profiles_and_expert_load(tmp_path: Path) -> None:
         assert entry["fluid/bytes_per_step"] == entry["fluid/bytes_sent"]
         assert entry["fluid/busiest_expert"] >= entry["fluid/busiest_rank"] >= 1.0
         assert entry["fluid/mfu"] == entry["fluid/model_tflops"] / 0.5 > 0
-        assert 0 <= entry["fluid/overlap_ratio"] <= 1 and entry["fluid/exposed_ms"] > 0
+        sampled = entry is not entries[0]
+        assert not sampled or (0 <= entry["fluid/overlap_ratio"] <= 1 and entry["fluid/exposed_ms"] > 0)
     folder = tmp_path / "board" / "fluid_profile"
     summary = json.loads((folder / "timeline.json").read_text())
     assert {entry["forward"]["calls"] for entry in summary["layers"].values()} == {2}
