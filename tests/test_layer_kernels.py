@@ -14,7 +14,7 @@ import os
 import pkgutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -57,14 +57,14 @@ WAYS: list[dict[str, Any]] = [
     {"waves": 2, "top_k": 3, "accumulate": True, "kinds": True},
     {"waves": 2, "dtype": torch.float16, "hidden": 16, "inner": 16, "evaluate": True},
     {"waves": 2, "dtype": torch.float64},
-    {"waves": 2, "library": True, "evaluate": True},
+    {"waves": 2, "copied": True, "evaluate": True},
     {"overlap": False, "dtype": torch.float64},
 ]
 
 
 @contextlib.contextmanager
-def kernels(library: bool = False) -> Iterator[None]:
-    """Kernels serve tensors on the CPU, places for the own tokens' pairs are short; or torch's products of copies."""
+def kernels(copied: bool = False) -> Iterator[None]:
+    """Kernels serve tensors on the CPU, and places for the own tokens' pairs are short; rows are read, or `copied`."""
     for package in ("attention", "moe", "models"):
         path = importlib.import_module(f"fluid_hf.{package}").__path__
         for found in pkgutil.iter_modules(path):
@@ -82,10 +82,12 @@ def kernels(library: bool = False) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "use_kernels", serves))
         stack.enter_context(mock.patch.object(own_tokens.OwnTokens, "start_early", space["start_early"]))
         stack.enter_context(mock.patch.object(layer_call, "input_status", lambda *given: layer_call.GOOD))
-        if library:
+        if copied:
             experts, gemm_kernels = (sys.modules[f"fluid_hf.moe.{name}"] for name in ("experts", "gemm_kernels"))
-            stack.enter_context(mock.patch.object(experts, "is_one_kernel", lambda *of: True))
-            stack.enter_context(mock.patch.object(experts, "grouped_linear", within(experts.grouped_linear)))
+            linear_kernels = sys.modules["fluid_hf.moe.linear_kernels"]
+            stack.enter_context(mock.patch.object(linear_kernels, "can_describe", lambda weight: True))
+            # torch's products give memory back that they work in, and end the process where places are too few.
+            stack.enter_context(mock.patch.object(experts, "grouped_linear", None))
             for name in ("prefers_fused", "prefers_gathered", "prefers_gathered_wgrad"):
                 stack.enter_context(mock.patch.object(gemm_kernels, name, lambda *of: False))
             stack.enter_context(mock.patch.object(experts, "_measured_faster", experts._measured_faster.__wrapped__))
@@ -94,16 +96,6 @@ def kernels(library: bool = False) -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(False)
-
-
-def within(grouped_linear: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """As torch's kernel, which ends the process where an offset is beyond the rows."""
-
-    def checked(rows: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-        assert int(offsets_E[-1]) <= rows.shape[0], (offsets_E, rows.shape)
-        return grouped_linear(rows, weight, offsets_E)
-
-    return checked
 
 
 def route(tokens: int, top_k: int, how: str, generator: torch.Generator) -> torch.Tensor:
@@ -168,7 +160,7 @@ def run_layer(rank: int, world: int, way: dict[str, Any]) -> list[str]:
             total * bool(way.get("accumulate")) + p.grad[held] for total, p in zip(sums, full.parameters(), strict=True)
         ]  # type: ignore[index]
         expected += sums  # type: ignore[arg-type]
-        with kernels(way.get("library", False)):
+        with kernels(way.get("copied", False)):
             if way.get("evaluate") and step % 2:
                 layer.eval()
                 with torch.inference_mode():

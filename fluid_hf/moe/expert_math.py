@@ -97,17 +97,19 @@ class GatedMath:
     Attributes:
         act: activation of the gate.
         shared: whether kernels that move messages may hold some of the multiprocessors.
+        exchanged: whether rows travel.
     """
 
     act: Activation
     shared: bool = False
+    exchanged: bool = False
 
     def read(self, parameters: dict[str, torch.Tensor], dtype: torch.dtype) -> ExpertWeights:
         first = tuple([weight.detach() for name, weight in parameters.items() if name != "down"])
         return ExpertWeights(first, parameters["down"].detach()).to(dtype)
 
     def project(self, piece: Piece, weights: ExpertWeights, keep: bool, early: bool = False) -> Projected:
-        return project_piece(piece, weights, self.act, keep, early)
+        return project_piece(piece, weights, self.act, keep, self.exchanged, early)
 
     def starts_early(self, rows_RH: torch.Tensor, weights: ExpertWeights, top_k: int) -> bool:
         return starts_early(rows_RH, weights, self.act, top_k)

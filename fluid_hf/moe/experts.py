@@ -62,13 +62,11 @@ class Projected(NamedTuple):
         kept: gate and up pre-activations in the layout of `ExpertWeights.first`: [S, 2I], or two of [S, I].
         hidden_SI: input of the down projection, where the same kernel made it; `kept` is then empty unless asked for.
         copied_SH: the pairs' rows, if an early projection copied them.
-        ends_E: the offsets that it read, within the places.
     """
 
     kept: tuple[torch.Tensor, ...]
     hidden_SI: torch.Tensor | None = None
     copied_SH: torch.Tensor | None = None
-    ends_E: torch.Tensor | None = None
 
     def first_pairs(self, num_pairs: int) -> Projected:
         """Without the places that were kept for more pairs than there are, and without the copied rows."""
@@ -121,24 +119,45 @@ def _measured_faster(dtype: torch.dtype, device: torch.device, down: torch.Size,
 
 def starts_early(rows_RH: torch.Tensor, weights: ExpertWeights, act: Activation, top_k: int) -> bool:
     """Whether `project_piece` takes more or fewer places than there are pairs, whose number it reads on the device."""
-    if reads_by_index(rows_RH, weights, act, top_k).forward:
-        return True
-    sizes = [weight.shape[1] for weight in weights.first]
-    return use_kernels(rows_RH) and is_one_kernel(rows_RH.dtype, rows_RH.device, rows_RH.shape[1], *sizes)
+    return reads_by_index(rows_RH, weights, act, top_k).forward or _projects_early(rows_RH, weights)
+
+
+def _projects_early(rows_RH: torch.Tensor, weights: ExpertWeights) -> bool:
+    """Of rows that are copied: as fast by our kernel as by torch's.
+
+    torch's would not do: it ends the process where an offset is beyond its rows, and gives memory back that it works
+    in, where a message could then arrive before it has run.
+    """
+    if not use_kernels(rows_RH) or not all([weight.is_contiguous() for weight in weights.first]):
+        return False
+    return all([kernel_module("linear_kernels").can_describe(weight) for weight in weights.first])
+
+
+def _own_linear(pairs_SH: torch.Tensor, weight: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    return kernel_module("linear_kernels").gathered_linear(pairs_SH, None, offsets_E, weight, False)  # type: ignore[no-any-return]
 
 
 def project_piece(
-    piece: Piece, weights: ExpertWeights, act: Activation, keep: bool = True, early: bool = False
+    piece: Piece,
+    weights: ExpertWeights,
+    act: Activation,
+    keep: bool = True,
+    exchanged: bool = False,
+    early: bool = False,
 ) -> Projected:
-    """Gate and up pre-activations; with `keep` they are there for backward, with `early` see `starts_early`."""
+    """Gate and up pre-activations.
+
+    Args:
+        keep: they are there for backward.
+        exchanged: other pieces of the call travel: all are computed as those that are `early` (see `starts_early`).
+    """
     plan, first = piece.plan, weights.first
     by_index = reads_by_index(piece.rows_RH, weights, act, piece.weights_RK.shape[1])
     if not by_index.forward:
         pairs_SH = expand_rows(piece.rows_RH, plan, early)
-        # There may also be fewer places than pairs; torch's kernel ends the process where an offset is beyond its rows.
-        offsets_E = plan.offsets_E.clamp(max=plan.num_pairs) if early else plan.offsets_E
-        projections = tuple([grouped_linear(pairs_SH, weight, offsets_E) for weight in first])
-        return Projected(projections, None, pairs_SH, offsets_E) if early else Projected(projections)
+        product = _own_linear if exchanged and _projects_early(piece.rows_RH, weights) else grouped_linear
+        projections = tuple([product(pairs_SH, weight, plan.offsets_E) for weight in first])
+        return Projected(projections, copied_SH=pairs_SH if early else None)
     gemm_kernels = kernel_module("gemm_kernels")
     places = plan.pair_row_S, plan.pair_slot_S, plan.offsets_E
     if by_index.fused:

@@ -60,7 +60,8 @@ class LayerCall:
         dtype: torch.dtype,
     ) -> None:
         self.context = context
-        self.math: ExpertMath = context.math or GatedMath(context.act, context.exchange.shares_processors)
+        exchange = context.exchange
+        self.math: ExpertMath = context.math or GatedMath(context.act, exchange.shares_processors, exchange.size > 1)
         self._read_parameters = read_parameters
         self._parameters: dict[str, torch.Tensor] | None = parameters
         self.format = row_format(hidden_TH.shape[1], weights_TK.shape[1], dtype)
