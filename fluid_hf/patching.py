@@ -33,9 +33,9 @@ from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
-from fluid_hf.models.sharding import RefuseDDP, refuse_sharding
+from fluid_hf.models.sharding import RefuseDDP, refuse_sharding, refuse_unpatching
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
-from fluid_hf.models.stored_experts import StoredExperts, put_weights, stored_parameters
+from fluid_hf.models.stored_experts import StoredExperts, put_parameters, put_weights, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
@@ -162,8 +162,12 @@ def unpatch_model(model: ModelT) -> ModelT:
 
     Raises:
         NotPatchedError: the model is not patched.
+        ConfigError: its experts are sharded by FSDP.
     """
     state, inner = get_state(model), inside_adapters(unwrapped(model))
+    sources = state.originals.values() if state.groups.ep_size == 1 else ()
+    shared = [next(source.parameters(), None) if isinstance(source, nn.Module) else None for source in sources]
+    refuse_unpatching(inner, list(state.layers.values()), shared or [None] * len(state.layers))
     state.finish_batch()
     state.backend.detach(inner)
     unbind_saving(unwrapped(model))
@@ -211,7 +215,8 @@ def _take_back(model: nn.Module, name: str, state: FluidState) -> None:
     original, layer = state.originals[name], state.layers[name]
     join_adapters(adapters_of(model, layer))
     if state.groups.ep_size == 1 and not isinstance(original, StoredExperts):
-        return  # they share its weights
+        put_parameters(original, layer, layer.weight_names)
+        return
     put_weights(original, gather_experts(layer, state, to_all=True), trained_weights(layer))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["StoredExperts", "put_weights", "stored_parameters"]
+__all__ = ["StoredExperts", "put_parameters", "put_weights", "stored_parameters"]
 
 
 class StoredExperts(ABC):
@@ -86,3 +86,15 @@ def put_weights(source: Any, weights: Mapping[str, torch.Tensor], trained: Mappi
         if parameters[0].requires_grad != trained[name]:  # else each stays as it was before patching
             for parameter in parameters:
                 parameter.requires_grad_(trained[name])
+
+
+def put_parameters(source: nn.Module, layer: nn.Module, names: Iterable[str]) -> None:
+    """Give an experts module the parameters of the layer that stands in its place and has all of them.
+
+    They were shared, but what replaces parameters (`load_state_dict(assign=True)`, `to` with torch's setting to
+    overwrite them) has done so in the layer alone.
+    """
+    for name in names:
+        held = layer._parameters.get(name)
+        if held is not None:
+            setattr(source, name, held)
