@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from distributed import RankPool, rank_pool
 from families import batch, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -38,3 +42,20 @@ def test_experts_that_are_sharded_are_not_unpatched(pool2: RankPool) -> None:
     for trained in (False, True):
         for message in pool2.expect("ConfigError", run_unpatch, trained, timeout=60):
             assert "must not be sharded by FSDP in unpatch_model" in message and "save_pretrained" in message
+
+
+def run_save(rank: int, world: int, ep_size: int, folder: str) -> None:
+    model, ids = sharded_model(world, ep_size), batch(rank, 2)
+    fluid_hf.save_pretrained(model, f"{folder}/before")
+    with torch.no_grad():
+        model(input_ids=ids)  # after which the outermost module's weights are whole
+    fluid_hf.save_pretrained(model, f"{folder}/after")
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_sharded_weights_are_saved_whole(pool2: RankPool, tmp_path: Path, ep_size: int) -> None:
+    pool2.run(run_save, ep_size, str(tmp_path), timeout=60)
+    expected = tiny_model("qwen2_moe").state_dict()
+    for folder in ("before", "after"):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
