@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import RankPool, rank_pool
-from families import batch, tiny_model
+from families import batch, relative_error, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
@@ -59,3 +59,44 @@ def test_sharded_weights_are_saved_whole(pool2: RankPool, tmp_path: Path, ep_siz
     for folder in ("before", "after"):
         found = AutoModelForCausalLM.from_pretrained(tmp_path / folder).state_dict()
         assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def run_steps(rank: int, world: int, ep_size: int) -> list[float]:
+    """Errors of the gradients' norm and of the loss after it, over steps of two backward passes and clipping."""
+    reference, model = tiny_model("qwen2_moe"), sharded_model(world, ep_size)
+    optimizers = [torch.optim.SGD(trained.parameters(), lr=0.5) for trained in (reference, model)]
+    errors = []
+    for step in range(3):
+        for part in range(2):
+            batches = [batch(other, 1 + other, step=10 * step + part) for other in range(world)]
+            losses = [reference(input_ids=ids, labels=ids).loss for ids in batches]
+            torch.stack(losses).mean().backward()
+            loss = model(input_ids=batches[rank], labels=batches[rank]).loss
+            loss.backward()
+            errors.append(relative_error(loss, losses[rank]))
+        model.fluid.reduce_gradients(model)
+        wanted = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        errors.append(relative_error(model.fluid.clip_grad_norm_(model, 0.5), wanted))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        model.fluid.finish_batch()
+    return errors
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_loop_beside_fsdp(pool2: RankPool, ep_size: int) -> None:
+    for errors in pool2.run(run_steps, ep_size, timeout=60):
+        assert len(errors) == 9 and max(errors) < 1e-5
+
+
+def run_part_of_the_ranks(rank: int, world: int) -> None:
+    model, ids = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=1)), batch(rank, 2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world, 1), mesh_dim_names=("others", "shard"))["shard"])
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.fluid.reduce_gradients(model)
+
+
+def test_fsdp_over_some_of_the_ranks_is_refused(pool2: RankPool) -> None:
+    for message in pool2.expect("ConfigError", run_part_of_the_ranks, timeout=60):
+        assert "must have all 2 ranks" in message

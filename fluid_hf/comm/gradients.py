@@ -6,11 +6,21 @@ import weakref
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 
-from fluid_hf.errors import GradientError
+from fluid_hf.errors import ConfigError, GradientError
 
-__all__ = ["LeftGradients", "check_versions", "inside_transforms", "refuse_second_derivatives", "refuse_transforms"]
+__all__ = [
+    "LeftGradients",
+    "check_versions",
+    "inside_transforms",
+    "left_to_us",
+    "refuse_second_derivatives",
+    "refuse_transforms",
+    "square_sum",
+]
 
 
 class LeftGradients:
@@ -33,6 +43,31 @@ class LeftGradients:
     def _is_left(self, gradient: torch.Tensor) -> bool:
         known = self._left.get(id(gradient))
         return known is not None and known[0]() is gradient and known[1] == gradient._version
+
+
+def left_to_us(named: Iterable[tuple[str, nn.Parameter]], world_size: int) -> list[tuple[str, nn.Parameter]]:
+    """The parameters without those that FSDP2 has sharded: it averages their gradients in the backward pass.
+
+    Raises:
+        ConfigError: FSDP2 averages over some of the ranks only.
+    """
+    left = []
+    for name, parameter in named:
+        if not isinstance(parameter, DTensor):
+            left.append((name, parameter))
+        elif parameter.device_mesh.size() != world_size:
+            raise ConfigError(
+                f"mesh of {name} ({parameter.device_mesh.size()} ranks) must have all {world_size} ranks, or FSDP does "
+                "not average its gradient over them; give fully_shard a mesh of all ranks, such as "
+                '("replicate", "shard").'
+            )
+    return left
+
+
+def square_sum(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of a gradient, float64; of a sharded one over all shards, collective."""
+    total = gradient.double().square().sum()
+    return total.full_tensor() if isinstance(total, DTensor) else total  # type: ignore[no-untyped-call]
 
 
 def inside_transforms() -> bool:
