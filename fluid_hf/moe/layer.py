@@ -20,6 +20,7 @@ from fluid_hf.moe.arguments import check_arguments, fit
 from fluid_hf.moe.expert_parallel import expert_parallel, tell_malformed
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer_context import LayerContext
+from fluid_hf.moe.shares import mark_shares
 from fluid_hf.nodes import apart
 from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
 from fluid_hf.overlap.planner import choose_waves
@@ -123,6 +124,8 @@ class ExpertParallelLayer(nn.Module):
         self.wave_choice = wave_choice or WaveChoice(None)
         self.weight_names: tuple[str, ...] = ("gate_up_proj", "down_proj")
         self.context = LayerContext(exchange, num_experts, act, scheduler, overlap=overlap, recompute=recompute)
+        if self.ep_size > 1:
+            self.register_state_dict_post_hook(mark_shares)
 
     @property
     def last_top_k(self) -> int:
