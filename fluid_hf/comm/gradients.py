@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 
@@ -91,9 +92,18 @@ def refuse_transforms(layer: str) -> None:
 def refuse_second_derivatives(layer: str) -> None:
     """Raise in a backward pass whose gradients are to have gradients: these would be missing, without a word.
 
+    Nor may `torch.compile` take the backward pass apart (compiled autograd): it compiles the exchange's host code frame
+    by frame, until it fails on one rank or does not end.
+
     Raises:
         GradientError: names the layer.
     """
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # importing it takes seconds
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        raise GradientError(
+            f"compiled autograd (on) must be off in a backward pass through layer {layer}, which has host code between "
+            "its autograd nodes; compile the forward pass alone, with torch.compile(model)."
+        )
     if torch.is_grad_enabled():
         raise GradientError(
             f"create_graph (True) must be False in a backward pass through layer {layer}: its gradients have no "
