@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import fluid_hf
-from fluid_hf import FluidConfig
+from fluid_hf import ConfigError, FluidConfig
 
 pool2 = rank_pool(2)
 
@@ -29,18 +31,22 @@ def sharded_model(world: int, ep_size: int) -> Any:
     return model
 
 
-def run_unpatch(rank: int, world: int, trained: bool) -> None:
-    model, ids = sharded_model(world, 1), batch(rank, 2)
-    loss = model(input_ids=ids, labels=ids).loss
-    if trained:
-        loss.backward()
+def run_unpatch(rank: int, world: int, ep_size: int, trained: bool) -> None:
+    model, ids = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=ep_size)), batch(rank, 2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    try:
+        loss = model(input_ids=ids, labels=ids).loss
+        if trained:
+            loss.backward()
+    except ConfigError:  # which is what experts in shares do
+        assert ep_size > 1
     fluid_hf.unpatch_model(model)
 
 
 def test_experts_that_are_sharded_are_not_unpatched(pool2: RankPool) -> None:
     """The experts of before would come back, as they were."""
-    for trained in (False, True):
-        for message in pool2.expect("ConfigError", run_unpatch, trained, timeout=60):
+    for ep_size, trained in ((1, False), (1, True), (2, False)):
+        for message in pool2.expect("ConfigError", run_unpatch, ep_size, trained, timeout=60):
             assert "must not be sharded by FSDP in unpatch_model" in message and "save_pretrained" in message
 
 
@@ -100,3 +106,17 @@ def run_part_of_the_ranks(rank: int, world: int) -> None:
 def test_fsdp_over_some_of_the_ranks_is_refused(pool2: RankPool) -> None:
     for message in pool2.expect("ConfigError", run_part_of_the_ranks, timeout=60):
         assert "must have all 2 ranks" in message
+
+
+def run_whole_parameters(rank: int, world: int) -> list[str]:
+    """Names of parameters that are still there, whole, when FSDP has sharded the model."""
+    model = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=1))
+    before = {name: weakref.ref(parameter) for name, parameter in model.named_parameters()}
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (world,)))
+    gc.collect()
+    return [name for name, find in before.items() if find() is not None]
+
+
+def test_nothing_keeps_what_is_sharded_in_memory(pool2: RankPool) -> None:
+    assert pool2.run(run_whole_parameters) == [[], []]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
@@ -82,20 +81,18 @@ def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableH
     return model.register_forward_pre_hook(look)
 
 
-def refuse_unpatching(model: nn.Module, layers: Sequence[nn.Module], before: Sequence[nn.Parameter | None]) -> None:
+def refuse_unpatching(model: nn.Module, layers: Sequence[tuple[nn.Module, torch.Tensor | None]]) -> None:
     """Raise before a model is unpatched whose experts FSDP has taken: it would go on with those of the layers alone.
 
     Args:
         model: the patched model.
-        layers: its layers.
-        before: the first parameter of each, where it is still that of the experts before patching; else `None`.
+        layers: its layers, each with its first parameter as of patching; `None` if that is gone.
 
     Raises:
         ConfigError: FSDP has replaced parameters of the experts.
     """
-    now = [next(layer.parameters(), None) for layer in layers]
-    known = [first if own is None else own for first, own in zip(now, before, strict=True)]
-    if _sharded(model, now, known) or any(isinstance(first, DTensor) for first in now):
+    now = [next(layer.parameters(), None) for layer, _ in layers]
+    if any(first is None for first in now) or _sharded(model, now, [before for _, before in layers]):
         raise ConfigError(
             "parameters of experts must not be sharded by FSDP in unpatch_model, which cannot put them where FSDP "
             "looks for them; write the model with fluid_hf.save_pretrained, and load the checkpoint."

@@ -86,6 +86,7 @@ class ExpertParallelLayer(nn.Module):
         unstack: of experts that a model stores otherwise, makes what is stored from a weight's name and value.
         stack: of such experts, makes some experts' weight from its name and what is stored of all.
         patched_in: class of the model that was given to `patch_model`; "" for a layer of the user's own.
+        patched_with: gives the first parameter as of that call, while it is there.
         hidden_size: H, if it is known whatever the layout of the weights.
 
     Args:
@@ -100,6 +101,7 @@ class ExpertParallelLayer(nn.Module):
     unstack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
     stack: Callable[[str, Mapping[str, torch.Tensor], slice], torch.Tensor] | None = None
     patched_in = ""
+    patched_with: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
     hidden_size: int | None = None
     adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
 
