@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import weakref
 from typing import Any, TypeVar
 
 import torch
@@ -33,9 +34,9 @@ from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
-from fluid_hf.models.sharding import RefuseDDP, refuse_sharding
+from fluid_hf.models.sharding import RefuseDDP, refuse_sharding, refuse_unpatching
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
-from fluid_hf.models.stored_experts import StoredExperts, put_weights, stored_parameters
+from fluid_hf.models.stored_experts import StoredExperts, let_go, put_parameters, put_weights, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
@@ -100,6 +101,8 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
         memory.allocated(sum(parameter.nbytes for parameter in state.layers[site.name].parameters()))
         if config.ep_size > 1 and adapters:
             split_adapters(adapters, state.layers[site.name])
+    if config.ep_size == 1:
+        let_go(inner, [(source, state.layers[name].weight_names) for name, source in state.originals.items()])
     if config.ep_size > 1 or any(site.format is not None and site.format.scale_input for site in sites):
         state.bound_blocks = bind_blocks(inner, state.layers)
     if config.wgrad == "cross_layer":
@@ -116,7 +119,7 @@ def _bind(model: nn.Module, state: FluidState) -> None:
     """All on the model inside PEFT's, which passes attributes on: it is what is left when adapters are merged."""
     model.fluid = state  # type: ignore[assignment]
     for layer in state.layers.values():
-        layer.patched_in = type(model).__name__
+        layer.patched_in, layer.patched_with = type(model).__name__, weakref.ref(next(layer.parameters()))
     if state.groups.ep_size > 1:
         model._ddp_params_and_buffers_to_ignore = RefuseDDP()  # type: ignore[assignment]
         bind_generation(model)
@@ -162,8 +165,10 @@ def unpatch_model(model: ModelT) -> ModelT:
 
     Raises:
         NotPatchedError: the model is not patched.
+        ConfigError: its experts are sharded by FSDP.
     """
     state, inner = get_state(model), inside_adapters(unwrapped(model))
+    refuse_unpatching(inner, [(layer, layer.patched_with()) for layer in state.layers.values()])
     state.finish_batch()
     state.backend.detach(inner)
     unbind_saving(unwrapped(model))
@@ -211,7 +216,8 @@ def _take_back(model: nn.Module, name: str, state: FluidState) -> None:
     original, layer = state.originals[name], state.layers[name]
     join_adapters(adapters_of(model, layer))
     if state.groups.ep_size == 1 and not isinstance(original, StoredExperts):
-        return  # they share its weights
+        put_parameters(original, layer, layer.weight_names)
+        return
     put_weights(original, gather_experts(layer, state, to_all=True), trained_weights(layer))
 
 

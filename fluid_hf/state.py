@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
-from fluid_hf.comm.gradients import LeftGradients
+from fluid_hf.comm.gradients import LeftGradients, left_to_us, square_sum
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
@@ -234,8 +234,9 @@ class FluidState:
 
         Dense gradients become the mean over the world; expert gradients, which already hold every token of their
         expert-parallel group, are summed over the expert-data-parallel group and divided by the world size. A
-        parameter that no rank has used keeps `None`. Where experts of one rank have a gradient that is not finite, all
-        ranks get a NaN in theirs, so that loss scaling skips the step everywhere: call it before `scaler.unscale_`.
+        parameter that no rank has used keeps `None`, and what FSDP2 has sharded is left to it. Where experts of one
+        rank have a gradient that is not finite, all ranks get a NaN in theirs, so that loss scaling skips the step
+        everywhere: call it before `scaler.unscale_`.
 
         Call it once for each time that the gradients are cleared, after the last backward pass and before clipping:
         experts' gradients that are reduced again, with others added or not, and all that are clipped first, are wrong.
@@ -247,13 +248,14 @@ class FluidState:
             PeerError: a rank did not take part within `timeout_seconds`; names it. Over NCCL that is so until the first
                 gradient, after which the group's own timeout holds.
             RankMismatchError: a parameter is frozen on some ranks only.
-            ConfigError: the model holds experts in training that another patched model has split.
+            ConfigError: the model holds experts in training that another patched model has split, or parameters that
+                FSDP2 has sharded over some of the ranks only.
         """
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
             return
         expert = self._split_parameters(model)
-        named = list(model.named_parameters())
+        named = left_to_us(model.named_parameters(), self.groups.world_size)
         used = self._used_anywhere(named)
         expert_gradients = []
         for (name, parameter), is_used in zip(named, used, strict=True):
@@ -382,7 +384,7 @@ class FluidState:
         device = gradients[0][0].device if gradients else None
         squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
         for gradient, is_expert in gradients:
-            squares[is_expert] += gradient.double().square().sum()
+            squares[is_expert] += square_sum(gradient)
         if self.groups.ep_size > 1:
             self._sum(squares[1], self.groups.ep_group, "the norm of the gradients")
         norm = (squares[0] + squares[1]).sqrt()

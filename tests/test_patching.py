@@ -83,6 +83,34 @@ def test_unpatch_keeps_what_is_trained_and_the_mode(pool2: RankPool, family: str
     assert pool2.run(run_unpatch_after_changes, family, frozen_first) == [True, True]
 
 
+def run_unpatch_after_replacement(rank: int, world: int, ep_size: int, way: str) -> bool:
+    """The parameters that a patched model trains are others than those that it was patched with."""
+    model, expected = tiny_model("mixtral"), tiny_model("mixtral")
+    fluid_hf.patch_model(model, FluidConfig(ep_size=ep_size))
+    if way == "assigned":
+        other = tiny_model("mixtral", seed=1).state_dict()
+        model.load_state_dict(other, assign=True)
+        expected.load_state_dict(other)
+    else:  # what torch otherwise does where it cannot change the data of a parameter
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            model.to(torch.bfloat16)
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
+        expected.to(torch.bfloat16)
+    trained = {id(parameter) for parameter in model.parameters()}
+    fluid_hf.unpatch_model(model)
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    return same and (ep_size > 1 or trained == {id(parameter) for parameter in model.parameters()})
+
+
+@pytest.mark.parametrize("way", ["assigned", "converted"])
+def test_unpatch_keeps_parameters_that_replaced_others(pool2: RankPool, way: str) -> None:
+    assert run_unpatch_after_replacement(0, 1, 1, way)
+    assert pool2.run(run_unpatch_after_replacement, 1, way) == [True, True]
+    assert pool2.run(run_unpatch_after_replacement, 2, way) == [True, True]
+
+
 def run_deepspeed_wrap(rank: int, world: int) -> bool:
     import deepspeed
 

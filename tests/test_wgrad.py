@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 
-from fluid_hf.errors import WgradPendingError
+from fluid_hf import ExpertParallelExperts
+from fluid_hf.errors import GradientError, WgradPendingError
 from fluid_hf.overlap.wgrad import WgradScheduler, WgradStats, WgradWork, wgrad_token
 
 HELD = 100  # bytes each layer says it holds
@@ -244,3 +246,15 @@ def test_token_keeps_no_weight_alive() -> None:
     assert token.numel() == 0 and token.requires_grad and not token._is_view()
     assert token.untyped_storage().nbytes() == 0
     assert not wgrad_token(weight.detach(), lambda: torch.zeros(3, 3)).requires_grad
+
+
+def test_compiled_autograd_is_refused() -> None:
+    """It would compile the exchange frame by frame, until it fails on one rank or does not end."""
+    experts, x = ExpertParallelExperts(4, 8, 6), torch.randn(3, 8, requires_grad=True)
+    index, weights = torch.tensor([[0, 1], [1, 2], [3, 0]]), torch.full((3, 2), 0.5)
+    loss = experts(x, index, weights).sum()
+    match = r"compiled autograd \(on\) must be off in a backward pass"
+    with pytest.raises(GradientError, match=match), compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    experts(x, index, weights).sum().backward()
+    assert x.grad is not None and all(weight.grad is not None for weight in experts.parameters())

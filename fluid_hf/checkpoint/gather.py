@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from fluid_hf.checkpoint.files import TensorSpec
@@ -214,6 +215,11 @@ def _lookup(model: nn.Module, name: str) -> torch.Tensor:
     return tensor
 
 
+def _unsharded(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that FSDP has sharded; collective over the ranks that share it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-untyped-call]
+
+
 def iterate_weights(model: nn.Module, state: FluidState, names: list[str]) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Each named weight, whole and on the CPU of rank 0; `None` on the others. Collective: consume it on all ranks.
 
@@ -229,6 +235,7 @@ def iterate_weights(model: nn.Module, state: FluidState, names: list[str]) -> It
             continue
         tensor = _lookup(model, name)
         with state.backend.full([tensor]):
+            tensor = _unsharded(tensor)
             whole = tensor.detach().to("cpu", copy=True) if is_main else None
         yield name, whole
 
@@ -245,7 +252,7 @@ def _gather_weight(layer: ExpertParallelLayer, state: FluidState, name: str, *, 
     rank = dist.get_rank() if dist.is_initialized() else 0
     if size == 1:
         with state.backend.full(layer.parameters()):
-            weight = layer.named_weights(layer.expert_parameters())[name].clone()
+            weight = _unsharded(layer.named_weights(layer.expert_parameters())[name]).clone()
         return weight if to_all else weight.cpu() if rank == 0 else None
     takes_part = to_all or 0 in dist.get_process_group_ranks(group)
     with state.backend.full(layer.parameters()):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.tensor import DTensor
 
-from fluid_hf.errors import GradientError
+from fluid_hf.errors import ConfigError, GradientError
 
-__all__ = ["LeftGradients", "check_versions", "inside_transforms", "refuse_second_derivatives", "refuse_transforms"]
+__all__ = [
+    "LeftGradients",
+    "check_versions",
+    "inside_transforms",
+    "left_to_us",
+    "refuse_second_derivatives",
+    "refuse_transforms",
+    "square_sum",
+]
 
 
 class LeftGradients:
@@ -35,6 +46,31 @@ class LeftGradients:
         return known is not None and known[0]() is gradient and known[1] == gradient._version
 
 
+def left_to_us(named: Iterable[tuple[str, nn.Parameter]], world_size: int) -> list[tuple[str, nn.Parameter]]:
+    """The parameters without those that FSDP2 has sharded: it averages their gradients in the backward pass.
+
+    Raises:
+        ConfigError: FSDP2 averages over some of the ranks only.
+    """
+    left = []
+    for name, parameter in named:
+        if not isinstance(parameter, DTensor):
+            left.append((name, parameter))
+        elif parameter.device_mesh.size() != world_size:
+            raise ConfigError(
+                f"mesh of {name} ({parameter.device_mesh.size()} ranks) must have all {world_size} ranks, or FSDP does "
+                "not average its gradient over them; give fully_shard a mesh of all ranks, such as "
+                '("replicate", "shard").'
+            )
+    return left
+
+
+def square_sum(gradient: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of a gradient, float64; of a sharded one over all shards, collective."""
+    total = gradient.double().square().sum()
+    return total.full_tensor() if isinstance(total, DTensor) else total  # type: ignore[no-untyped-call]
+
+
 def inside_transforms() -> bool:
     """Whether this runs inside a `torch.func` transform or forward-mode differentiation."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -56,9 +92,18 @@ def refuse_transforms(layer: str) -> None:
 def refuse_second_derivatives(layer: str) -> None:
     """Raise in a backward pass whose gradients are to have gradients: these would be missing, without a word.
 
+    Nor may `torch.compile` take the backward pass apart (compiled autograd): it compiles the exchange's host code frame
+    by frame, until it fails on one rank or does not end.
+
     Raises:
         GradientError: names the layer.
     """
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # importing it takes seconds
+    if compiled is not None and compiled.in_compiled_autograd_region:
+        raise GradientError(
+            f"compiled autograd (on) must be off in a backward pass through layer {layer}, which has host code between "
+            "its autograd nodes; compile the forward pass alone, with torch.compile(model)."
+        )
     if torch.is_grad_enabled():
         raise GradientError(
             f"create_graph (True) must be False in a backward pass through layer {layer}: its gradients have no "

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["RefuseDDP", "refuse_fsdp", "refuse_sharding"]
+__all__ = ["RefuseDDP", "refuse_fsdp", "refuse_sharding", "refuse_unpatching"]
 
 REMEDY = (
     "use DeepSpeed's ZeRO, transformers' expert parallelism (fluid_hf.integrations.transformers_ep), which runs under "
@@ -71,11 +71,7 @@ def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableH
             if _averages(around, now):
                 raise ConfigError(REFUSED_DDP)
             harmless.add(around)
-        # FullyShardedDataParallel(use_orig_params=True) keeps the parameters, and marks them.
-        flattened = any(getattr(first, "_fsdp_flattened", False) for first in now)
-        if not flattened and all(map(operator.is_, now, known)):
-            return
-        if flattened or any(first is None for first in now) or any(map(_shards, model.modules())):
+        if _sharded(model, now, known):
             raise ConfigError(
                 "parameters of experts that are split over ranks (ep_size over 1) must not be sharded by FSDP, which "
                 f"takes different experts for pieces of the same; {REMEDY}"
@@ -83,6 +79,33 @@ def refuse_sharding(model: nn.Module, layers: Sequence[nn.Module]) -> RemovableH
         known[:] = now
 
     return model.register_forward_pre_hook(look)
+
+
+def refuse_unpatching(model: nn.Module, layers: Sequence[tuple[nn.Module, torch.Tensor | None]]) -> None:
+    """Raise before a model is unpatched whose experts FSDP has taken: it would go on with those of the layers alone.
+
+    Args:
+        model: the patched model.
+        layers: its layers, each with its first parameter as of patching; `None` if that is gone.
+
+    Raises:
+        ConfigError: FSDP has replaced parameters of the experts.
+    """
+    now = [next(layer.parameters(), None) for layer, _ in layers]
+    if any(first is None for first in now) or _sharded(model, now, [before for _, before in layers]):
+        raise ConfigError(
+            "parameters of experts must not be sharded by FSDP in unpatch_model, which cannot put them where FSDP "
+            "looks for them; write the model with fluid_hf.save_pretrained, and load the checkpoint."
+        )
+
+
+def _sharded(model: nn.Module, now: Sequence[torch.Tensor | None], before: Sequence[torch.Tensor | None]) -> bool:
+    """Whether FSDP has taken parameters since they were those of `before`."""
+    # FullyShardedDataParallel(use_orig_params=True) keeps the parameters, and marks them.
+    flattened = any(getattr(first, "_fsdp_flattened", False) for first in now)
+    if not flattened and all(map(operator.is_, now, before)):
+        return False
+    return flattened or any(first is None for first in now) or any(map(_shards, model.modules()))
 
 
 def _shards(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from fluid_hf.moe.expert_math import ExpertFormat
 
-__all__ = ["StoredExperts", "put_weights", "stored_parameters"]
+__all__ = ["StoredExperts", "let_go", "put_parameters", "put_weights", "stored_parameters"]
 
 
 class StoredExperts(ABC):
@@ -86,3 +86,26 @@ def put_weights(source: Any, weights: Mapping[str, torch.Tensor], trained: Mappi
         if parameters[0].requires_grad != trained[name]:  # else each stays as it was before patching
             for parameter in parameters:
                 parameter.requires_grad_(trained[name])
+
+
+def put_parameters(source: nn.Module, layer: nn.Module, names: Iterable[str]) -> None:
+    """Give an experts module the parameters of the layer that stands in its place and has all of them.
+
+    As they are now: `load_state_dict(assign=True)` and others replace parameters. Of computed ones (by a
+    parametrization of the layer) it gets the value.
+    """
+    for name in names:
+        held = layer._parameters.get(name)
+        setattr(source, name, nn.Parameter(getattr(layer, name).detach()) if held is None else held)
+
+
+def let_go(model: nn.Module, sources: Iterable[tuple[nn.Module | StoredExperts, Iterable[str]]]) -> None:
+    """Leave the named parameters of experts modules to the layers in their places, which have the same ones.
+
+    FSDP replaces those of the layers by shards: held here too, the whole ones would stay in memory. Modules that are
+    still a part of the model, where blocks share one, keep theirs.
+    """
+    present = set(model.modules())
+    for source, names in sources:
+        if isinstance(source, nn.Module) and source not in present:
+            source._parameters.update(dict.fromkeys(names))

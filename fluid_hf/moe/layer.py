@@ -20,6 +20,7 @@ from fluid_hf.moe.arguments import check_arguments, fit
 from fluid_hf.moe.expert_parallel import expert_parallel, tell_malformed
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer_context import LayerContext
+from fluid_hf.moe.shares import mark_shares
 from fluid_hf.nodes import apart
 from fluid_hf.overlap.cost_model import LayerSizes, hardware_of
 from fluid_hf.overlap.planner import choose_waves
@@ -85,6 +86,7 @@ class ExpertParallelLayer(nn.Module):
         unstack: of experts that a model stores otherwise, makes what is stored from a weight's name and value.
         stack: of such experts, makes some experts' weight from its name and what is stored of all.
         patched_in: class of the model that was given to `patch_model`; "" for a layer of the user's own.
+        patched_with: gives the first parameter as of that call, while it is there.
         hidden_size: H, if it is known whatever the layout of the weights.
 
     Args:
@@ -99,6 +101,7 @@ class ExpertParallelLayer(nn.Module):
     unstack: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None
     stack: Callable[[str, Mapping[str, torch.Tensor], slice], torch.Tensor] | None = None
     patched_in = ""
+    patched_with: Callable[[], torch.Tensor | None] = staticmethod(lambda: None)
     hidden_size: int | None = None
     adapters_are_split = False  # whether adapters on the weights (PEFT) know that only some experts are here
 
@@ -123,6 +126,8 @@ class ExpertParallelLayer(nn.Module):
         self.wave_choice = wave_choice or WaveChoice(None)
         self.weight_names: tuple[str, ...] = ("gate_up_proj", "down_proj")
         self.context = LayerContext(exchange, num_experts, act, scheduler, overlap=overlap, recompute=recompute)
+        if self.ep_size > 1:
+            self.register_state_dict_post_hook(mark_shares)
 
     @property
     def last_top_k(self) -> int:
