@@ -191,6 +191,26 @@ def test_gelu_activation_matches_autograd() -> None:
     assert torch.autograd.gradcheck(lambda a, b: layer(a, index, b), (x, w))
 
 
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_under_autocast_each_projection_may_have_its_own_type(name: str) -> None:
+    """As where only one of them is trained, in float32: autocast gives transformers' layer both in its type."""
+    mine, results = inputs("even", 0, 1), []
+    for types in ({}, {name: torch.bfloat16}):
+        layer = reference_experts()
+        for weight, dtype in types.items():
+            parameter = layer.get_parameter(weight)
+            parameter.data = parameter.data.to(dtype)
+        experts = ExpertParallelExperts(E, H, INNER)
+        experts.gate_up_proj, experts.down_proj = layer.gate_up_proj, layer.down_proj
+        x = mine["x"].clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = experts(x, mine["index"], mine["w"])
+        y.backward(mine["dy"])
+        assert {p.grad.dtype == p.dtype for p in experts.parameters()} == {True}
+        results.append((y, x.grad, *[p.grad.bfloat16() for p in experts.parameters()]))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True)), "equal weights, once rounded"
+
+
 def run_bf16_error(rank: int, world: int) -> tuple[float, float]:
     """Error of the layer and of transformers' layer in bfloat16, both against float64."""
     mine = inputs("even", rank, world)

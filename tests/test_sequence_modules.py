@@ -79,6 +79,30 @@ def test_what_is_changed_is_called(pool2: RankPool, change: str, first: bool) ->
     check(pool2.run(run_changed, change, first))
 
 
+def run_types(rank: int, world: int) -> list[bool]:
+    """Whether loss and rounded gradients are those of a float32 model where some projections are kept in 16 bits."""
+    ids, results = batch(0, 2), []
+    for kept in ((), ("q_proj",), ("k_proj.weight", "o_proj"), ("v_proj.bias",)):
+        model = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=1, sp_size=world)).train()
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in kept):
+                parameter.data = parameter.data.bfloat16()
+        shard = model.fluid.shard_batch({"input_ids": ids, "labels": ids})
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.fluid.sequence_loss(model(**shard).logits, shard["shift_labels"])
+        loss.backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        assert all(grad.dtype == p.dtype for grad, p in zip(grads, model.parameters(), strict=True))
+        results.append([loss, *[grad.bfloat16() for grad in grads]])
+        fluid_hf.unpatch_model(model)
+    return [all(map(torch.equal, found, results[0])) for found in results[1:]]
+
+
+def test_under_autocast_each_projection_may_have_its_own_type(pool2: RankPool) -> None:
+    """As where only some are trained, in float32: autocast gives transformers' layer all of them in its type."""
+    assert pool2.run(run_types) == [[True] * 3] * 2
+
+
 @pytest.mark.parametrize("kind", [Qwen3MoeForSequenceClassification, Qwen3MoeForTokenClassification])
 def test_heads_that_need_whole_sequences_are_refused(kind: Any) -> None:
     config = tiny_model("qwen3_moe").config

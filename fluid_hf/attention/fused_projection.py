@@ -28,8 +28,8 @@ class Projections:
     biases: Mapping[str, torch.Tensor | None]
 
     def to(self, dtype: torch.dtype) -> Projections:
-        """The same in another type. To be called without gradients only: the weights are not detached."""
-        if self.weights["q"].dtype == dtype:
+        """The same in another type, whatever each has. To be called without gradients only: nothing is detached."""
+        if all([tensor is None or tensor.dtype == dtype for tensor in (*self.weights.values(), *self.biases.values())]):
             return self
         weights = {name: weight.detach().to(dtype) for name, weight in self.weights.items()}
         biases = {name: None if bias is None else bias.detach().to(dtype) for name, bias in self.biases.items()}

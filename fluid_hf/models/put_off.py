@@ -30,7 +30,8 @@ class _Call:
     def __init__(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._module, self._args, self._kwargs = module, args, kwargs
         self._modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        self.done = self.in_window = False
+        self.done = False
+        self.window: Callable[..., Any] | None = None  # the experts in whose window it was made
         self.value: Any = None
 
     def run(self) -> Any:
@@ -54,12 +55,13 @@ def run_experts(
 ) -> torch.Tensor:
     """The routed experts [T, H], with the call that was put off made in their window, unless hooks watch them."""
     call: _Call | None = getattr(run, "__self__", None)
-    # Run again in backward, a block alone must do what it did: its value is there, and is not asked for again.
-    again = call is not None and call.in_window and torch._C._current_graph_task_id() != -1
+    # Run again in backward, a block alone must do what it did: its value is there, and is not asked for again. Other
+    # experts of the same block (Ernie 4.5-VL has two kinds) are called once more only because the whole layer is.
+    again = call is not None and call.window is experts and torch._C._current_graph_task_id() != -1
     if call is None or (call.done and not again) or is_watched(experts):
         routed: torch.Tensor = experts(hidden, index, weights)
         return routed
-    call.in_window = True
+    call.window = experts
     routed, value = experts(hidden, index, weights, run)
     call.value = None if again else value
     return routed
