@@ -36,10 +36,7 @@ class ExpertWeights(NamedTuple):
     down: torch.Tensor
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
-        """The same weights in another type (copies of those that do not have it already).
-
-        Each may have one of its own: under autocast adapters or a frozen projection leave one of them in another type.
-        """
+        """The same weights in another type (copies of those without it: each may have its own, under autocast)."""
         if self.down.dtype == dtype and all([weight.dtype == dtype for weight in self.first]):
             return self
         return ExpertWeights(tuple(weight.to(dtype) for weight in self.first), self.down.to(dtype))
