@@ -63,6 +63,26 @@ def test_adapters_are_saved_alone(pool2: RankPool, tmp_path: Path, experts: list
         assert is_close(PeftModel.from_pretrained(tiny_model("qwen3_moe"), tmp_path / way).eval(), adapted(experts))
 
 
+def run_folder(rank: int, world: int, experts: list[str] | None, folder: str) -> bool:
+    """A folder of adapters, which says itself where its model is, read by shares."""
+    if rank == 0:
+        tiny_model("qwen3_moe").save_pretrained(f"{folder}/base")
+        model = adapted(experts)
+        model.peft_config["default"].base_model_name_or_path = f"{folder}/base"
+        model.save_pretrained(f"{folder}/adapters")
+    torch.distributed.barrier()
+    model = fluid_hf.from_pretrained(f"{folder}/adapters", FluidConfig(ep_size=world))
+    whole = AutoModelForCausalLM.from_pretrained(f"{folder}/adapters")
+    fluid_hf.unpatch_model(model)
+    return type(model) is type(whole) and is_close(model, whole)
+
+
+def test_a_folder_of_adapters_is_read_by_shares(pool2: RankPool, tmp_path: Path) -> None:
+    assert pool2.run(run_folder, None, str(tmp_path)) == [True, True]
+    for message in pool2.expect("UnsupportedModelError", run_folder, EXPERTS, str(tmp_path)):
+        assert "adapters" in message and "of experts (model.layers.0.mlp.experts)" in message, message
+
+
 def run_save_to_file(rank: int, world: int, folder: str) -> None:
     model = fluid_hf.patch_model(adapted(None), FluidConfig(ep_size=world))
     try:

@@ -355,6 +355,8 @@ def run_staged(rank: int, world: int, folder: str) -> None:
     assert type(pickle.loads(pickle.dumps(weights))) is dict
     torch.distributed.barrier()  # rank 0 has opened it and removed its name
     assert list(Path(folder).iterdir()) == []
+    model.save_pretrained(f"{folder}/{rank}", state_dict=weights)  # without is_main_process, on all ranks
+    assert Path(folder, str(rank)).exists() == (rank == 0), "a rank without weights wrote, where another one does"
     fluid_hf.unpatch_model(model)
 
 

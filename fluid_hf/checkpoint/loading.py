@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,7 @@ from fluid_hf.checkpoint.saving import quiet_progress
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup
 from fluid_hf.errors import CheckpointError, ConfigError, FluidError, UnsupportedModelError
+from fluid_hf.models.adapters import adapters_of
 from fluid_hf.models.expert_lists import AbsentExpert, ExpertList
 from fluid_hf.models.registry import ExpertsSite, find_experts
 from fluid_hf.models.stored_experts import StoredExperts
@@ -129,6 +131,8 @@ class _ShareLoader:
         self._control = control
         self._hosts = hosts
         self._failed = False
+        self._base_info: Any = None
+        self._shares: list[tuple[ExpertsSite, ExpertShare]] = []
 
     def load(self, load: Any, model: Any, files: list[str], load_config: Any) -> Any:
         """Check the files and ranks, make the experts' tensors smaller, and let transformers load this rank's part."""
@@ -168,8 +172,25 @@ class _ShareLoader:
         self.agree(None)  # nobody starts to read gigabytes before all have found their files in order
         for site, share in shares:
             _shrink(site, share)
+        self._shares = shares
         with _one_tensor_at_a_time():
-            return load(model, open_share(stored, wanted), files, load_config)
+            self._base_info, offloaded = load(model, open_share(stored, wanted), files, load_config)
+        return self._base_info, offloaded
+
+    def check_adapters(self, model: Any) -> None:
+        """Refuse adapters, put into a model that was loaded by shares, that PEFT gave experts in shares for whole ones.
+
+        Raises:
+            UnsupportedModelError: names the experts.
+        """
+        for site, share in self._shares:
+            experts = site.module.module if isinstance(site.module, StoredExperts) else site.module
+            inside = any(hasattr(module, "get_base_layer") for module in experts.modules())
+            if (inside or adapters_of(model, experts)) and share.stop - share.start < share.num_experts:
+                raise UnsupportedModelError(
+                    f"adapters ({self._path}) of experts ({site.name}) are not read by shares; load the model and its "
+                    "adapters with transformers or PEFT and call patch_model, or set ep_size 1."
+                )
 
     def check_complete(self, info: Mapping[str, Any]) -> None:
         """transformers would fill with random numbers what it did not find."""
@@ -177,9 +198,11 @@ class _ShareLoader:
             raise UnsupportedModelError(
                 f"{self._path} has code that loads it in a way of its own; load the whole model and call patch_model."
             )
-        for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-            if info.get(kind):
-                first = sorted(map(str, info[kind]))[0]
+        # Of a folder with adapters, transformers reports on these alone.
+        reports = [info] if self._base_info is None else [self._base_info.to_dict(), info]
+        for report, kind in itertools.product(reports, ("missing_keys", "mismatched_keys", "error_msgs")):
+            if report.get(kind):
+                first = sorted(map(str, report[kind]))[0]
                 raise CheckpointError(f"tensor ({first}) of {self._path} could not be loaded ({kind}); get it again.")
 
     def agree(self, error: Exception | None) -> None:
@@ -273,10 +296,16 @@ class _ClassMapping:
 def _with_shares(model_class: Any, loader: _ShareLoader) -> Any:
     """A class equal to `model_class` in all but the loading of weights; the model gets its own class back."""
 
-    def load(model: Any, state_dict: Any, files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if loader.model_class is not None:  # adapters, into the model that was loaded before
+            loader.check_adapters(model)
+            return model_class._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         loader.model_class = model_class
         return loader.load(
-            lambda *parts: model_class._load_pretrained_model(*parts, *args, **kwargs), model, files, load_config
+            lambda *parts: model_class._load_pretrained_model(*parts, *args, **kwargs),
+            model,
+            checkpoint_files,
+            load_config,
         )
 
     members = {

@@ -325,7 +325,8 @@ def _save_bound(
         weights = local_weights(model)  # nothing to gather: one rank may call it alone, as without patching
     if weights is None:
         _save_whole(model, state, directory, kwargs)
-    elif is_main is None or is_main:
+    # Told of no main process, all ranks write in transformers; here those that `held_elsewhere` is for have nothing to.
+    elif _is_main() or weights if is_main is None else is_main:
         write_checkpoint(model, directory, weights, **kwargs)
 
 
