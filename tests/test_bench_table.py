@@ -23,11 +23,12 @@ TRACED = RESULTS / "2026-11-29_model_2xh200_nvlink.json"
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_published_file_is_a_table_or_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(path.read_text(encoding="utf-8"))
-    fits = "cells" in report and report.get("what", "layer") in ("layer", "attention", "model")
+    fits = "cells" in report and report.get("what", "layer") in ("layer", "attention", "model", "train")
     assert cli.main(["bench", "table", "--json", str(path)]) == int(not fits)
     printed = capsys.readouterr()
     if fits:
-        assert printed.out.startswith("| ") and not printed.err
+        above = "" if report.get("what") != "train" else "qwen3-30b-a3b, 2 layers, "  # says what all rows are of
+        assert printed.out.startswith(above or "| ") and "\n|---" in printed.out and not printed.err
     else:
         assert re.search(rf"ConfigError: --json .*{re.escape(path.name)}\) must ", printed.err) and not printed.out
         assert "what" not in report or f"holds those of {report['what']!r}" in printed.err
