@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from fluid_hf.errors import ConfigError
@@ -38,22 +37,23 @@ def check_training(config: Any, model: nn.Module, state: FluidState, *, split: t
     _refuse_mixed_experts(stage, zero, state)
 
 
-def check_optimizer(config: Any, optimizer: torch.optim.Optimizer, state: FluidState, *, split: type) -> None:
-    """Refuse an optimizer, whose groups have been split, without the experts where DeepSpeed asks for a group of them.
+def check_optimizer(name: str, config: Any, groups: list[dict[str, Any]], state: FluidState, *, split: type) -> None:
+    """Refuse optimizer groups, which have been split, without the experts where DeepSpeed asks for a group of them.
 
     Args:
+        name: what was given to `deepspeed.initialize`.
         config, state, split: as for `check_training`.
-        optimizer: the caller's.
+        groups: the optimizer's.
 
     Raises:
         ConfigError: it holds no expert though they are trained, at stage 1 or 2.
     """
     stage = _zero(config)[1]
-    trained = [name for name, layer in state.layers.items() if isinstance(layer, split)]
-    if stage in (1, 2) and trained and not any(group.get("moe") for group in optimizer.param_groups):
+    trained = [place for place, layer in state.layers.items() if isinstance(layer, split)]
+    if stage in (1, 2) and trained and not any(group.get("moe") for group in groups):
         raise ConfigError(
-            f"optimizer ({type(optimizer).__name__}) at zero_optimization.stage ({stage}) must hold the experts, whose "
-            f"requires_grad is true ({trained[0]}); freeze them before patch_model, or give them to the optimizer."
+            f"{name} at zero_optimization.stage ({stage}) must hold the experts, whose requires_grad is true "
+            f"({trained[0]}); freeze them before patch_model, or give them to the optimizer."
         )
 
 

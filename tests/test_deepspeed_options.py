@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed import RankPool, rank_pool
 from families import tiny_model
-from test_deepspeed import Curve, assert_near, settings, train
+from test_deepspeed import Curve, assert_near, groups, settings, train
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -66,6 +66,50 @@ def test_gradients_reduced_beside_the_backward_pass(pool2: RankPool) -> None:
         expected = pool2.run(run_zero_options, stage, False, {})[0]
         for curve in pool2.run(run_zero_options, stage, True, options):
             assert_near(curve, expected)
+
+
+def run_json_optimizer(rank: int, world: int, stage: int, patched: bool, way: str) -> Curve:
+    """AdamW of the JSON for parameters that the caller names, as accelerate's DummyOptim passes them on."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    before = list(model.parameters())
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    named = dict(model.named_parameters())
+    kinds: dict[str, Any] = {
+        "groups": groups(model),
+        "iterators": [{**group, "params": iter(group["params"])} for group in groups(model)],
+        "attention": [p for name, p in named.items() if "self_attn" in name],
+        "before": before,
+    }
+    adam = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    config = {**settings(stage), "optimizer": adam}
+    engine, optimizer, *_ = deepspeed.initialize(model=model, config=config, model_parameters=kinds[way])
+    curve = train(engine, rank)
+    if way == "groups":
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+    engine.destroy()
+    return curve
+
+
+def test_parameters_of_the_optimizer_in_the_json(pool2: RankPool) -> None:
+    """Groups without a name of their own, of which DeepSpeed knows no way to make groups of experts."""
+    expected = pool2.run(run_json_optimizer, 1, False, "groups")[0]
+    for stage, way in ((0, "groups"), (1, "groups"), (2, "iterators"), (3, "groups")):
+        for curve in pool2.run(run_json_optimizer, stage, True, way):
+            assert_near(curve, expected)
+    for stage in (1, 2):
+        for text in pool2.expect("ConfigError", run_json_optimizer, stage, True, "attention"):
+            assert f"model_parameters at zero_optimization.stage ({stage}) must hold the experts" in text
+
+
+def test_parameters_collected_before_patching(pool2: RankPool) -> None:
+    """At stage 0 and 3 the experts that the model no longer has would be trained, and its own not."""
+    for stage in (0, 2, 3):
+        for text in pool2.expect("ConfigError", run_json_optimizer, stage, True, "before"):
+            assert "parameters that are not the model's; call patch_model before they are collected" in text
 
 
 def run_two_engines(rank: int, world: int, stage: int, patched: bool) -> Curve:
