@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fluid_hf.errors import ConfigError
-from fluid_hf.integrations.deepspeed_checks import check_optimizer
+from fluid_hf.integrations.deepspeed_checks import check_adagrad, check_optimizer
 from fluid_hf.integrations.optimizer_groups import split_expert_groups, split_groups
 from fluid_hf.state import FluidState
 
@@ -34,8 +34,11 @@ def prepare_optimizer(
     optimizer, parameters = arguments.get("optimizer"), arguments.get("model_parameters")
     if optimizer is not None:
         arguments["optimizer"] = _prepared(optimizer, settings, model, state, split)
-    elif parameters is not None and isinstance(settings, dict) and settings.get("optimizer"):
-        arguments["model_parameters"] = _grouped(parameters, settings, model, state, split)
+    elif isinstance(settings, dict) and settings.get("optimizer"):
+        if _kind(settings) == "adagrad" and not _offloaded(settings):  # there it is DeepSpeed's own, which stays as is
+            check_adagrad("optimizer.type", settings, state)
+        if parameters is not None:
+            arguments["model_parameters"] = _grouped(parameters, settings, model, state, split)
 
 
 def _prepared(optimizer: Any, settings: Any, model: nn.Module, state: FluidState, split: type) -> Any:
@@ -51,6 +54,8 @@ def _prepared(optimizer: Any, settings: Any, model: nn.Module, state: FluidState
         return make
     name = f"optimizer ({type(optimizer).__name__})"
     _refuse_unknown(name, "the optimizer is built", optimizer.param_groups, model)
+    if isinstance(optimizer, torch.optim.Adagrad):
+        check_adagrad("optimizer", settings, state)
     if any(isinstance(layer, split) for layer in state.layers.values()):
         split_groups(optimizer)
     check_optimizer(name, settings, optimizer.param_groups, state, split=split)
@@ -71,12 +76,25 @@ def _grouped(parameters: Any, settings: dict[str, Any], model: nn.Module, state:
     check_optimizer(name, settings, groups, state, split=split)
     if not grouped:
         return listed
-    if str(settings["optimizer"].get("type", "")).lower() == "muon":
+    if _kind(settings) == "muon":
         # DeepSpeed splits these once more, and takes groups of one name for one group.
         for place, group in zip(places, groups, strict=True):
             if group.get("moe"):
                 group["name"] = f"{group['name']}-{place}"
     return groups
+
+
+def _kind(settings: dict[str, Any]) -> str:
+    """The type of the JSON's optimizer, in small letters as DeepSpeed compares it."""
+    block = settings["optimizer"]
+    return str(block.get("type", "")).lower() if isinstance(block, dict) else ""
+
+
+def _offloaded(settings: dict[str, Any]) -> bool:
+    """Whether the optimizer's states are on the CPU."""
+    zero = settings.get("zero_optimization")
+    block = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
 def _list(parameters: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from fluid_hf.errors import ConfigError
 from fluid_hf.models.adapters import check_adapters
 from fluid_hf.state import FluidState
 
-__all__ = ["check_optimizer", "check_training"]
+__all__ = ["check_adagrad", "check_optimizer", "check_training"]
 
 
 def check_training(config: Any, model: nn.Module, state: FluidState, *, split: type, frozen: type) -> None:
@@ -33,6 +33,7 @@ def check_training(config: Any, model: nn.Module, state: FluidState, *, split: t
     check_adapters(model, state.layers.values())
     _match_training(state, split, frozen)
     _refuse_frozen_experts(stage, state, split)
+    _refuse_zeropp(stage, zero, state)
     _refuse_unclipped_experts(stage, config, state)
     _refuse_mixed_experts(stage, zero, state)
 
@@ -46,7 +47,7 @@ def check_optimizer(name: str, config: Any, groups: list[dict[str, Any]], state:
         groups: the optimizer's.
 
     Raises:
-        ConfigError: it holds no expert though they are trained, at stage 1 or 2.
+        ConfigError: they hold no expert though they are trained, at stage 1 or 2.
     """
     stage = _zero(config)[1]
     trained = [place for place, layer in state.layers.items() if isinstance(layer, split)]
@@ -54,6 +55,25 @@ def check_optimizer(name: str, config: Any, groups: list[dict[str, Any]], state:
         raise ConfigError(
             f"{name} at zero_optimization.stage ({stage}) must hold the experts, whose requires_grad is true "
             f"({trained[0]}); freeze them before patch_model, or give them to the optimizer."
+        )
+
+
+def check_adagrad(name: str, config: Any, state: FluidState) -> None:
+    """Refuse PyTorch's Adagrad, which DeepSpeed 0.19 makes anew with one group, and so without one of the experts.
+
+    Args:
+        name: where it was found.
+        config, state: as for `check_training`.
+
+    Raises:
+        ConfigError: the stage is 1 or more, and experts are split and trained.
+    """
+    stage = _zero(config)[1]
+    if stage in (1, 2, 3) and state.groups.ep_size > 1 and _trained(state):
+        raise ConfigError(
+            f"{name} (Adagrad) must be another one at zero_optimization.stage ({stage}) when ep_size "
+            f"({state.groups.ep_size}) is over 1: DeepSpeed would make it anew without a group of the experts; use "
+            "AdamW, or stage 0."
         )
 
 
@@ -84,6 +104,21 @@ def _refuse_frozen_experts(stage: Any, state: FluidState, split: type) -> None:
             f"zero_optimization.stage (3) must be below 3 when experts are frozen ({frozen[0]}) and ep_size "
             f"({state.groups.ep_size}) is over 1; use stage 2, or ep_size 1."
         )
+
+
+def _refuse_zeropp(stage: Any, zero: Any, state: FluidState) -> None:
+    """Of ZeRO++ DeepSpeed 0.19 raises an AssertionError that names AutoEP, for copies inside a node and for quantised
+    gradients of experts.
+    """
+    if stage != 3 or not _trained(state):
+        return
+    for field, most, shown in (("zero_hpz_partition_size", 1, "1"), ("zero_quantized_gradients", 0, "false")):
+        value = zero.get(field, most)
+        if isinstance(value, int) and value > most:
+            raise ConfigError(
+                f"zero_optimization.{field} ({str(value).lower()}) must be {shown} at stage 3 when ep_size "
+                f"({state.groups.ep_size}) is over 1: DeepSpeed has it for dense weights only; remove it."
+            )
 
 
 def _refuse_unscaled_loss(stage: Any, config: Any) -> None:

@@ -112,6 +112,43 @@ def test_parameters_collected_before_patching(pool2: RankPool) -> None:
             assert "parameters that are not the model's; call patch_model before they are collected" in text
 
 
+def run_json(rank: int, world: int, stage: int, patched: bool, block: dict[str, Any]) -> Curve:
+    """A few steps with more fields in the JSON."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    engine, *_ = deepspeed.initialize(model=model, config={**settings(stage), **block})
+    curve = train(engine, rank)
+    engine.destroy()
+    return curve
+
+
+def test_adagrad_needs_stage_0(pool2: RankPool) -> None:
+    """DeepSpeed makes it anew with one group, and ended in an IndexError in the first step."""
+    block = {"optimizer": {"type": "Adagrad", "params": {"lr": 1e-2}}}
+    expected = pool2.run(run_json, 1, False, block)[0]
+    for curve in pool2.run(run_json, 0, True, block):
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
+    for stage in (1, 2, 3):
+        for text in pool2.expect("ConfigError", run_json, stage, True, block):
+            assert f"optimizer.type (Adagrad) must be another one at zero_optimization.stage ({stage})" in text
+
+
+ZERO_PLUS_PLUS = [
+    ({"zero_hpz_partition_size": 2}, "(2) must be 1"),
+    ({"zero_quantized_gradients": True}, "(true) must"),
+]
+
+
+@pytest.mark.parametrize(("option", "shown"), ZERO_PLUS_PLUS)
+def test_zero_plus_plus_is_refused_by_name(pool2: RankPool, option: dict[str, Any], shown: str) -> None:
+    for text in pool2.expect("ConfigError", run_zero_options, 3, True, option):
+        assert f"zero_optimization.{next(iter(option))} {shown}" in text
+
+
 def run_two_engines(rank: int, world: int, stage: int, patched: bool) -> Curve:
     """Two engines of one model, one after the other, as of two Trainers."""
     import deepspeed
