@@ -310,6 +310,23 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     bind_checkpoints(engine, model, state)
     if state.groups.ep_size > 1:
         engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
+        link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if hasattr(engine.optimizer, "_optimizer_step") and link is not None:
+            engine.optimizer._lazy_init_hp_params_optimizer_state = functools.partial(
+                _link_states, engine.optimizer, link
+            )
+
+
+def _link_states(optimizer: Any, link: Callable[[], None]) -> None:
+    """Let parameters know the optimizer's states of all groups, for `safe_get_full_optimizer_state`.
+
+    ZeRO 1 and 2 step group after group and do it once, with the first: the experts' have no states yet.
+    """
+    if optimizer._hp_optimizer_states_linked:
+        return
+    link()
+    last = optimizer.single_partition_of_fp32_groups[-1]
+    optimizer._hp_optimizer_states_linked = bool(optimizer.optimizer.state[last])
 
 
 def _leave(engine: weakref.ref[Any]) -> None:

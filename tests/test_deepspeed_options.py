@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import RankPool, rank_pool
-from families import tiny_model
+from families import batch, tiny_model
 from test_deepspeed import Curve, assert_near, groups, settings, train
 
 import fluid_hf
@@ -147,6 +147,41 @@ ZERO_PLUS_PLUS = [
 def test_zero_plus_plus_is_refused_by_name(pool2: RankPool, option: dict[str, Any], shown: str) -> None:
     for text in pool2.expect("ConfigError", run_zero_options, 3, True, option):
         assert f"zero_optimization.{next(iter(option))} {shown}" in text
+
+
+def run_states(rank: int, world: int, stage: int, patched: bool) -> dict[str, float]:
+    """The square of Adam's averages that the parameters know after each of two steps, over all ranks' experts."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    adam = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    engine, *_ = deepspeed.initialize(model=model, config={**settings(stage), "optimizer": adam})
+    found: dict[str, float] = {}
+    for step in range(2):
+        ids = batch(rank, 1, step=step)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        squares = torch.zeros(2, dtype=torch.float64)
+        for name, parameter in model.named_parameters():
+            average = safe_get_full_optimizer_state(parameter, "exp_avg")
+            squares[int("experts" in name)] += average.double().square().sum()
+        if patched:
+            torch.distributed.all_reduce(squares[1:])
+        found |= {f"dense {step}": float(squares[0]), f"experts {step}": float(squares[1])}
+    engine.destroy()
+    return found
+
+
+def test_parameters_know_their_states(pool2: RankPool) -> None:
+    """DeepSpeed looks for them once, after the step of the first group: the experts' were not found."""
+    expected = pool2.run(run_states, 1, False)[0]
+    for stage in (1, 2):
+        for found in pool2.run(run_states, stage, True):
+            assert found == pytest.approx(expected, rel=1e-4)
 
 
 def run_two_engines(rank: int, world: int, stage: int, patched: bool) -> Curve:
