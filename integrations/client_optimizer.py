@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from fluid_hf.errors import ConfigError
-from fluid_hf.integrations.deepspeed_checks import check_adagrad, check_optimizer
+from fluid_hf.integrations.deepspeed_checks import (
+    check_adagrad,
+    check_optimizer,
+    offloads_optimizer,
+    zero_settings,
+)
 from fluid_hf.integrations.optimizer_groups import split_expert_groups, split_groups
 from fluid_hf.state import FluidState
 
@@ -35,7 +40,8 @@ def prepare_optimizer(
     if optimizer is not None:
         arguments["optimizer"] = _prepared(optimizer, settings, model, state, split)
     elif isinstance(settings, dict) and settings.get("optimizer"):
-        if _kind(settings) == "adagrad" and not _offloaded(settings):  # there it is DeepSpeed's own, which stays as is
+        # With offload it is DeepSpeed's own, which stays as it is.
+        if _kind(settings) == "adagrad" and not offloads_optimizer(zero_settings(settings)):
             check_adagrad("optimizer.type", settings, state)
         if parameters is not None:
             arguments["model_parameters"] = _grouped(parameters, settings, model, state, split)
@@ -88,13 +94,6 @@ def _kind(settings: dict[str, Any]) -> str:
     """The type of the JSON's optimizer, in small letters as DeepSpeed compares it."""
     block = settings["optimizer"]
     return str(block.get("type", "")).lower() if isinstance(block, dict) else ""
-
-
-def _offloaded(settings: dict[str, Any]) -> bool:
-    """Whether the optimizer's states are on the CPU."""
-    zero = settings.get("zero_optimization")
-    block = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
 def _list(parameters: Any) -> list[Any]:

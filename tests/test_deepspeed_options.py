@@ -126,6 +126,15 @@ def run_json(rank: int, world: int, stage: int, patched: bool, block: dict[str, 
     return curve
 
 
+def test_settings_are_read_as_deepspeed_reads_them(pool2: RankPool) -> None:
+    """A stage in quotes is a stage: gradients of different experts were summed."""
+    for stage, no in (("1", False), ("2", "false"), (1.0, 0)):
+        block: dict[str, Any] = {"zero_optimization": {"stage": stage, "contiguous_gradients": no}}
+        block["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
+        for text in pool2.expect("ConfigError", run_json, 1, True, block):
+            assert f"contiguous_gradients (false) must be true at stage {int(float(stage))} when" in text
+
+
 def test_adagrad_needs_stage_0(pool2: RankPool) -> None:
     """DeepSpeed makes it anew with one group, and ended in an IndexError in the first step."""
     block = {"optimizer": {"type": "Adagrad", "params": {"lr": 1e-2}}}
