@@ -37,9 +37,9 @@ from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
 from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
+from fluid_hf.integrations.client_optimizer import prepare_optimizer
 from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
-from fluid_hf.integrations.deepspeed_checks import check_optimizer, check_training
-from fluid_hf.integrations.optimizer_groups import split_groups
+from fluid_hf.integrations.deepspeed_checks import check_training
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
@@ -244,8 +244,7 @@ def _wrap_initialize(initialize: Callable[..., Any]) -> Callable[..., Any]:
         _gather_adapted_attention_by_parts(state)
         state.leave_engine()
         with sequence_parallel_engine(bound.arguments, settings, state):
-            if bound.arguments.get("optimizer") is not None:
-                bound.arguments["optimizer"] = _prepare_optimizer(bound.arguments["optimizer"], settings, model, state)
+            prepare_optimizer(bound.arguments, settings, model, state, split=DeepSpeedExperts)
             result = initialize(*bound.args, **bound.kwargs)
         _bind_engine(result[0], model, state)
         return result
@@ -304,29 +303,6 @@ def _gather_adapted_attention_by_parts(state: FluidState) -> None:
         set_z3_leaf_module(forward.module, forward.is_plain())
 
 
-def _prepare_optimizer(optimizer: Any, settings: Any, model: nn.Module, state: FluidState) -> Any:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        if not callable(optimizer):
-            return optimizer
-
-        @functools.wraps(optimizer)
-        def make(*args: Any, **kwargs: Any) -> Any:
-            return _prepare_optimizer(optimizer(*args, **kwargs), settings, model, state)
-
-        return make
-    known = {id(parameter) for parameter in model.parameters()}
-    unknown = sum(id(p) not in known for group in optimizer.param_groups for p in group["params"])
-    if unknown:
-        raise ConfigError(
-            f"optimizer ({type(optimizer).__name__}) holds {unknown} parameters that are not the model's; "
-            "call patch_model before the optimizer is built."
-        )
-    if any(isinstance(layer, DeepSpeedExperts) for layer in state.layers.values()):
-        split_groups(optimizer)
-    check_optimizer(settings, optimizer, state, split=DeepSpeedExperts)
-    return optimizer
-
-
 def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     """Make the engine save whole models and refuse checkpoints of another layout."""
     state.engine_bound, state.leave_engine = True, functools.partial(_leave, weakref.ref(engine))
@@ -334,6 +310,23 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     bind_checkpoints(engine, model, state)
     if state.groups.ep_size > 1:
         engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
+        link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if hasattr(engine.optimizer, "_optimizer_step") and link is not None:
+            engine.optimizer._lazy_init_hp_params_optimizer_state = functools.partial(
+                _link_states, engine.optimizer, link
+            )
+
+
+def _link_states(optimizer: Any, link: Callable[[], None]) -> None:
+    """Let parameters know the optimizer's states of all groups, for `safe_get_full_optimizer_state`.
+
+    ZeRO 1 and 2 step group after group and do it once, with the first: the experts' have no states yet.
+    """
+    if optimizer._hp_optimizer_states_linked:
+        return
+    link()
+    last = optimizer.single_partition_of_fp32_groups[-1]
+    optimizer._hp_optimizer_states_linked = bool(optimizer.optimizer.state[last])
 
 
 def _leave(engine: weakref.ref[Any]) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from distributed import RankPool, rank_pool
-from families import tiny_model
-from test_deepspeed import Curve, assert_near, settings, train
+from families import batch, tiny_model
+from test_deepspeed import Curve, assert_near, groups, settings, train
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -66,6 +66,131 @@ def test_gradients_reduced_beside_the_backward_pass(pool2: RankPool) -> None:
         expected = pool2.run(run_zero_options, stage, False, {})[0]
         for curve in pool2.run(run_zero_options, stage, True, options):
             assert_near(curve, expected)
+
+
+def run_json_optimizer(rank: int, world: int, stage: int, patched: bool, way: str) -> Curve:
+    """AdamW of the JSON for parameters that the caller names, as accelerate's DummyOptim passes them on."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    before = list(model.parameters())
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    named = dict(model.named_parameters())
+    kinds: dict[str, Any] = {
+        "groups": groups(model),
+        "iterators": [{**group, "params": iter(group["params"])} for group in groups(model)],
+        "attention": [p for name, p in named.items() if "self_attn" in name],
+        "before": before,
+    }
+    adam = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    config = {**settings(stage), "optimizer": adam}
+    engine, optimizer, *_ = deepspeed.initialize(model=model, config=config, model_parameters=kinds[way])
+    curve = train(engine, rank)
+    if way == "groups":
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+    engine.destroy()
+    return curve
+
+
+def test_parameters_of_the_optimizer_in_the_json(pool2: RankPool) -> None:
+    """Groups without a name of their own, of which DeepSpeed knows no way to make groups of experts."""
+    expected = pool2.run(run_json_optimizer, 1, False, "groups")[0]
+    for stage, way in ((0, "groups"), (1, "groups"), (2, "iterators"), (3, "groups")):
+        for curve in pool2.run(run_json_optimizer, stage, True, way):
+            assert_near(curve, expected)
+    for stage in (1, 2):
+        for text in pool2.expect("ConfigError", run_json_optimizer, stage, True, "attention"):
+            assert f"model_parameters at zero_optimization.stage ({stage}) must hold the experts" in text
+
+
+def test_parameters_collected_before_patching(pool2: RankPool) -> None:
+    """At stage 0 and 3 the experts that the model no longer has would be trained, and its own not."""
+    for stage in (0, 2, 3):
+        for text in pool2.expect("ConfigError", run_json_optimizer, stage, True, "before"):
+            assert "parameters that are not the model's; call patch_model before they are collected" in text
+
+
+def run_json(rank: int, world: int, stage: int, patched: bool, block: dict[str, Any]) -> Curve:
+    """A few steps with more fields in the JSON."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    engine, *_ = deepspeed.initialize(model=model, config={**settings(stage), **block})
+    curve = train(engine, rank)
+    engine.destroy()
+    return curve
+
+
+def test_settings_are_read_as_deepspeed_reads_them(pool2: RankPool) -> None:
+    """A stage in quotes is a stage: gradients of different experts were summed."""
+    for stage, no in (("1", False), ("2", "false"), (1.0, 0)):
+        block: dict[str, Any] = {"zero_optimization": {"stage": stage, "contiguous_gradients": no}}
+        block["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
+        for text in pool2.expect("ConfigError", run_json, 1, True, block):
+            assert f"contiguous_gradients (false) must be true at stage {int(float(stage))} when" in text
+
+
+def test_adagrad_needs_stage_0(pool2: RankPool) -> None:
+    """DeepSpeed makes it anew with one group, and ended in an IndexError in the first step."""
+    block = {"optimizer": {"type": "Adagrad", "params": {"lr": 1e-2}}}
+    expected = pool2.run(run_json, 1, False, block)[0]
+    for curve in pool2.run(run_json, 0, True, block):
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
+    for stage in (1, 2, 3):
+        for text in pool2.expect("ConfigError", run_json, stage, True, block):
+            assert f"optimizer.type (Adagrad) must be another one at zero_optimization.stage ({stage})" in text
+
+
+ZERO_PLUS_PLUS = [
+    ({"zero_hpz_partition_size": 2}, "(2) must be 1"),
+    ({"zero_quantized_gradients": True}, "(true) must"),
+]
+
+
+@pytest.mark.parametrize(("option", "shown"), ZERO_PLUS_PLUS)
+def test_zero_plus_plus_is_refused_by_name(pool2: RankPool, option: dict[str, Any], shown: str) -> None:
+    for text in pool2.expect("ConfigError", run_zero_options, 3, True, option):
+        assert f"zero_optimization.{next(iter(option))} {shown}" in text
+
+
+def run_states(rank: int, world: int, stage: int, patched: bool) -> dict[str, float]:
+    """The square of Adam's averages that the parameters know after each of two steps, over all ranks' experts."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    adam = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
+    engine, *_ = deepspeed.initialize(model=model, config={**settings(stage), "optimizer": adam})
+    found: dict[str, float] = {}
+    for step in range(2):
+        ids = batch(rank, 1, step=step)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        squares = torch.zeros(2, dtype=torch.float64)
+        for name, parameter in model.named_parameters():
+            average = safe_get_full_optimizer_state(parameter, "exp_avg")
+            squares[int("experts" in name)] += average.double().square().sum()
+        if patched:
+            torch.distributed.all_reduce(squares[1:])
+        found |= {f"dense {step}": float(squares[0]), f"experts {step}": float(squares[1])}
+    engine.destroy()
+    return found
+
+
+def test_parameters_know_their_states(pool2: RankPool) -> None:
+    """DeepSpeed looks for them once, after the step of the first group: the experts' were not found."""
+    expected = pool2.run(run_states, 1, False)[0]
+    for stage in (1, 2):
+        for found in pool2.run(run_states, stage, True):
+            assert found == pytest.approx(expected, rel=1e-4)
 
 
 def run_two_engines(rank: int, world: int, stage: int, patched: bool) -> Curve:
