@@ -7,18 +7,23 @@ Evaluation batches stay whole on every rank, as the Trainer leaves them. Before 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import ConfigError, RankMismatchError
 from fluid_hf.models.sequence_inputs import PACKING_KEYWORDS
+from fluid_hf.process_groups import backend_of
 
 __all__ = [
     "CutBatches",
@@ -28,6 +33,7 @@ __all__ = [
     "check_ranks",
     "check_sp_size",
     "fill_batches",
+    "give_head_size",
     "name_attention",
     "parallelism_of",
 ]
@@ -113,6 +119,40 @@ def name_attention(parallelism_config: Any, accelerator: Any, model: nn.Module) 
     named.named_from, named.sp_handler = given, copy.copy(handler)
     named.sp_handler.sp_attn_implementation = getattr(model.config, "_attn_implementation", None)
     accelerator.state.parallelism_config = named
+
+
+def give_head_size(accelerator: Any, config: Any) -> None:
+    """Let DeepSpeed read the size of a head from a config that leaves it to the model (Mixtral's `head_dim` is `None`).
+
+    Its own attention, which is not used, is built with that size, and does not take `None`. The config says it only
+    while accelerate prepares the model, so that what is saved stays as it was.
+
+    Args:
+        accelerator: the Trainer's `Accelerator`; without one nothing is done.
+        config: the model's config.
+    """
+    if accelerator is None or not hasattr(config, "get_text_config"):
+        return
+    own: Any = type(accelerator)._prepare_deepspeed
+
+    @functools.wraps(own)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        with _head_size_in(config.get_text_config()):
+            return own(accelerator, *args, **kwargs)
+
+    accelerator._prepare_deepspeed = prepare
+
+
+@contextlib.contextmanager
+def _head_size_in(config: Any) -> Iterator[None]:
+    if getattr(config, "head_dim", 0) is not None:  # without the name, DeepSpeed computes it
+        yield
+        return
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    try:
+        yield
+    finally:
+        config.head_dim = None
 
 
 def check_loss(sp_size: int, world_size: int, args: Any) -> None:

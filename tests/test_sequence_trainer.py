@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ pool4 = rank_pool(4)
 
 EPOCHS = {"epochs": 3, "samples": 8}
 STREAM = {"stream": True, "samples": 8, "steps": 6}
+MIXTRAL = {"family": "mixtral", "steps": 3}  # its config has no size of a head
 AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5}}
 
 
@@ -35,6 +37,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         {"name": "odd", "stage": 1, "length": 11, "steps": 4, **AUXILIARY},
         {"name": "epochs", "stage": 1, "positions": True, **EPOCHS},
         {"name": "stream", "stage": 1, "positions": True, **STREAM},
+        {"name": "mixtral", "stage": 1, "positions": True, **MIXTRAL},
     ]
     return train(runs, folder, nproc=1)
 
@@ -59,6 +62,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     within = str(tmp_path / "epochs" / "checkpoint-6")  # of the second epoch's four steps two are done
     runs.append({**runs[-1], "name": "within an epoch", "save_steps": 0, "resume": within})
     runs.append({**base, "name": "stream", "stage": 1, "fluid": {"ep_size": 2}, **STREAM})
+    runs.append({**base, "name": "mixtral", "stage": 1, "fluid": {"ep_size": 2}, **MIXTRAL})
+    runs[-1] |= {"save_model": str(tmp_path / "mixtral")}
     runs.append({**base, "name": "smooth", "stage": 1, "fluid": {"ep_size": 1}, "label_smoothing": 0.1})
     launched = {"parallelism_sp_size": 0, "launcher_sp_size": 2, "fluid": {"ep_size": 2}}
     runs.append({**base, "name": "launched", "stage": 1, **launched})
@@ -80,8 +85,11 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         assert len(curve(result)) == 3 * 4
     for result in found["within an epoch"]:
         assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
-    for result in found["stream"]:
-        assert_equal(curve(result), curve(expected["stream"][0]))
+    for name in ("stream", "mixtral"):
+        for result in found[name]:
+            assert_equal(curve(result), curve(expected[name][0]))
+    saved = json.loads((tmp_path / "mixtral" / "config.json").read_text(encoding="utf-8"))
+    assert saved["head_dim"] is None
     for name in ("differ", "alone", "smooth"):
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
     assert "label_smoothing_factor (0.1) must be 0 with sp_size (2) over 1" in found["smooth"][0]["message"]
