@@ -189,14 +189,58 @@ class FilledBatches:
         sp_size: ranks that share a sequence.
         pad_token_id: token to fill up with.
         mark_tokens: tell the batch's tokens from the padding.
+        group: the ranks that share a sequence, each of which brings batches; `None` for one rank by itself.
+        device: where its collectives take their tensors.
     """
 
-    def __init__(self, loader: Any, sp_size: int, pad_token_id: int, mark_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        sp_size: int,
+        pad_token_id: int,
+        mark_tokens: bool = False,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._loader, self._sp_size, self._pad_token_id = loader, sp_size, pad_token_id
-        self._mark_tokens = mark_tokens
+        self._mark_tokens, self._group, self._device = mark_tokens, group, device
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.fill, iter(self._loader))
+        return self.each(iter(self._loader))
+
+    def each(self, batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+        """What is left of the batches, filled up; with a group collective over it, at their end too.
+
+        Raises:
+            RankMismatchError: the ranks bring batches of other numbers of rows, or not equally many.
+        """
+        for batch in batches:
+            yield self.fill(batch, self._common_length(batch))
+        self._common_length(None)
+
+    def _common_length(self, batch: Any) -> int:
+        """What this batch's length must be a multiple of; `None` is the end of the batches.
+
+        Over gloo the group's longest: DeepSpeed gathers pieces of other lengths, which gloo does not.
+        """
+        if self._group is None:
+            return self._sp_size
+        rows, length = (-1, 0) if batch is None else batch["input_ids"].shape[:2]
+        own = torch.tensor([rows, length], device=self._device)
+        values = [torch.empty_like(own) for _ in range(self._sp_size)]
+        dist.all_gather(values, own, group=self._group)
+        found = torch.stack(values).tolist()  # host synchronisation, once for sp_size batches, as DeepSpeed's own
+        counts = [count for count, _ in found]
+        if len(set(counts)) > 1:
+            said = ["no more batches" if count < 0 else f"{count} rows" for count in counts]
+            raise RankMismatchError(
+                f"batches of the ranks that share sequences ({', '.join(said)}) must have equally many rows, and be "
+                "equally many; leave accelerator_config.even_batches on, or set dataloader_drop_last=True."
+            )
+        longest = max(length for _, length in found)
+        filled: int = longest + -longest % self._sp_size
+        over_gloo = backend_of(self._group, own.device.type) == "gloo"
+        return filled if over_gloo and filled else self._sp_size
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -204,8 +248,12 @@ class FilledBatches:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def fill(self, batch: Any) -> dict[str, Any]:
+    def fill(self, batch: Any, multiple: int | None = None) -> dict[str, Any]:
         """One batch, filled up, without what flash attention's collators add: attention takes it from `position_ids`.
+
+        Args:
+            batch: the batch.
+            multiple: what its length must be a multiple of; `sp_size` by default.
 
         Raises:
             ConfigError: samples are told apart by that alone.
@@ -218,7 +266,7 @@ class FilledBatches:
                 "(DataCollatorWithFlattening(return_position_ids=True))."
             )
         kept = {name: value for name, value in batch.items() if name not in PACKING_KEYWORDS}
-        return fill_up(kept, self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
+        return fill_up(kept, multiple or self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
 
 
 class CutBatches(IterableDataset):  # type: ignore[misc, type-arg]
@@ -290,6 +338,7 @@ def fill_batches(loader: Any, sp_size: int, config: Any, epoch: int = 0) -> None
     loader.prefetch_factor = None
     pad = getattr(config, "pad_token_id", None)
     marked = bool(getattr(config, "output_router_logits", False))
-    filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0, marked)
-    loader.dl, loader.iter = filled, map(filled.fill, loader.iter)
+    token = pad if isinstance(pad, int) and pad >= 0 else 0
+    filled = FilledBatches(loader.dl, sp_size, token, marked, loader.sp_group, loader.device)
+    loader.dl, loader.iter = filled, filled.each(loader.iter)
     loader.set_epoch(epoch)
