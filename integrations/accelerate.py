@@ -7,18 +7,23 @@ Evaluation batches stay whole on every rank, as the Trainer leaves them. Before 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import ConfigError, RankMismatchError
 from fluid_hf.models.sequence_inputs import PACKING_KEYWORDS
+from fluid_hf.process_groups import backend_of
 
 __all__ = [
     "CutBatches",
@@ -28,6 +33,7 @@ __all__ = [
     "check_ranks",
     "check_sp_size",
     "fill_batches",
+    "give_head_size",
     "name_attention",
     "parallelism_of",
 ]
@@ -115,6 +121,40 @@ def name_attention(parallelism_config: Any, accelerator: Any, model: nn.Module) 
     accelerator.state.parallelism_config = named
 
 
+def give_head_size(accelerator: Any, config: Any) -> None:
+    """Let DeepSpeed read the size of a head from a config that leaves it to the model (Mixtral's `head_dim` is `None`).
+
+    Its own attention, which is not used, is built with that size, and does not take `None`. The config says it only
+    while accelerate prepares the model, so that what is saved stays as it was.
+
+    Args:
+        accelerator: the Trainer's `Accelerator`; without one nothing is done.
+        config: the model's config.
+    """
+    if accelerator is None or not hasattr(config, "get_text_config"):
+        return
+    own: Any = type(accelerator)._prepare_deepspeed
+
+    @functools.wraps(own)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        with _head_size_in(config.get_text_config()):
+            return own(accelerator, *args, **kwargs)
+
+    accelerator._prepare_deepspeed = prepare
+
+
+@contextlib.contextmanager
+def _head_size_in(config: Any) -> Iterator[None]:
+    if getattr(config, "head_dim", 0) is not None:  # without the name, DeepSpeed computes it
+        yield
+        return
+    config.head_dim = config.hidden_size // config.num_attention_heads
+    try:
+        yield
+    finally:
+        config.head_dim = None
+
+
 def check_loss(sp_size: int, world_size: int, args: Any) -> None:
     """Raise if the Trainer would leave out of its loss what its arguments ask for, or torch has no gradient of it.
 
@@ -149,14 +189,58 @@ class FilledBatches:
         sp_size: ranks that share a sequence.
         pad_token_id: token to fill up with.
         mark_tokens: tell the batch's tokens from the padding.
+        group: the ranks that share a sequence, each of which brings batches; `None` for one rank by itself.
+        device: where its collectives take their tensors.
     """
 
-    def __init__(self, loader: Any, sp_size: int, pad_token_id: int, mark_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        sp_size: int,
+        pad_token_id: int,
+        mark_tokens: bool = False,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._loader, self._sp_size, self._pad_token_id = loader, sp_size, pad_token_id
-        self._mark_tokens = mark_tokens
+        self._mark_tokens, self._group, self._device = mark_tokens, group, device
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self.fill, iter(self._loader))
+        return self.each(iter(self._loader))
+
+    def each(self, batches: Iterator[Any]) -> Iterator[dict[str, Any]]:
+        """What is left of the batches, filled up; with a group collective over it, at their end too.
+
+        Raises:
+            RankMismatchError: the ranks bring batches of other numbers of rows, or not equally many.
+        """
+        for batch in batches:
+            yield self.fill(batch, self._common_length(batch))
+        self._common_length(None)
+
+    def _common_length(self, batch: Any) -> int:
+        """What this batch's length must be a multiple of; `None` is the end of the batches.
+
+        Over gloo the group's longest: DeepSpeed gathers pieces of other lengths, which gloo does not.
+        """
+        if self._group is None:
+            return self._sp_size
+        rows, length = (-1, 0) if batch is None else batch["input_ids"].shape[:2]
+        own = torch.tensor([rows, length], device=self._device)
+        values = [torch.empty_like(own) for _ in range(self._sp_size)]
+        dist.all_gather(values, own, group=self._group)
+        found = torch.stack(values).tolist()  # host synchronisation, once for sp_size batches, as DeepSpeed's own
+        counts = [count for count, _ in found]
+        if len(set(counts)) > 1:
+            said = ["no more batches" if count < 0 else f"{count} rows" for count in counts]
+            raise RankMismatchError(
+                f"batches of the ranks that share sequences ({', '.join(said)}) must have equally many rows, and be "
+                "equally many; leave accelerator_config.even_batches on, or set dataloader_drop_last=True."
+            )
+        longest = max(length for _, length in found)
+        filled: int = longest + -longest % self._sp_size
+        over_gloo = backend_of(self._group, own.device.type) == "gloo"
+        return filled if over_gloo and filled else self._sp_size
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -164,8 +248,12 @@ class FilledBatches:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
 
-    def fill(self, batch: Any) -> dict[str, Any]:
+    def fill(self, batch: Any, multiple: int | None = None) -> dict[str, Any]:
         """One batch, filled up, without what flash attention's collators add: attention takes it from `position_ids`.
+
+        Args:
+            batch: the batch.
+            multiple: what its length must be a multiple of; `sp_size` by default.
 
         Raises:
             ConfigError: samples are told apart by that alone.
@@ -178,7 +266,7 @@ class FilledBatches:
                 "(DataCollatorWithFlattening(return_position_ids=True))."
             )
         kept = {name: value for name, value in batch.items() if name not in PACKING_KEYWORDS}
-        return fill_up(kept, self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
+        return fill_up(kept, multiple or self._sp_size, self._pad_token_id, mark_tokens=self._mark_tokens)
 
 
 class CutBatches(IterableDataset):  # type: ignore[misc, type-arg]
@@ -250,6 +338,7 @@ def fill_batches(loader: Any, sp_size: int, config: Any, epoch: int = 0) -> None
     loader.prefetch_factor = None
     pad = getattr(config, "pad_token_id", None)
     marked = bool(getattr(config, "output_router_logits", False))
-    filled = FilledBatches(loader.dl, sp_size, pad if isinstance(pad, int) and pad >= 0 else 0, marked)
-    loader.dl, loader.iter = filled, map(filled.fill, loader.iter)
+    token = pad if isinstance(pad, int) and pad >= 0 else 0
+    filled = FilledBatches(loader.dl, sp_size, token, marked, loader.sp_group, loader.device)
+    loader.dl, loader.iter = filled, filled.each(loader.iter)
     loader.set_epoch(epoch)

@@ -19,6 +19,7 @@ from fluid_hf.integrations.accelerate import (
     check_ranks,
     check_sp_size,
     fill_batches,
+    give_head_size,
     name_attention,
     parallelism_of,
 )
@@ -104,6 +105,8 @@ class FluidCallback(TrainerCallback):
         check_ranks(parallelism, groups.world_size)
         check_loss(groups.sp_size, groups.world_size, args)
         name_attention(parallelism, accelerator, model)
+        if groups.sp_size > 1:
+            give_head_size(accelerator, model.config)
         _check_reference(args, groups.ep_size)
         if args.fsdp:
             refuse_fsdp(groups.ep_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,14 @@ from test_trainer import assert_equal, curve, train
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidConfig
-from fluid_hf.integrations.accelerate import FilledBatches, check_loss, check_ranks, name_attention
+from fluid_hf.integrations.accelerate import FilledBatches, check_loss, check_ranks, fill_batches, name_attention
 
 pool4 = rank_pool(4)
 
 
 EPOCHS = {"epochs": 3, "samples": 8}
 STREAM = {"stream": True, "samples": 8, "steps": 6}
+MIXTRAL = {"family": "mixtral", "steps": 3}  # its config has no size of a head
 AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5}}
 
 
@@ -35,6 +37,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
         {"name": "odd", "stage": 1, "length": 11, "steps": 4, **AUXILIARY},
         {"name": "epochs", "stage": 1, "positions": True, **EPOCHS},
         {"name": "stream", "stage": 1, "positions": True, **STREAM},
+        {"name": "mixtral", "stage": 1, "positions": True, **MIXTRAL},
     ]
     return train(runs, folder, nproc=1)
 
@@ -59,6 +62,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     within = str(tmp_path / "epochs" / "checkpoint-6")  # of the second epoch's four steps two are done
     runs.append({**runs[-1], "name": "within an epoch", "save_steps": 0, "resume": within})
     runs.append({**base, "name": "stream", "stage": 1, "fluid": {"ep_size": 2}, **STREAM})
+    runs.append({**base, "name": "mixtral", "stage": 1, "fluid": {"ep_size": 2}, **MIXTRAL})
+    runs[-1] |= {"save_model": str(tmp_path / "mixtral")}
     runs.append({**base, "name": "smooth", "stage": 1, "fluid": {"ep_size": 1}, "label_smoothing": 0.1})
     launched = {"parallelism_sp_size": 0, "launcher_sp_size": 2, "fluid": {"ep_size": 2}}
     runs.append({**base, "name": "launched", "stage": 1, **launched})
@@ -80,8 +85,11 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
         assert len(curve(result)) == 3 * 4
     for result in found["within an epoch"]:
         assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
-    for result in found["stream"]:
-        assert_equal(curve(result), curve(expected["stream"][0]))
+    for name in ("stream", "mixtral"):
+        for result in found[name]:
+            assert_equal(curve(result), curve(expected[name][0]))
+    saved = json.loads((tmp_path / "mixtral" / "config.json").read_text(encoding="utf-8"))
+    assert saved["head_dim"] is None
     for name in ("differ", "alone", "smooth"):
         assert [result["error"] for result in found[name]] == ["ConfigError"] * 2, found[name]
     assert "label_smoothing_factor (0.1) must be 0 with sp_size (2) over 1" in found["smooth"][0]["message"]
@@ -146,6 +154,42 @@ def test_collators_for_flash_attention() -> None:
     }
     with pytest.raises(ConfigError, match="position_ids must be given beside cu_seq_lens_q"):
         batches.fill({"input_ids": ids, "labels": ids, **packed})
+
+
+def run_cut(rank: int, world: int, shapes: list[list[tuple[int, int]]]) -> list[dict[str, Any]]:
+    """This rank's pieces of what each rank's loader gives, batches of these shapes."""
+    import deepspeed
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    deepspeed.init_distributed("gloo")
+    batches = [{"input_ids": torch.full(shape, 10 * rank + step)} for step, shape in enumerate(shapes[rank], 1)]
+    given = [{**one, "labels": one["input_ids"].clone()} for one in batches]
+    adapter = UlyssesSPDataLoaderAdapter(given, rank, torch.distributed.group.WORLD, world, torch.device("cpu"))
+    fill_batches(adapter, world, SimpleNamespace())
+    return [{name: value.tolist() for name, value in piece.items()} for piece in adapter]
+
+
+def test_ranks_bring_batches_of_other_lengths(pool4: RankPool) -> None:
+    """As collators that pad to the longest make them; DeepSpeed's adapter gathers them, which gloo does not."""
+    lengths = [[3, 2], [5, 1], [9, 4], [1, 3]]
+    pieces = pool4.run(run_cut, [[(2, length) for length in own] for own in lengths], timeout=60)
+    for step, multiple in enumerate((12, 4)):
+        for owner in range(4):
+            found = [own[4 * step + owner] for own in pieces]
+            ids = [sum((piece["input_ids"][row] for piece in found), []) for row in range(2)]
+            length = lengths[owner][step]
+            assert ids == [[10 * owner + step + 1] * length + [0] * (multiple - length)] * 2
+            assert sum((piece["position_ids"][0] for piece in found), []) == list(range(multiple))
+            labels = sum((piece["shift_labels"][0] for piece in found), [])
+            assert sum(label != -100 for label in labels) == length - 1
+
+
+@pytest.mark.parametrize(("last", "said"), [([(1, 4)], "2 rows, 2 rows, 2 rows, 1 rows"), ([], "no more batches")])
+def test_ranks_bring_equally_many_rows(pool4: RankPool, last: list[tuple[int, int]], said: str) -> None:
+    shapes = [[(2, 4), (2, 4)] for _ in range(3)] + [[(2, 4), *last]]
+    for message in pool4.expect("RankMismatchError", run_cut, shapes, timeout=60):
+        assert said in message and "even_batches" in message
 
 
 def run_engine(rank: int, world: int, stage: int, sp_size: int, ep_size: int) -> Curve:
