@@ -155,16 +155,17 @@ def _head_size_in(config: Any) -> Iterator[None]:
         config.head_dim = None
 
 
-def check_loss(sp_size: int, world_size: int, args: Any) -> None:
+def check_loss(sp_size: int, world_size: int, args: Any, loss_function: Any = None) -> None:
     """Raise if the Trainer would leave out of its loss what its arguments ask for, or torch has no gradient of it.
 
     Args:
         sp_size: ranks that share a sequence.
         world_size: number of ranks.
         args: the Trainer's `TrainingArguments`.
+        loss_function: its `compute_loss_func`.
 
     Raises:
-        ConfigError: with `sp_size` over 1 it computes its loss by itself, without label smoothing; and over gloo the
+        ConfigError: with `sp_size` over 1 it computes its loss by itself, without either of these; and over gloo the
             gradient of what it gathers is scattered from global ranks 0, 1, ..., which other groups do not have.
     """
     if 1 < sp_size < world_size and args.device.type == "cpu":
@@ -178,6 +179,12 @@ def check_loss(sp_size: int, world_size: int, args: Any) -> None:
         raise ConfigError(
             f"label_smoothing_factor ({smoothing}) must be 0 with sp_size ({sp_size}) over 1: the Trainer leaves it "
             "out of the loss of sequences that ranks share; set it to 0, or compute the loss in a loop of your own."
+        )
+    if sp_size > 1 and loss_function is not None:
+        named = getattr(loss_function, "__name__", type(loss_function).__name__)
+        raise ConfigError(
+            f"compute_loss_func ({named}) must be None with sp_size ({sp_size}) over 1: the Trainer does not call it "
+            "where ranks share sequences; override compute_loss, or compute the loss in a loop of your own."
         )
 
 

@@ -91,7 +91,8 @@ class FluidCallback(TrainerCallback):
             handler.callbacks.insert(1, self)
 
     def _patch(self, model: nn.Module, args: TrainingArguments) -> None:
-        accelerator = getattr(calling_trainer(), "accelerator", None)
+        trainer = calling_trainer()
+        accelerator = getattr(trainer, "accelerator", None)
         parallelism = parallelism_of(args, accelerator)
         if not isinstance(getattr(model, "fluid", None), FluidState) or self.config is not None:
             active = deepspeed_config()
@@ -103,7 +104,7 @@ class FluidCallback(TrainerCallback):
         groups = get_state(model).groups
         check_sp_size(groups.sp_size, parallelism)
         check_ranks(parallelism, groups.world_size)
-        check_loss(groups.sp_size, groups.world_size, args)
+        check_loss(groups.sp_size, groups.world_size, args, getattr(trainer, "compute_loss_func", None))
         name_attention(parallelism, accelerator, model)
         if groups.sp_size > 1:
             give_head_size(accelerator, model.config)

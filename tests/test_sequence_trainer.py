@@ -138,6 +138,17 @@ def test_several_groups_on_cpus_are_refused_by_name() -> None:
         check_loss(2, 4, cpu)
 
 
+def test_a_loss_function_that_the_trainer_would_not_call_is_refused_by_name() -> None:
+    """transformers computes the loss of sequences that ranks share by itself, and leaves it out without a word."""
+    args = SimpleNamespace(device=torch.device("cuda"), label_smoothing_factor=0.0)
+
+    def own_loss(*given: Any) -> None: ...
+
+    check_loss(1, 4, args, own_loss)
+    with pytest.raises(ConfigError, match=r"compute_loss_func \(own_loss\) must be None with sp_size \(2\) over 1"):
+        check_loss(2, 4, args, own_loss)
+
+
 def test_collators_for_flash_attention() -> None:
     """TRL's packing adds tensors that do not run along the sequence; positions say the same."""
     ids = torch.arange(1, 6)[None]
