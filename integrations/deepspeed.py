@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -313,11 +314,11 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
         link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if hasattr(engine.optimizer, "_optimizer_step") and link is not None:
             engine.optimizer._lazy_init_hp_params_optimizer_state = functools.partial(
-                _link_states, engine.optimizer, link
+                _link_states, engine.optimizer, link, itertools.count(1)
             )
 
 
-def _link_states(optimizer: Any, link: Callable[[], None]) -> None:
+def _link_states(optimizer: Any, link: Callable[[], None], calls: Iterator[int]) -> None:
     """Let parameters know the optimizer's states of all groups, for `safe_get_full_optimizer_state`.
 
     ZeRO 1 and 2 step group after group and do it once, with the first: the experts' have no states yet.
@@ -325,8 +326,7 @@ def _link_states(optimizer: Any, link: Callable[[], None]) -> None:
     if optimizer._hp_optimizer_states_linked:
         return
     link()
-    last = optimizer.single_partition_of_fp32_groups[-1]
-    optimizer._hp_optimizer_states_linked = bool(optimizer.optimizer.state[last])
+    optimizer._hp_optimizer_states_linked = next(calls) >= len(optimizer.single_partition_of_fp32_groups)
 
 
 def _leave(engine: weakref.ref[Any]) -> None:
