@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -19,6 +20,7 @@ from fluid_hf.bench.links import world_sizes
 from fluid_hf.bench.model import ModelBench, ModelSlice, start_engine
 from fluid_hf.bench.same_routing import RecordedRouting, SameRouting
 from fluid_hf.bench.stages import Stages
+from fluid_hf.commands.arguments import engine_settings
 from fluid_hf.errors import ConfigError, TraceError
 
 pool2 = rank_pool(2)
@@ -135,10 +137,33 @@ def test_real_ranks_are_all_in_one_group(monkeypatch: pytest.MonkeyPatch) -> Non
         world_sizes("nccl", [2])
 
 
-@pytest.mark.parametrize("overlap_comm", [False, True])
-def test_steps_may_reduce_gradients_beside_backward(overlap_comm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_take_settings_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr("deepspeed.initialize", lambda **given: seen.append(given["config"]) or ["engine"])
     bench = ModelBench(ModelSlice("tiny", 1, 1, 8), torch.device("cpu"), torch.float32)
-    assert start_engine(bench.build(), bench, overlap_comm) == "engine"
-    assert seen[0]["zero_optimization"] == {"stage": 1, "overlap_comm": overlap_comm}
+    given = {"zero_optimization": {"overlap_comm": True}, "gradient_clipping": 0.5}
+    assert start_engine(bench.build(), bench, given) == "engine"
+    assert seen[0]["zero_optimization"] == {"stage": 1, "overlap_comm": True} and seen[0]["gradient_clipping"] == 0.5
+    start_engine(bench.build(), bench)
+    assert seen[1]["zero_optimization"] == {"stage": 1} and seen[1]["gradient_clipping"] == 1.0
+
+
+def test_settings_of_deepspeed_are_a_users_json_without_what_the_benchmark_decides(tmp_path: Path) -> None:
+    users = {
+        "fluid": {"ep_size": 2},
+        "optimizer": {"type": "AdamW"},
+        "train_batch_size": "auto",
+        "bf16": {"a": "auto", "b": 1},
+    }
+    users["zero_optimization"] = {"stage": 2}
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(users))
+    expected = {"bf16": {"b": 1}, "zero_optimization": {"stage": 2}}
+    assert engine_settings(str(path)) == engine_settings(json.dumps(users)) == expected
+    for text, reason in (
+        ("[1]", "No such file"),
+        ("{", "must be JSON"),
+        ('{"zero_optimization": {"stage": 3}}', "1 or 2"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=reason):
+            engine_settings(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,23 +217,25 @@ class ModelBench:
             torch.cuda.synchronize(self.device)
 
 
-def start_engine(model: nn.Module, bench: ModelBench, overlap_comm: bool = False) -> Any:
+def start_engine(model: nn.Module, bench: ModelBench, given: Mapping[str, Any] | None = None) -> Any:
     """DeepSpeed's engine with ZeRO 1 and AdamW around a model with split experts. Collective.
 
     Args:
-        overlap_comm: DeepSpeed's setting of that name: gradients are reduced beside the backward pass.
+        given: settings of DeepSpeed's JSON beside or instead of those here.
     """
     import deepspeed
 
     from fluid_hf.integrations.optimizer_groups import split_expert_groups
 
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": bench.part.batch,
-        "zero_optimization": {"stage": 1, "overlap_comm": overlap_comm},
+        "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bench.dtype == torch.bfloat16},
         "gradient_clipping": 1.0,
     }
+    for name, value in (given or {}).items():
+        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=bench.device.type == "cuda")
     split_expert_groups(optimizer.param_groups)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -6,7 +6,7 @@ import functools
 import gc
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class RunSettings:
             gradients, timed of the first slice.
         pictures: folder for the timeline of the first slice; `None` for none.
         timeout: seconds that a rank waits for another one.
-        overlap_comm: of DeepSpeed, in steps.
+        deepspeed: settings of DeepSpeed's JSON for steps, beside or instead of the benchmark's.
     """
 
     modes: Sequence[str]
@@ -53,7 +53,7 @@ class RunSettings:
     wgrad: Sequence[str] = ()
     pictures: str | None = None
     timeout: float = 300.0
-    overlap_comm: bool = False
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
 
     def wants(self, variant: str) -> bool:
         """Whether a variant is timed."""
@@ -253,7 +253,7 @@ class SliceRun:
             self._skip(f"{names}, step: {lacking / 1e9:.1f} GB of memory missing")
             return
         with self.stages.stage("DeepSpeed engine"):
-            engine = start_engine(model, self._cells[0].bench, self.settings.overlap_comm)
+            engine = start_engine(model, self._cells[0].bench, self.settings.deepspeed)
         for cell in self._cells:
             self._time(cell, "step", group, functools.partial(cell.bench.step, engine), switch)
         engine.destroy()

@@ -5,19 +5,40 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import math
 import os
 import shutil
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 from fluid_hf.errors import ConfigError
 
-__all__ = ["add_json", "check_targets", "not_negative", "positive", "positive_number", "write_whole"]
+__all__ = [
+    "add_json",
+    "check_targets",
+    "engine_settings",
+    "not_negative",
+    "positive",
+    "positive_number",
+    "write_whole",
+]
 
 # A folder that takes no new files, a file that only its owner may replace, a file that is a mount of its own.
 IN_PLACE_ONLY = (errno.EACCES, errno.EPERM, errno.EBUSY, errno.EXDEV)
+
+
+# What a benchmark decides itself; left out of a user's JSON.
+OWN_SETTINGS = (
+    "fluid",
+    "optimizer",
+    "scheduler",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
 
 
 def positive(text: str) -> int:
@@ -45,6 +66,29 @@ def not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, is {text!r}")
     return value
+
+
+def engine_settings(text: str) -> dict[str, Any]:
+    """An argparse type: settings of DeepSpeed for a benchmark, as JSON or the name of a file with it.
+
+    What is the benchmark's own, `OWN_SETTINGS`, and values that are "auto" are left out.
+    """
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be JSON or a file with it, is {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, is {text!r}")
+    settings: dict[str, Any] = _without_auto({k: v for k, v in found.items() if k not in OWN_SETTINGS})
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 1) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"zero_optimization must have stage 1 or 2, is {zero!r}")
+    return settings
+
+
+def _without_auto(block: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in block.items() if value != "auto"}
+    return {name: _without_auto(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _number(text: str) -> float:

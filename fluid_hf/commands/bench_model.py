@@ -17,7 +17,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelSlice
 from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
-from fluid_hf.commands.arguments import add_json, not_negative, positive, positive_number, write_whole
+from fluid_hf.commands.arguments import add_json, engine_settings, not_negative, positive, positive_number, write_whole
 from fluid_hf.errors import ConfigError
 
 MODES = ["inference", "forward", "backward", "step"]
@@ -46,9 +46,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--sequence", type=positive, default=4096, help="tokens of a sequence")
     add("--modes", nargs="+", choices=MODES, default=MODES[:3], help="step: with DeepSpeed ZeRO 1 and AdamW")
     add(
-        "--overlap-comm",
-        action="store_true",
-        help="steps with DeepSpeed's overlap_comm: dense gradients beside backward",
+        "--deepspeed",
+        type=engine_settings,
+        default={},
+        metavar="JSON",
+        help="settings of DeepSpeed for steps (ZeRO 1 or 2), as text or a file; batch and optimizer stay",
     )
     add("--repeats", type=positive, default=20, help="timed runs of each variant and mode")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
@@ -108,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
                 wgrad=options.wgrad if first else (),
                 pictures=options.trace if first else None,
                 timeout=options.timeout,
-                overlap_comm=options.overlap_comm,
+                deepspeed=options.deepspeed,
             )
             slices = SliceRun(parts, settings, stages, device, functools.partial(_write, options, device, cells))
             cells.extend(slices.cells)
