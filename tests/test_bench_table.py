@@ -17,7 +17,7 @@ from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
 
 RESULTS = Path(__file__).resolve().parent.parent / "examples/benchmarks/results"
-TRACED = RESULTS / "2026-11-29_model_2xh200_nvlink.json"
+TRACED = RESULTS / "2026-11-30_model_2xh200_nvlink.json"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -35,7 +35,7 @@ def test_every_published_file_is_a_table_or_named(path: Path, capsys: pytest.Cap
 
 
 def test_runs_over_several_links_are_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = [str(RESULTS / f"2026-11-29_model_2xh200_{link}.json") for link in ("nvlink", "shm")]
+    files = [str(RESULTS / f"2026-11-30_model_2xh200_{link}.json") for link in ("nvlink", "shm")]
     lines = []
     for names in (files[:1], files[1:], files, [files[0]] * 2):
         assert cli.main(["bench", "table", "--json", *names]) == 0

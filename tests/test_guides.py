@@ -192,7 +192,7 @@ def test_gains_at_the_top_are_those_of_the_results() -> None:
 
     peers, expected = ("AutoEP", "AllToAllEP", "serial"), []
     for mode, link in itertools.product(("forward", "step"), ("nvlink", "shm")):
-        variants = _slice(cells(f"2026-11-29_model_2xh200_{link}.json"))["variants"]
+        variants = _slice(cells(f"2026-11-30_model_2xh200_{link}.json"))["variants"]
         times = {key: value[mode]["median"] for key, value in variants.items() if mode in value}
         expected.append([[times[peer] / times["fluid_hf"]] for peer in peers if peer in times])
     layers = [cell for cell in cells("2026-11-29_layer_h200_mirror.json") if cell["ep_size"] > 1 and not cell["skew"]]

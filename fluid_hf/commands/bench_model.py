@@ -45,13 +45,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--batch", nargs="+", type=positive, default=[2], help="sequences per rank")
     add("--sequence", type=positive, default=4096, help="tokens of a sequence")
     add("--modes", nargs="+", choices=MODES, default=MODES[:3], help="step: with DeepSpeed ZeRO 1 and AdamW")
-    add(
-        "--deepspeed",
-        type=engine_settings,
-        default={},
-        metavar="JSON",
-        help="settings of DeepSpeed for steps (ZeRO 1 or 2), as text or a file; batch and optimizer stay",
-    )
+    add("--deepspeed", type=engine_settings, default={}, metavar="JSON", help="settings for steps: text or a file")
     add("--repeats", type=positive, default=20, help="timed runs of each variant and mode")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add(
