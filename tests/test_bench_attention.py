@@ -212,6 +212,24 @@ def test_benchmark_checks_every_variant(tmp_path: Path, capsys: pytest.CaptureFi
     assert torch.cuda.is_available() or "0.00" not in "".join(lines)  # what was not timed is no time of zero
 
 
+def test_report_says_where_the_time_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "attention.json"
+    options = ["--shapes", "tiny", "--sp", "1", "2", "--tokens", "64", "--chunks", "2", "--report", "--json", str(out)]
+    assert cli.main(["bench", "attention", *options]) == 0
+    alone, shared = json.loads(out.read_text())["cells"]
+    assert not alone["report"] and sorted(shared["report"]) == ["overlap 1", "serial"]
+    for passes in shared["report"].values():
+        for found in passes.values():
+            # Computing, messages alone and neither are all there is.
+            parts = found["compute_ms"] + found["exposed_ms"] + found["idle_ms"]
+            assert parts == pytest.approx(found["ms"], rel=1e-2) and found["compute_ms"] > 0 and found["link_ms"] > 0
+        assert sorted(passes) == ["both", "forward"]
+    waits = shared["report"]["overlap 1"]["both"]["waits"]
+    assert {"heads", "head gradients"} <= waits.keys() and "exchange" not in waits
+    table = capsys.readouterr().out.split("\n\n")[-1]
+    assert table.count("| tiny SP2, 64 tokens |") == 4 and "| overlap 1 | forward |" in table
+
+
 def test_memory_of_a_step_falls_with_the_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What autograd keeps; the rest is counted on GPUs only."""
     file = tmp_path / "memory.json"

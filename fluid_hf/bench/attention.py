@@ -133,8 +133,8 @@ class AttentionBench:
             found[name], parameter.grad = parameter.grad, None
         return found
 
-    def time(self, stack: list[tuple[AttentionLayer, nn.Module]], repeats: int) -> AttentionTiming:
-        """Median times of a variant per call, from `layers` builds of it."""
+    def passes(self, stack: list[tuple[AttentionLayer, nn.Module]]) -> dict[str, Callable[[], None]]:
+        """Forward, and forward and backward, of layers in a row."""
 
         def forward() -> None:
             with torch.no_grad():
@@ -148,9 +148,13 @@ class AttentionBench:
             for _, module in stack:
                 module.zero_grad(set_to_none=True)
 
-        count = len(stack)
-        (f, fs), (b, bs) = measure(forward, repeats, self.device), measure(both, repeats, self.device)
-        host = (self._host(forward, repeats) / count, self._host(both, repeats) / count)
+        return {"forward": forward, "both": both}
+
+    def time(self, stack: list[tuple[AttentionLayer, nn.Module]], repeats: int) -> AttentionTiming:
+        """Median times of a variant per call, from `layers` builds of it."""
+        runs, count = self.passes(stack), len(stack)
+        (f, fs), (b, bs) = (measure(runs[name], repeats, self.device) for name in ("forward", "both"))
+        host = (self._host(runs["forward"], repeats) / count, self._host(runs["both"], repeats) / count)
         return AttentionTiming(f / count, fs / count, b / count, bs / count, *host, self._peak(*stack[0]))
 
     def limits(self, repeats: int) -> dict[str, float]:

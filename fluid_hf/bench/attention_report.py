@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fluid_hf.bench.report import breakdown_table
+
 __all__ = ["attention_table"]
 
 
@@ -31,7 +33,13 @@ def attention_table(report: dict[str, Any]) -> str:
             " / ".join(f"{found['peak_mib']:.0f}" if found and found["peak_mib"] else "-" for found in (ours, theirs)),
         ]
         lines.append("| " + " | ".join(columns) + " |")
-    return "\n".join(lines)
+    reports = [
+        (f"{cell['shape']} SP{cell['sp_size']}, {cell['tokens']} tokens", variant, name, found)
+        for cell in report["cells"]
+        for variant, passes in cell.get("report", {}).items()
+        for name, found in passes.items()
+    ]
+    return "\n".join([*lines, *breakdown_table("layer", reports)])
 
 
 def _times(variant: dict[str, float] | None) -> str:

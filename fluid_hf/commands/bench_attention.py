@@ -21,7 +21,8 @@ from fluid_hf.bench.links import link_world
 from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
 from fluid_hf.commands.arguments import add_json, positive, write_whole
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import ConfigError, TraceError
+from fluid_hf.profiling.breakdown import breakdown, breakdown_text, record
 
 ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference between variants
 
@@ -49,6 +50,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--layers", type=positive, default=4, help="calls in a row; times are per call")
     add("--repeats", type=positive, default=20, help="timed runs of each variant")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
+    add("--report", action="store_true", help="also say where the time goes, from a timeline of ours")
     add_json(parser)
     return parser
 
@@ -65,6 +67,9 @@ def run(options: argparse.Namespace) -> int:
     if not cells:
         heads = {name: ATTENTION_SHAPES[name].heads for name in options.shapes}
         raise ConfigError(f"--sp ({options.sp}) must divide --tokens ({options.tokens}) and the heads ({heads}).")
+    # When all is timed: what traces a GPU stays in the process, and can make later launches take the host longer.
+    for sp_size in options.sp or [2, 8] if options.report else []:
+        _report_all(options, sp_size, cells)
     print("\n" + attention_table(_write(options, "attention", cells)))
     return int(any(isinstance(error, str) for cell in cells for error in cell["errors"].values()))
 
@@ -91,12 +96,40 @@ def _write(options: argparse.Namespace, what: str, cells: list[dict[str, Any]]) 
 
 def _bench(options: Any, sp_size: int, cells: list[dict[str, Any]]) -> None:
     with link_world("mirror", sp_size) as device:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         for name, tokens in itertools.product(options.shapes, options.tokens):
-            shape, how = ATTENTION_SHAPES[name], {"dtype": dtype, "layers": options.layers}
-            if shape.heads % sp_size == 0 and tokens % sp_size == 0:
-                cells.append(_cell(options, AttentionBench(shape, sp_size, tokens, device, **how), name))
+            if ATTENTION_SHAPES[name].heads % sp_size == 0 and tokens % sp_size == 0:
+                cells.append(_cell(options, _attention_bench(options, name, sp_size, tokens, device), name))
                 _write(options, "attention", cells)
+
+
+def _attention_bench(options: Any, name: str, sp_size: int, tokens: int, device: torch.device) -> AttentionBench:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return AttentionBench(ATTENTION_SHAPES[name], sp_size, tokens, device, dtype=dtype, layers=options.layers)
+
+
+def _report_all(options: Any, sp_size: int, cells: list[dict[str, Any]]) -> None:
+    """Where the time goes in serial and in the planned chunks, of every cell of that size."""
+    with link_world("mirror", sp_size) as device:
+        for cell in [cell for cell in cells if cell["sp_size"] == sp_size and sp_size > 1]:
+            bench = _attention_bench(options, cell["shape"], sp_size, cell["tokens"], device)
+            for variant, build in bench.variants([cell["planned_chunks"]]).items():
+                if variant in cell["variants"] and not variant.startswith("Ulysses"):
+                    _say(f"\n{cell['shape']} SP{sp_size} T={bench.tokens} {variant}")
+                    cell["report"][variant] = _report(bench, [build() for _ in range(bench.layers)])
+            _write(options, "attention", cells)
+
+
+def _report(bench: AttentionBench, stack: list[Any]) -> dict[str, Any]:
+    """By the timeline of one run of each pass; none of a pass that the trace does not hold whole."""
+    found = {}
+    for name, go in bench.passes(stack).items():
+        try:
+            found[name] = breakdown(*record(go), calls=len(stack))
+        except TraceError as error:  # the times are what was asked for
+            _say(f"    no report: {error}")
+        else:
+            _say(f"    {name:<8} {breakdown_text(found[name])}")
+    return found
 
 
 def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
@@ -104,7 +137,7 @@ def _cell(options: Any, bench: AttentionBench, name: str) -> dict[str, Any]:
     chunks = sorted({planned, *(len(bench.layout.chunks(count)) for count in options.chunks)})
     cell: dict[str, Any] = {"shape": name, "sp_size": bench.sp_size, "tokens": bench.tokens, "layers": bench.layers}
     cell |= {"planned_chunks": planned, "bytes_sent": bench.bytes_sent() if bench.sp_size > 1 else 0}
-    cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}}
+    cell |= {"limits": bench.limits(options.repeats), "variants": {}, "errors": {}, "report": {}}
     _say(f"\n{name} SP{bench.sp_size} T={bench.tokens} planned chunks {planned} {limits_text(cell['limits'])}")
     reference: dict[str, torch.Tensor] = {}
     for variant, build in tqdm(bench.variants(chunks).items(), leave=False, disable=None):

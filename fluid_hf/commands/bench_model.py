@@ -45,7 +45,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--batch", nargs="+", type=positive, default=[2], help="sequences per rank")
     add("--sequence", type=positive, default=4096, help="tokens of a sequence")
     add("--modes", nargs="+", choices=MODES, default=MODES[:3], help="step: with DeepSpeed ZeRO 1 and AdamW")
-    add("--deepspeed", type=engine_settings, default={}, metavar="JSON", help="settings for steps: text or a file")
+    add(
+        "--deepspeed",
+        type=engine_settings,
+        default={},
+        metavar="JSON",
+        help="DeepSpeed settings for steps: text or file",
+    )
     add("--repeats", type=positive, default=20, help="timed runs of each variant and mode")
     add("--variants", nargs="+", help="only variants whose name contains one of these")
     add(
