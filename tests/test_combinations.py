@@ -14,9 +14,10 @@ from distributed import RankPool, rank_pool
 from families import batch, relative_error, tiny_model
 from test_equivalence import TOLERANCE
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fluid_hf
-from fluid_hf import FluidConfig, GradientError, UnsupportedModelError
+from fluid_hf import ConfigError, FluidConfig, GradientError, UnsupportedModelError
 from fluid_hf.checkpoint.gather import gather_experts
 
 pool2 = rank_pool(2)
@@ -87,7 +88,25 @@ def freezing_and_thawing(model: Any, rank: int) -> Outputs:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     loss_of(model, rank, 2).backward()
+    model.model.layers[0].requires_grad_(False)  # an optimizer steps by the gradients that they have all the same
+    model.lm_head.requires_grad_(False)
     return {}
+
+
+def computed_dense_weights(model: Any, rank: int) -> Outputs:
+    """Computed anew each time that they are asked for, once a forward pass: spectral norm's iteration goes on."""
+    one, two = model.model.layers
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for linear in (one.self_attn.q_proj, two.self_attn.o_proj, two.self_attn.v_proj):
+            parametrizations.spectral_norm(linear)
+    parametrizations.weight_norm(two.mlp.gate)
+    prune.l1_unstructured(two.self_attn.k_proj, "weight", 0.3)
+    first = loss_of(model, rank)
+    first.backward()
+    second = loss_of(model, rank, 1)
+    second.backward()
+    return {"first": first, "second": second}
 
 
 def gradients_of_inputs(model: Any, rank: int) -> Outputs:
@@ -165,6 +184,7 @@ WAYS: list[Callable[[Any, int], Outputs]] = [
     checkpointing_flips,
     batches_shrink,
     freezing_and_thawing,
+    computed_dense_weights,
     gradients_of_inputs,
     hooks,
     saved_tensors_elsewhere,
@@ -276,6 +296,37 @@ def run_refusals(rank: int, world: int) -> None:
 def test_refused(pool2: RankPool) -> None:
     run_refusals(0, 1)
     pool2.run(run_refusals)
+
+
+def run_computed_experts(rank: int, world: int, frozen: bool, how: str) -> None:
+    """Weights of experts that are computed: with all experts here as unpatched; of a share they would be others."""
+    losses = []
+    for patched in (False, True):
+        model: Any = tiny_model("qwen3_moe")
+        model.model.layers[0].mlp.experts.requires_grad_(not frozen)  # DeepSpeed's module holds those in training
+        if patched:
+            fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+        experts = model.model.layers[0].mlp.experts
+        place, _, weight = next(iter(experts.named_parameters()))[0].rpartition(".")
+        if how == "pruned":
+            prune.l1_unstructured(experts.get_submodule(place), weight, 0.3)
+        else:
+            parametrize.register_parametrization(experts.get_submodule(place), weight, torch.nn.Softsign())
+        if patched and world > 1:
+            with pytest.raises(ConfigError, match=r"model.layers.0.mlp.experts must be a parameter while ep_size"):
+                loss_of(model, rank)
+            return
+        (loss_of(model, rank) + loss_of(model, rank, 1)).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        losses.append(loss_of(model, rank, 2))
+    assert relative_error(losses[1], losses[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_computed_experts(pool2: RankPool, frozen: bool, how: str) -> None:
+    run_computed_experts(0, 1, frozen, how)
+    pool2.run(run_computed_experts, frozen, how)
 
 
 def run_shared(rank: int, world: int, what: str) -> None:
