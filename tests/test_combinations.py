@@ -234,7 +234,7 @@ def test_as_the_unpatched_model(pool2: RankPool, way: Callable[[Any, int], Outpu
 
 
 def run_hooks_in_attention(rank: int, world: int) -> float:
-    """Hooks on projections and norms of layers whose code is known; weights that are computed."""
+    """Hooks on projections and norms of layers whose code is known; weights that are computed, once a forward pass."""
     losses, gradients = [], []
     ids = batch(0, 2, length=8)
     for patched in (False, True):
@@ -246,6 +246,9 @@ def run_hooks_in_attention(rank: int, world: int) -> float:
         first.q_proj.register_full_backward_hook(double)
         second.k_norm.register_full_backward_hook(double)
         second.q_norm.register_forward_hook(lambda module, args, output: 2 * output)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            parametrizations.spectral_norm(first.o_proj)
         for computed in (False, True):
             weights = {name: weight * 0.8 for name, weight in model.named_parameters()} if computed else {}
             if patched:
