@@ -68,7 +68,7 @@ class FluidState:
         cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
         sharding_check: ends the look for FSDP around split experts; `None` with `ep_size` 1.
         sequence_exchange: exchange of the sequence-parallel group.
-        bound_blocks: methods that run a shared expert in the window, by the name of the block or layer that has them.
+        bound_blocks: blocks or layers with their methods that run a shared expert in the window, by module name.
         bound_methods: names of the methods of the block around a list of experts that call all of them at once, by
             the layer's name.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
@@ -108,7 +108,7 @@ class FluidState:
         self._left = LeftGradients()
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
-        self.bound_blocks: dict[str, list[str]] = {}
+        self.bound_blocks: dict[str, tuple[nn.Module, list[str]]] = {}
         self.bound_methods: dict[str, list[str]] = {}
         self.engine_bound = False
         self.leave_engine: Callable[[], object] = contextlib.nullcontext

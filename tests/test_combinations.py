@@ -346,3 +346,25 @@ def run_shared(rank: int, world: int, what: str) -> None:
 def test_experts_of_two_layers_are_not_split(pool2: RankPool, what: str) -> None:
     for text in pool2.expect("UnsupportedModelError", run_shared, what):
         assert "experts of model.layers.0.mlp.experts must not be those of another layer too" in text
+
+
+def run_unpatch_after_pruning(rank: int, world: int, family: str, settings: dict[str, Any]) -> float:
+    """Decoder layers are taken out and change places while the model is patched: the difference of its outputs then."""
+    model, expected = (tiny_model(family, num_hidden_layers=4) for _ in range(2))
+    fluid_hf.patch_model(model, FluidConfig(**settings))
+    outputs = []
+    for pruned in (model, expected):
+        first, _, third, last = pruned.model.layers
+        pruned.model.layers = torch.nn.ModuleList([last, third, first])
+        pruned.config.num_hidden_layers = 3
+    fluid_hf.unpatch_model(model)
+    for pruned in (model, expected):
+        outputs.append(pruned(batch(rank, 2), use_cache=False).logits)
+    assert [*model.state_dict()] == [*expected.state_dict()]
+    assert not any("forward" in vars(module) for module in model.modules())
+    return relative_error(*outputs)
+
+
+@pytest.mark.parametrize("settings", [{"ep_size": 2, "wgrad": "cross_layer"}, {"ep_size": 1, "sp_size": 2}], ids=str)
+def test_unpatch_without_some_layers(pool2: RankPool, settings: dict[str, Any]) -> None:
+    assert max(pool2.run(run_unpatch_after_pruning, "qwen2_moe", settings)) <= TOLERANCE
