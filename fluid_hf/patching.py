@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import weakref
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, U
 from fluid_hf.models.adapters import adapters_of, inside_adapters, join_adapters, refuse_late_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
-from fluid_hf.models.expert_hooks import give_back_hooks, share_hooks
+from fluid_hf.models.expert_hooks import give_back_hooks, is_watched, share_hooks
 from fluid_hf.models.fused_parts import bind_parts, unbind_parts
 from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
@@ -362,11 +363,12 @@ def _attention_description(model: nn.Module, config: FluidConfig | None) -> dict
 @torch.no_grad()
 def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None:
     source: Any = site.module
+    act: Any = getattr(source, "act_fn", nn.functional.silu)
     settings = ExpertParallelLayer(
         site.num_experts,
         state.exchange,
         state.scheduler,
-        getattr(source, "act_fn", nn.functional.silu),
+        functools.partial(act) if is_watched(act) else act,  # with hooks it is called, not taken for what its class is
         overlap=state.config.overlap,
         recompute=state.config.recompute,
         wave_choice=wave_choice,
