@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import weakref
 from typing import Any, TypeVar
@@ -19,16 +20,10 @@ from fluid_hf.checkpoint.saving import bind_adapter_saving, bind_saving, unbind_
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, as_error
 from fluid_hf.errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModelError
-from fluid_hf.models.adapters import (
-    adapters_of,
-    inside_adapters,
-    join_adapters,
-    refuse_late_adapters,
-    split_adapters,
-)
+from fluid_hf.models.adapters import adapters_of, inside_adapters, join_adapters, refuse_late_adapters, split_adapters
 from fluid_hf.models.attention import find_attention
 from fluid_hf.models.attention_wgrad import CrossLayerWgrad
-from fluid_hf.models.expert_hooks import give_back_hooks, share_hooks
+from fluid_hf.models.expert_hooks import give_back_hooks, is_watched, share_hooks
 from fluid_hf.models.fused_parts import bind_parts, unbind_parts
 from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
@@ -176,8 +171,8 @@ def unpatch_model(model: ModelT) -> ModelT:
     unbind_generation(inner)
     unbind_parts(inner)
     if state.sequence is not None:
-        for name in state.sequence.overlapped:
-            state.backend.gather_together(inner.get_submodule(name), False)
+        for forward in state.sequence.overlapped.values():
+            state.backend.gather_together(forward.module, False)
         state.sequence.detach()
     if state.sequence_router is not None:
         state.sequence_router.detach()
@@ -185,7 +180,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         state.cross_layer.detach()
     if state.sharding_check is not None:
         state.sharding_check.remove()
-    unbind_blocks(inner, state.bound_blocks)
+    unbind_blocks(state.bound_blocks)
     with state.gathering():  # all before the first one is swapped: an engine walks the model that it was given
         for name in state.originals:
             _take_back(inner, name, state)
@@ -223,7 +218,10 @@ def _take_back(model: nn.Module, name: str, state: FluidState) -> None:
 
 def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
     original, layer = state.originals[name], state.layers[name]
-    place = next(place for place, module in model.named_modules() if module is layer)  # wrappers may be gone
+    # Wrappers may be gone, and decoder layers somewhere else, or no part of the model any more.
+    place = next((place for place, module in model.named_modules() if module is layer), None)
+    if place is None:
+        return
     parent, _, attribute = place.rpartition(".")
     block = model.get_submodule(parent)
     if isinstance(original, StoredExperts):
@@ -365,11 +363,12 @@ def _attention_description(model: nn.Module, config: FluidConfig | None) -> dict
 @torch.no_grad()
 def _swap(site: ExpertsSite, state: FluidState, wave_choice: WaveChoice) -> None:
     source: Any = site.module
+    act: Any = getattr(source, "act_fn", nn.functional.silu)
     settings = ExpertParallelLayer(
         site.num_experts,
         state.exchange,
         state.scheduler,
-        getattr(source, "act_fn", nn.functional.silu),
+        functools.partial(act) if is_watched(act) else act,  # with hooks it is called, not taken for what its class is
         overlap=state.config.overlap,
         recompute=state.config.recompute,
         wave_choice=wave_choice,

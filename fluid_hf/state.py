@@ -68,7 +68,7 @@ class FluidState:
         cross_layer: weight gradients placed in other layers' windows; `None` unless `wgrad` is `"cross_layer"`.
         sharding_check: ends the look for FSDP around split experts; `None` with `ep_size` 1.
         sequence_exchange: exchange of the sequence-parallel group.
-        bound_blocks: methods that run a shared expert in the window, by the name of the block or layer that has them.
+        bound_blocks: blocks or layers with their methods that run a shared expert in the window, by module name.
         bound_methods: names of the methods of the block around a list of experts that call all of them at once, by
             the layer's name.
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
@@ -108,7 +108,7 @@ class FluidState:
         self._left = LeftGradients()
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
-        self.bound_blocks: dict[str, list[str]] = {}
+        self.bound_blocks: dict[str, tuple[nn.Module, list[str]]] = {}
         self.bound_methods: dict[str, list[str]] = {}
         self.engine_bound = False
         self.leave_engine: Callable[[], object] = contextlib.nullcontext
@@ -271,7 +271,7 @@ class FluidState:
         if expert_gradients:
             self._spread_overflow(expert_gradients)
         reduced = [parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]
-        self._left.leave(parameter.grad for parameter in reduced if parameter.grad is not None)
+        self._left.leave(parameter.grad for _, parameter in named if parameter.grad is not None)
         self._warn_of_untrained({id(p): p for p in reduced if id(p) in expert}, reduced)
 
     def _warn_of_untrained(self, experts: dict[int, nn.Parameter], reduced: list[nn.Parameter]) -> None:
@@ -313,7 +313,9 @@ class FluidState:
         are one parameter. Over the control group, as what the hosts know needs no wait for the device.
         """
         trained = [p.requires_grad for _, p in named]
-        used = [p.requires_grad and p.grad is not None for _, p in named]
+        # Optimizers step by the gradients of frozen parameters too, which were trained in an earlier backward pass of
+        # the batch; those that were reduced before it, and lie there since, are not reduced again.
+        used = [p.grad is not None and (p.requires_grad or not self._left.is_left(p.grad)) for _, p in named]
         if self.control.group is None:
             return used
         given = [p.grad for (_, p), is_used in zip(named, used, strict=True) if is_used and p.grad is not None]

@@ -14,9 +14,10 @@ from distributed import RankPool, rank_pool
 from families import batch, relative_error, tiny_model
 from test_equivalence import TOLERANCE
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fluid_hf
-from fluid_hf import FluidConfig, GradientError, UnsupportedModelError
+from fluid_hf import ConfigError, FluidConfig, GradientError, UnsupportedModelError
 from fluid_hf.checkpoint.gather import gather_experts
 
 pool2 = rank_pool(2)
@@ -87,7 +88,25 @@ def freezing_and_thawing(model: Any, rank: int) -> Outputs:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     loss_of(model, rank, 2).backward()
+    model.model.layers[0].requires_grad_(False)  # an optimizer steps by the gradients that they have all the same
+    model.lm_head.requires_grad_(False)
     return {}
+
+
+def computed_dense_weights(model: Any, rank: int) -> Outputs:
+    """Computed anew each time that they are asked for, once a forward pass: spectral norm's iteration goes on."""
+    one, two = model.model.layers
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for linear in (one.self_attn.q_proj, two.self_attn.o_proj, two.self_attn.v_proj):
+            parametrizations.spectral_norm(linear)
+    parametrizations.weight_norm(two.mlp.gate)
+    prune.l1_unstructured(two.self_attn.k_proj, "weight", 0.3)
+    first = loss_of(model, rank)
+    first.backward()
+    second = loss_of(model, rank, 1)
+    second.backward()
+    return {"first": first, "second": second}
 
 
 def gradients_of_inputs(model: Any, rank: int) -> Outputs:
@@ -165,6 +184,7 @@ WAYS: list[Callable[[Any, int], Outputs]] = [
     checkpointing_flips,
     batches_shrink,
     freezing_and_thawing,
+    computed_dense_weights,
     gradients_of_inputs,
     hooks,
     saved_tensors_elsewhere,
@@ -214,7 +234,7 @@ def test_as_the_unpatched_model(pool2: RankPool, way: Callable[[Any, int], Outpu
 
 
 def run_hooks_in_attention(rank: int, world: int) -> float:
-    """Hooks on projections and norms of layers whose code is known; weights that are computed."""
+    """Hooks on projections and norms of layers whose code is known; weights that are computed, once a forward pass."""
     losses, gradients = [], []
     ids = batch(0, 2, length=8)
     for patched in (False, True):
@@ -226,6 +246,9 @@ def run_hooks_in_attention(rank: int, world: int) -> float:
         first.q_proj.register_full_backward_hook(double)
         second.k_norm.register_full_backward_hook(double)
         second.q_norm.register_forward_hook(lambda module, args, output: 2 * output)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            parametrizations.spectral_norm(first.o_proj)
         for computed in (False, True):
             weights = {name: weight * 0.8 for name, weight in model.named_parameters()} if computed else {}
             if patched:
@@ -278,6 +301,37 @@ def test_refused(pool2: RankPool) -> None:
     pool2.run(run_refusals)
 
 
+def run_computed_experts(rank: int, world: int, frozen: bool, how: str) -> None:
+    """Weights of experts that are computed: with all experts here as unpatched; of a share they would be others."""
+    losses = []
+    for patched in (False, True):
+        model: Any = tiny_model("qwen3_moe")
+        model.model.layers[0].mlp.experts.requires_grad_(not frozen)  # DeepSpeed's module holds those in training
+        if patched:
+            fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+        experts = model.model.layers[0].mlp.experts
+        place, _, weight = next(iter(experts.named_parameters()))[0].rpartition(".")
+        if how == "pruned":
+            prune.l1_unstructured(experts.get_submodule(place), weight, 0.3)
+        else:
+            parametrize.register_parametrization(experts.get_submodule(place), weight, torch.nn.Softsign())
+        if patched and world > 1:
+            with pytest.raises(ConfigError, match=r"model.layers.0.mlp.experts must be a parameter while ep_size"):
+                loss_of(model, rank)
+            return
+        (loss_of(model, rank) + loss_of(model, rank, 1)).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        losses.append(loss_of(model, rank, 2))
+    assert relative_error(losses[1], losses[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("how", ["pruned", "parametrized"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_computed_experts(pool2: RankPool, frozen: bool, how: str) -> None:
+    run_computed_experts(0, 1, frozen, how)
+    pool2.run(run_computed_experts, frozen, how)
+
+
 def run_shared(rank: int, world: int, what: str) -> None:
     model: Any = tiny_model("qwen3_moe")
     first, second = (layer.mlp for layer in model.model.layers)
@@ -292,3 +346,25 @@ def run_shared(rank: int, world: int, what: str) -> None:
 def test_experts_of_two_layers_are_not_split(pool2: RankPool, what: str) -> None:
     for text in pool2.expect("UnsupportedModelError", run_shared, what):
         assert "experts of model.layers.0.mlp.experts must not be those of another layer too" in text
+
+
+def run_unpatch_after_pruning(rank: int, world: int, family: str, settings: dict[str, Any]) -> float:
+    """Decoder layers are taken out and change places while the model is patched: the difference of its outputs then."""
+    model, expected = (tiny_model(family, num_hidden_layers=4) for _ in range(2))
+    fluid_hf.patch_model(model, FluidConfig(**settings))
+    outputs = []
+    for pruned in (model, expected):
+        first, _, third, last = pruned.model.layers
+        pruned.model.layers = torch.nn.ModuleList([last, third, first])
+        pruned.config.num_hidden_layers = 3
+    fluid_hf.unpatch_model(model)
+    for pruned in (model, expected):
+        outputs.append(pruned(batch(rank, 2), use_cache=False).logits)
+    assert [*model.state_dict()] == [*expected.state_dict()]
+    assert not any("forward" in vars(module) for module in model.modules())
+    return relative_error(*outputs)
+
+
+@pytest.mark.parametrize("settings", [{"ep_size": 2, "wgrad": "cross_layer"}, {"ep_size": 1, "sp_size": 2}], ids=str)
+def test_unpatch_without_some_layers(pool2: RankPool, settings: dict[str, Any]) -> None:
+    assert max(pool2.run(run_unpatch_after_pruning, "qwen2_moe", settings)) <= TOLERANCE

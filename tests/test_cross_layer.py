@@ -268,6 +268,17 @@ def test_deferred_linear_is_linear(shape: tuple[int, ...], autocast: bool) -> No
     assert events == ["wgrad linear"] and deferred.scheduler.finish_batch().inside == 1
 
 
+def test_compilers_leave_it_alone() -> None:
+    """Also once sizes vary, where torch's compiler would trace the backward pass with sizes that are not known."""
+    linear, deferred = make_weight()
+    compiled = torch.compile(deferred.linear, backend="eager", dynamic=True)
+    for tokens in (2, 3):
+        deferred.offer("layer", lambda: True, lambda event: None)
+        compiled(torch.ones(tokens, 6, dtype=torch.float64), linear.weight, linear.bias).sum().backward()
+        assert deferred.scheduler.finish_batch().inside == 1
+    torch.testing.assert_close(linear.weight.grad, torch.full_like(linear.weight, 5.0))
+
+
 def test_when_a_linear_is_left_alone() -> None:
     linear, deferred = make_weight()
     x = torch.ones(2, 6, dtype=torch.float64)

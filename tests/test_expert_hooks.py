@@ -8,7 +8,7 @@ import moe_families
 import pytest
 import torch
 from distributed import RankPool, rank_pool
-from families import batch, errors_by_name, tiny_model
+from families import batch, errors_by_name, relative_error, tiny_model
 from test_remote_code import build as build_listed
 from torch import nn
 
@@ -118,13 +118,32 @@ def test_hooks_on_gradients_of_experts_that_are_stored_otherwise_are_refused(kin
     fluid_hf.patch_model(model, FluidConfig(ep_size=1))
 
 
-@pytest.mark.parametrize("family", ["llama4", "dbrx"])
-def test_hooks_on_experts_that_are_called_otherwise_are_refused(family: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), [("llama4", "Experts"), ("dbrx", "Experts"), ("dbrx", "ExpertGLU")])
+def test_hooks_on_experts_that_are_called_otherwise_are_refused(family: str, kind: str) -> None:
     model = moe_families.tiny_model(family)
-    experts = next(module for module in model.modules() if type(module).__name__.endswith("Experts"))
+    experts = next(module for module in model.modules() if type(module).__name__.endswith(kind))
     experts.register_forward_hook(lambda *_: None)
     with pytest.raises(fluid_hf.UnsupportedModelError, match="has hooks, which would be called with other arguments"):
         fluid_hf.patch_model(model, FluidConfig(ep_size=1))
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_on_the_activation_count_in_both_passes(kind: str) -> None:
+    """Its derivative is known; with a hook that changes what it gives, that of the hook is not."""
+    hooks: dict[str, Any] = {
+        "register_forward_hook": lambda module, args, output: 2 * output,
+        "register_full_backward_hook": lambda module, grads, _: tuple(2 * grad for grad in grads),
+    }
+    gradients = []
+    for patched in (False, True):
+        model = tiny_model("qwen3_moe")
+        getattr(model.get_submodule("model.layers.1.mlp.experts.act_fn"), kind)(hooks[kind])
+        if patched:
+            fluid_hf.patch_model(model, FluidConfig(ep_size=1))
+        ids = batch(0, 2)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
 
 
 def test_a_forward_of_its_own_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,3 +260,27 @@ def test_orders_of_a_loop_that_are_right(pool2: RankPool) -> None:
     for clear in ("clear", "zero"):
         pool2.run(run_order, 2, f"{accumulated} {clear} {accumulated} {clear} backward norm reduce", timeout=60)
     pool2.run(run_order, 1, "reduce clear reduce backward reduce clear skip reduce step zero skip reduce", timeout=60)
+
+
+def run_frozen_later(rank: int, world: int, ep_size: int) -> None:
+    """Gradients of parameters that were frozen are reduced once, after the pass that made them."""
+    model: Any = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=ep_size, timeout_seconds=30))
+    ids, (frozen, other) = batch(rank, 2), model.model.layers
+    model(input_ids=ids, labels=ids).loss.backward()
+    frozen.requires_grad_(False)
+    own = [parameter.grad.clone() for parameter in frozen.parameters()]
+    model.fluid.reduce_gradients(model)
+    first = [parameter.grad.clone() for parameter in frozen.parameters()]
+    assert not any(map(torch.equal, own, first))
+    for _ in range(2):
+        other.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.fluid.reduce_gradients(model)
+        now: Any = [parameter.grad for parameter in frozen.parameters()]
+        assert all(map(torch.equal, now, first))
+    fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_gradients_of_what_was_frozen_since(pool2: RankPool, ep_size: int) -> None:
+    pool2.run(run_frozen_later, ep_size, timeout=60)

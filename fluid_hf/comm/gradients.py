@@ -39,9 +39,10 @@ class LeftGradients:
 
     def any_other(self, gradients: Iterable[torch.Tensor]) -> bool:
         """Whether any of these is another one, or has changed."""
-        return any(not self._is_left(gradient) for gradient in gradients)
+        return any(not self.is_left(gradient) for gradient in gradients)
 
-    def _is_left(self, gradient: torch.Tensor) -> bool:
+    def is_left(self, gradient: torch.Tensor) -> bool:
+        """Whether this is one of them, and has not changed."""
         known = self._left.get(id(gradient))
         return known is not None and known[0]() is gradient and known[1] == gradient._version
 

@@ -31,9 +31,9 @@ class _LinearForward:
         self._module, self._deferred = module, deferred
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        module = self._module
-        result = self._deferred.linear(input, module.weight, module.bias)
-        return nn.functional.linear(input, module.weight, module.bias) if result is None else result
+        weight, bias = self._module.weight, self._module.bias  # read once: they may be computed
+        result = self._deferred.linear(input, weight, bias)
+        return nn.functional.linear(input, weight, bias) if result is None else result
 
 
 class _RouterForward:
@@ -142,10 +142,11 @@ def _routers(name: str, block: nn.Module) -> dict[str, nn.Module]:
 
 def _plain(module: Any) -> bool:
     """Whether the module holds one plain weight matrix and runs its class's own forward."""
-    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Module):
+        return False
+    weight = module._parameters.get("weight")
     return (
-        isinstance(module, nn.Module)
-        and type(weight) is nn.Parameter
+        type(weight) is nn.Parameter
         and len(getattr(weight, "ds_shape", weight.shape)) == 2
         and "forward" not in vars(module)
         and not list(module.children())

@@ -139,7 +139,7 @@ def check_unshared(model: nn.Module, sites: Sequence[ExpertsSite]) -> None:
 
 
 def _check_call_hooks(module: nn.Module, where: str) -> None:
-    """Hooks on experts that are called in another way than transformers' interface asks for."""
+    """Hooks on experts, or parts of them, that are called in another way than transformers' interface asks for."""
     if has_hooks(module):
         raise UnsupportedModelError(
             f"{where} has hooks, which would be called with other arguments; register them after patch_model."
@@ -214,7 +214,8 @@ def _make_stored_site(model: nn.Module, name: str, module: nn.Module) -> Experts
         methods = block_methods(block, attribute, f"{type(block).__name__} ({parent})")
     else:
         experts, methods = read_other_experts(module, block, where)
-        _check_call_hooks(module, where)
+        for part in module.modules():
+            _check_call_hooks(part, where)
         if adapters_of(model, module):
             raise UnsupportedModelError(f"{where} has adapters (target_parameters), which are not known how to split.")
     for weight in experts.weight_names:

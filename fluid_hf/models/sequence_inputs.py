@@ -64,6 +64,9 @@ def by_position(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """Hand the input over by position under ZeRO-3, whose hooks for the end of a module's backward look at such inputs
     only. Elsewhere somebody's own hooks see what they see in the unpatched model.
     """
-    if args or "hidden_states" not in kwargs or not hasattr(getattr(module.o_proj, "weight", None), "ds_id"):
+    weight = module.o_proj._parameters.get("weight")
+    if weight is None:  # in what adapters wrap; or computed, and computed once more if the module were asked for it
+        weight = next(module.o_proj.parameters(), None)
+    if args or "hidden_states" not in kwargs or not hasattr(weight, "ds_id"):
         return args, kwargs
     return (kwargs["hidden_states"],), {name: value for name, value in kwargs.items() if name != "hidden_states"}

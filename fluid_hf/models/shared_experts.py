@@ -106,17 +106,17 @@ def has_form(source: str) -> bool:
     return canonical_text(source) in _FORMS
 
 
-def bind_blocks(model: nn.Module, experts: Iterable[str]) -> dict[str, list[str]]:
+def bind_blocks(model: nn.Module, experts: Iterable[str]) -> dict[str, tuple[nn.Module, list[str]]]:
     """Let what is around these experts (by module name) run its shared expert in their window: the block, by a form or
-    by its own source, or the layer that calls the block. Names of the methods bound, by name of their module.
+    by its own source, or the layer that calls the block. Their modules and names of the methods bound, by module name.
     """
-    bound: dict[str, list[str]] = {}
+    bound: dict[str, tuple[nn.Module, list[str]]] = {}
 
     def bind(name: str, methods: Mapping[str, Forward | None]) -> bool:
         found = {method: function for method, function in methods.items() if function is not None}
         bind_methods(model.get_submodule(name), found)
         if found:
-            bound[name] = list(found)
+            bound[name] = model.get_submodule(name), list(found)
         return bool(found)
 
     for experts_name in experts:
@@ -146,10 +146,10 @@ def _methods(block: nn.Module, attribute: str) -> dict[str, Forward | None]:
     return {name: compiled(function, getattr(type(block), name)) for name, function in made.items()}
 
 
-def unbind_blocks(model: nn.Module, bound: Mapping[str, Iterable[str]]) -> None:
-    """Give the blocks their classes' own methods back."""
-    for name, methods in bound.items():
-        unbind_methods(model.get_submodule(name), methods)
+def unbind_blocks(bound: Mapping[str, tuple[nn.Module, Iterable[str]]]) -> None:
+    """Give the blocks their classes' own methods back, wherever they are now."""
+    for block, methods in bound.values():
+        unbind_methods(block, methods)
 
 
 def bind_methods(block: nn.Module, methods: Mapping[str, Forward]) -> None:

@@ -230,18 +230,28 @@ class ExpertParallelLayer(nn.Module):
 
     def _readable_parameters(self) -> Callable[[], dict[str, torch.Tensor]]:
         """How backward reads the weights again. Computed ones (adapters, `functional_call`) are kept from forward."""
-        held = _held_tensors(self)
+        held, parameters = _held_tensors(self), self.expert_parameters()
         # Looked for first where torch puts them: an attribute that is not there takes a module long to find.
         adapted = "parametrizations" in self._modules and parametrize.is_parametrized(self)
-        if not adapted and all([isinstance(tensor, nn.Parameter) for tensor in held]):
-            return _Readable(self, held)
-        if adapted and self.ep_size > 1 and not self.adapters_are_split:
+        own = all([isinstance(tensor, nn.Parameter) for tensor in held])
+        if self.ep_size > 1 and own and held and not self.adapters_are_split:
+            self._refuse_computed(parameters)
+        if own and not adapted:
+            return _Readable(self, held, parameters)
+        return lambda: parameters
+
+    def _refuse_computed(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Raise where a weight is not a parameter but made from some: of these experts alone, and what it is made with
+        would be taken for experts of this rank, too.
+        """
+        computed = [name for name, tensor in parameters.items() if not isinstance(tensor, nn.Parameter)]
+        if computed:
             raise ConfigError(
-                f"adapters on the experts (target_parameters) were added with ep_size ({self.ep_size}) over 1 in force "
-                "and would differ between ranks; call get_peft_model first and patch_model after it."
+                f"weight {computed[0]} of the experts {self.context.name} must be a parameter while ep_size "
+                f"({self.ep_size}) is over 1, and is computed: by adapters (target_parameters), a parametrization or "
+                "pruning, which would differ between ranks; call get_peft_model first and patch_model after it, or set "
+                "ep_size 1."
             )
-        computed = self.expert_parameters()
-        return lambda: computed
 
     def _replicate_for_data_parallel(self) -> Any:
         """Where `nn.DataParallel` asks for a copy on another device, to be run by another thread."""
@@ -273,18 +283,22 @@ class ExpertParallelLayer(nn.Module):
 class _Readable:
     """Reads a layer's parameters: in forward, at once, as they are; later if they are the same ones still."""
 
-    def __init__(self, layer: ExpertParallelLayer, held: list[torch.Tensor | None]) -> None:
-        self._layer, self._held, self._again = layer, held, False
+    def __init__(
+        self, layer: ExpertParallelLayer, held: list[torch.Tensor | None], parameters: dict[str, torch.Tensor]
+    ) -> None:
+        self._layer, self._held = layer, held
+        self._first: dict[str, torch.Tensor] | None = parameters
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        if self._again:
-            now = _held_tensors(self._layer)
-            if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
-                raise GradientError(
-                    f"parameters of layer {self._layer.context.name} must be those that forward was called with, and "
-                    "they were replaced; give torch.func.functional_call tensors that are no nn.Parameter."
-                )
-        self._again = True
+        first, self._first = self._first, None
+        if first is not None:
+            return first
+        now = _held_tensors(self._layer)
+        if len(now) != len(self._held) or not all(map(operator.is_, now, self._held)):
+            raise GradientError(
+                f"parameters of layer {self._layer.context.name} must be those that forward was called with, and "
+                "they were replaced; give torch.func.functional_call tensors that are no nn.Parameter."
+            )
         return self._layer.expert_parameters()
 
 

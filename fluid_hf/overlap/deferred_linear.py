@@ -87,14 +87,16 @@ class DeferredWeight:
 
     @property
     def size(self) -> int:
-        """Elements of the weight: half the operations of its gradient for one row."""
-        return int(self.weight.numel())
+        """Elements of the weight: half the operations of its gradient for one row. 0 of one that is computed."""
+        weight = self.weight
+        return 0 if weight is None else weight.numel()
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The parameter as it is now."""
-        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
-        return weight
+    def weight(self) -> torch.Tensor | None:
+        """The parameter as it is now; `None` where it is computed (`torch.nn.utils.parametrizations`), for which asking
+        the module would compute it once more: spectral norm takes a step of its iteration each time.
+        """
+        return self.module._parameters.get("weight")
 
     def offer(self, layer: str, in_window: Callable[[], bool], event: Callable[[str], None]) -> None:
         """Create the token, to be used by the next call of the linear map.
@@ -105,6 +107,9 @@ class DeferredWeight:
             event: records an event of that layer.
         """
         weight = self.weight
+        if weight is None:
+            self.scheduler.fall_back("weights are computed")
+            return
         if not weight.requires_grad or not self.scheduler.defers or _blocked(self.scheduler, weight):
             return
 
@@ -124,6 +129,7 @@ class DeferredWeight:
         """Forget a token that was not used."""
         self._slot = None
 
+    @torch.compiler.disable  # what is left for the window is host code: a compiler would run it as it traces backward
     def linear(self, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor | None:
         """`torch.nn.functional.linear`, its weight gradient left for the window; `None` if it cannot be."""
         slot, self._slot = self._slot, None
