@@ -16,7 +16,7 @@ from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
 from fluid_hf.comm.gradients import LeftGradients, left_to_us, square_sum
 from fluid_hf.comm.peer_exchange import PeerExchange
-from fluid_hf.comm.reduce import all_reduce_in_time
+from fluid_hf.comm.reduce import all_reduce_in_time, spread_overflow
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, HeldGroups
 from fluid_hf.errors import ConfigError, GradientError, RankMismatchError
@@ -269,7 +269,7 @@ class FluidState:
             if id(parameter) in expert:
                 expert_gradients.append(parameter.grad)
         if expert_gradients:
-            self._spread_overflow(expert_gradients)
+            spread_overflow(expert_gradients, self.config.timeout_seconds, self.groups.met)
         reduced = [parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]
         self._left.leave(parameter.grad for _, parameter in named if parameter.grad is not None)
         self._warn_of_untrained({id(p): p for p in reduced if id(p) in expert}, reduced)
@@ -345,26 +345,6 @@ class FluidState:
                 "ranks that call reduce_gradients; freeze the same parameters on every rank."
             )
         return [bool(flag) for flag in used_anywhere]
-
-    def _spread_overflow(self, gradients: list[torch.Tensor]) -> None:
-        """Put NaN into the experts' gradients of every rank for which some rank's is not finite, without a host read.
-
-        Dense gradients are equal on all ranks, but a rank that alone has an overflow in its experts would skip a step
-        that the others make.
-        """
-        largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # the sum of squares may overflow
-        flags = largest.isfinite().logical_not().float()
-        all_reduce_in_time(
-            flags,
-            None,
-            self.config.timeout_seconds,
-            "the check of the experts' gradients",
-            self.groups.met,
-            dist.ReduceOp.MAX,
-        )
-        poison = torch.zeros_like(flags).masked_fill_(flags > 0, float("nan"))
-        for gradient, value in zip(gradients, poison, strict=True):
-            gradient[(0,) * gradient.dim()].add_(value)
 
     def _sum(self, tensor: torch.Tensor, group: dist.ProcessGroup | None, place: str) -> None:
         all_reduce_in_time(tensor, group, self.config.timeout_seconds, place, self.groups.met)

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,7 +26,6 @@ from deepspeed.checkpoint.autoep_affine import (
     legacy_uniform_autoep_placement_descriptor,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_module
@@ -35,12 +33,12 @@ from torch import nn
 from transformers.integrations.deepspeed import deepspeed_config
 
 from fluid_hf.backends import TorchBackend, WeakModels, take_local_experts
-from fluid_hf.comm.reduce import all_reduce_in_time
 from fluid_hf.config import FluidConfig
 from fluid_hf.errors import ConfigError
 from fluid_hf.integrations.client_optimizer import prepare_optimizer
 from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
 from fluid_hf.integrations.deepspeed_checks import check_training
+from fluid_hf.integrations.engine_step import bind_step
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
@@ -310,23 +308,7 @@ def _bind_engine(engine: Any, model: nn.Module, state: FluidState) -> None:
     state.gathering = functools.partial(_quiet_optimizer, engine)
     bind_checkpoints(engine, model, state)
     if state.groups.ep_size > 1:
-        engine.clip_fp32_gradients = functools.partial(_clip_gradients, engine, model, state)
-        link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if hasattr(engine.optimizer, "_optimizer_step") and link is not None:
-            engine.optimizer._lazy_init_hp_params_optimizer_state = functools.partial(
-                _link_states, engine.optimizer, link, itertools.count(1)
-            )
-
-
-def _link_states(optimizer: Any, link: Callable[[], None], calls: Iterator[int]) -> None:
-    """Let parameters know the optimizer's states of all groups, for `safe_get_full_optimizer_state`.
-
-    ZeRO 1 and 2 step group after group and do it once, with the first: the experts' have no states yet.
-    """
-    if optimizer._hp_optimizer_states_linked:
-        return
-    link()
-    optimizer._hp_optimizer_states_linked = next(calls) >= len(optimizer.single_partition_of_fp32_groups)
+        bind_step(engine, model, state)
 
 
 def _leave(engine: weakref.ref[Any]) -> None:
@@ -347,24 +329,6 @@ def _quiet_optimizer(engine: Any) -> Iterator[None]:
     finally:
         if hasattr(optimizer, "checkpoint_event_epilogue"):
             optimizer.checkpoint_event_epilogue()
-
-
-@torch.no_grad()
-def _clip_gradients(engine: Any, model: nn.Module, state: FluidState) -> None:
-    """Clip by the norm over all experts, exactly; DeepSpeed's own stage 0 averages the experts' norms over ranks."""
-    squares = [torch.zeros((), dtype=torch.float64, device=engine.device) for _ in range(2)]
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            squares[is_moe_param(parameter)] += parameter.grad.double().square().sum()
-    groups, place = state.groups, "the norm of the gradients"
-    all_reduce_in_time(squares[1], groups.ep_group, state.config.timeout_seconds, place, groups.met)
-    norm = (squares[0] + squares[1]).sqrt()
-    scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale.to(gradient.dtype))
-    # Host synchronisation, once a step, as in the other stages.
-    (engine._global_grad_norm,) = state.exchange.read(norm[None], place)
 
 
 def _refuse_autoep(config: Any) -> None:

@@ -221,3 +221,46 @@ def test_a_second_engine_of_the_same_model(pool2: RankPool) -> None:
         for curve in pool2.run(run_two_engines, stage, True):
             for steps in (slice(0, 4), slice(4, 8)):
                 assert_near(curve[steps], expected[steps])
+
+
+def run_autocast(rank: int, world: int, patched: bool) -> list[tuple[float, float, float]]:
+    """Three steps of stage 0 under float16 autocast, with an infinite gradient in the experts of the last rank in the
+    second: loss of all ranks, sum of the dense weights and loss scale after each.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    model = tiny_model("mixtral")
+    if patched:
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    experts = [p for name, p in model.named_parameters() if ".experts." in name]
+    bad = False
+    experts[-1].register_hook(lambda grad: grad * float("inf") if bad else grad)
+    dense = [p for name, p in model.named_parameters() if ".experts." not in name]
+    config = {**settings(0), "torch_autocast": {"enabled": True, "dtype": "float16"}}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+    found = []
+    for step in range(3):
+        bad = step == 1 and rank == world - 1
+        ids = batch(rank, 1, step=step)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        weights = float(torch.stack([p.detach().double().abs().sum() for p in dense]).sum())
+        found.append((float(total), weights, float(engine.torch_autocast_z0_gradscaler.get_scale())))
+    engine.destroy()
+    return found
+
+
+def test_an_overflow_under_autocast_skips_the_step_on_all(pool2: RankPool) -> None:
+    """At stage 0 PyTorch's GradScaler looks at one rank's gradients: dense weights and loss scales differed."""
+    expected = pool2.run(run_autocast, False)[0]
+    first, other = pool2.run(run_autocast, True)
+    assert first == other
+    assert [step[2] for step in first] == [step[2] for step in expected] and first[0][2] == 2 * first[1][2]
+    assert first[0][1] == first[1][1] != first[2][1], "weights change in a step that is not skipped, and in no other"
+    for ours, theirs in zip(first, expected, strict=True):
+        assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)

@@ -13,7 +13,7 @@ from fluid_hf.comm.faults import peer_error
 from fluid_hf.errors import PeerError
 from fluid_hf.process_groups import backend_of
 
-__all__ = ["all_gather_in_time", "all_reduce_in_time", "in_time", "meet_first", "meet_in_time"]
+__all__ = ["all_gather_in_time", "all_reduce_in_time", "in_time", "meet_first", "meet_in_time", "spread_overflow"]
 
 
 def all_reduce_in_time(
@@ -53,6 +53,26 @@ def all_gather_in_time(
     start = functools.partial(dist.all_gather, values, own, group=group, async_op=True)
     in_time(start, own.device, group, timeout_seconds, place, met)
     return values
+
+
+@torch.no_grad()
+def spread_overflow(gradients: list[torch.Tensor], timeout_seconds: float, met: set[str]) -> None:
+    """Put NaN into the experts' gradients of every rank for which some rank's is not finite, without a host read.
+
+    Dense gradients are equal on all ranks, but a rank that alone has an overflow in its experts would skip a step
+    that the others make. Collective over all ranks.
+
+    Args:
+        gradients: the experts', equally many on every rank, and at least one.
+        timeout_seconds, met: as for `all_reduce_in_time`.
+    """
+    largest = torch.stack(torch._foreach_norm(gradients, float("inf")))  # the sum of squares may overflow
+    flags = largest.isfinite().logical_not().float()
+    place = "the check of the experts' gradients"
+    all_reduce_in_time(flags, None, timeout_seconds, place, met, dist.ReduceOp.MAX)
+    poison = torch.zeros_like(flags).masked_fill_(flags > 0, float("nan"))
+    for gradient, value in zip(gradients, poison, strict=True):
+        gradient[(0,) * gradient.dim()].add_(value)
 
 
 def meet_first(group: dist.ProcessGroup, timeout_seconds: float, place: str, met: set[str]) -> None:
