@@ -62,13 +62,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="numbers of waves, in the smallest slice of each model",
     )
     add("--ctas", nargs="+", type=positive, default=[], help="nccl_max_ctas, in the smallest slice of each model")
-    add(
-        "--wgrad",
-        nargs="+",
-        choices=["off", "cross_layer"],
-        default=[],
-        help="policies, in the smallest slice likewise",
-    )
+    policies = ["off", "cross_layer"]
+    add("--wgrad", nargs="+", choices=policies, default=[], help="policies, in the smallest slice likewise")
     add("--trace", help="folder for a picture of one pass of the smallest slices; the JSON gets its numbers")
     add("--budget", type=not_negative, help="seconds after which no slice or fixed setting is started")
     add(
