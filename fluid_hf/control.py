@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fluid_hf.comm.call_form import describe_ranks
 from fluid_hf.errors import CollectiveError, FluidError, RankMismatchError
-from fluid_hf.process_groups import ParallelGroups, release_exchange_groups, set_group_timeout
+from fluid_hf.process_groups import ParallelGroups, check_alive, is_alive, release_exchange_groups, set_group_timeout
 
 __all__ = ["ControlGroup", "HeldGroups"]
 
@@ -23,14 +23,22 @@ class ControlGroup:
 
     Args:
         timeout_seconds: how long a rank waits for the others.
+        what: the call that makes it.
+
+    Raises:
+        CollectiveError: a rank did not make this call in time.
     """
 
-    def __init__(self, timeout_seconds: float = 300.0) -> None:
+    def __init__(self, timeout_seconds: float = 300.0, what: str = "a call with a control group") -> None:
         self._timeout = datetime.timedelta(seconds=timeout_seconds)
         several = dist.is_initialized() and dist.get_world_size() > 1
         # A mirror world (fluid_hf.bench.mirror) is one process that plays every rank.
         several = several and not getattr(dist.group.WORLD, "plays_all_ranks", False)
-        self._group = dist.new_group(backend="gloo", timeout=self._timeout) if several else None
+        self._group: dist.ProcessGroup | None = None
+        try:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout) if several else None
+        except RuntimeError as error:  # gloo connects the ranks at once
+            raise self._missing(what, dist.get_world_size(), error) from error
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -46,20 +54,23 @@ class ControlGroup:
         """Every rank's value, in rank order.
 
         Raises:
-            CollectiveError: a rank did not make this call in time.
+            CollectiveError: a rank did not make this call in time, or the group was destroyed.
         """
         if self._group is None:
             return [value]
+        check_alive(self._group, what)
         values: list[Any] = [None] * dist.get_world_size()
         try:
             dist.all_gather_object(values, value, group=self._group)
         except (RuntimeError, ValueError) as error:
-            raise CollectiveError(
-                f"{what} must be called on all {len(values)} ranks; waited at most "
-                f"{self._timeout.total_seconds():.0f} s for the others. "
-                f"Call it on every rank, not inside `if rank == 0`. ({error})"
-            ) from error
+            raise self._missing(what, len(values), error) from error
         return values
+
+    def _missing(self, what: str, ranks: int, error: Exception) -> CollectiveError:
+        return CollectiveError(
+            f"{what} must be called on all {ranks} ranks; waited at most {self._timeout.total_seconds():.0f} s for the "
+            f"others. Call it on every rank, not inside `if rank == 0`. ({error})"
+        )
 
     def hosts(self, what: str) -> list[str]:
         """The name of every rank's node, in rank order.
@@ -94,7 +105,7 @@ class ControlGroup:
 
     def close(self) -> None:
         """Release the group."""
-        if self._group is not None and dist.is_initialized():
+        if is_alive(self._group):
             dist.destroy_process_group(self._group)
         self._group = None
 

@@ -64,10 +64,10 @@ class RankMismatchError(FluidError, RuntimeError):
 
 
 class CollectiveError(FluidError, RuntimeError):
-    """A call that all ranks must make together was not made by all of them in time.
+    """A call that all ranks must make together was not made by all of them in time, or its process group was destroyed.
 
     Remedy: Make the call on every rank, never inside `if rank == 0`; look at the output of the ranks that are
-    missing.
+    missing. Destroy the process group after the last use of the model.
     """
 
 

@@ -29,13 +29,14 @@ from fluid_hf.models.generation import bind_generation, unbind_generation
 from fluid_hf.models.registry import ExpertsSite, check_loaded, check_unshared, find_experts, has_experts
 from fluid_hf.models.sequence_parallel import SequenceParallel
 from fluid_hf.models.sequence_router import RouterGather
-from fluid_hf.models.sharding import RefuseDDP, refuse_sharding, refuse_unpatching
+from fluid_hf.models.sharding import RefuseDDP, refuse_copy, refuse_sharding, refuse_unpatching
 from fluid_hf.models.shared_experts import bind_blocks, bind_methods, unbind_blocks, unbind_methods
 from fluid_hf.models.stored_experts import StoredExperts, let_go, put_parameters, put_weights, stored_parameters
 from fluid_hf.moe.general_experts import GeneralMath
 from fluid_hf.moe.layer import ExpertParallelLayer, WaveChoice
 from fluid_hf.process_groups import (
     ParallelGroups,
+    check_alive,
     resolve_ep_size,
     resolve_sp_size,
     tell_crossing_groups,
@@ -66,13 +67,14 @@ def patch_model(model: ModelT, config: FluidConfig | None = None) -> ModelT:
     Raises:
         UnsupportedModelError: the model is not transformers', or has no experts that can be patched; names the class
             and what is missing.
+        CollectiveError: not all ranks call this within five minutes.
         ConfigError: the settings do not fit the model, the world size or the DeepSpeed JSON.
         AlreadyPatchedError: the model is patched with other settings, or holds or is a part of one that is patched.
         RankMismatchError: ranks pass different settings or models, or another rank raised one of the above.
 
     Nothing is changed on any rank if any rank raises.
     """
-    control, inner = ControlGroup(), inside_adapters(model)
+    control, inner = ControlGroup(what="patch_model"), inside_adapters(model)
     try:
         error, requested, config, backend, sites = _prepare(inner, config, hosts := control.hosts("patch_model"))
         settings = config.to_dict() if config else {}
@@ -122,7 +124,7 @@ def _bind(model: nn.Module, state: FluidState) -> None:
         refuse_late_adapters(model, list(state.layers.values()))
     bind_saving(model, state)
     bind_parts(model)
-    model.__deepcopy__ = model.__reduce_ex__ = _refuse_copy  # type: ignore[assignment]
+    model.__deepcopy__ = model.__reduce_ex__ = refuse_copy  # type: ignore[assignment]
     state.backend.attach(model)
 
 
@@ -161,9 +163,11 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         NotPatchedError: the model is not patched.
         ConfigError: its experts are sharded by FSDP.
+        CollectiveError: the process groups of experts that are split were destroyed.
     """
     state, inner = get_state(model), inside_adapters(unwrapped(model))
     refuse_unpatching(inner, [(layer, layer.patched_with()) for layer in state.layers.values()])
+    check_alive(state.groups.ep_group, "unpatch_model")
     state.finish_batch()
     state.backend.detach(inner)
     unbind_saving(unwrapped(model))
@@ -229,14 +233,6 @@ def _swap_back(model: nn.Module, name: str, state: FluidState) -> None:
     give_back_hooks(layer)
     module = original.module if isinstance(original, StoredExperts) else original
     setattr(block, attribute, module.train(layer.training))
-
-
-def _refuse_copy(*args: Any) -> Any:
-    """Stands where `copy.deepcopy`, `pickle` and `torch.save` ask a model how to copy it."""
-    raise UnsupportedModelError(
-        "a patched model cannot be copied or pickled: its experts, process groups and saving belong to this one; "
-        "copy it before patch_model and patch the copy too, or write it with fluid_hf.save_pretrained."
-    )
 
 
 def get_state(model: Any) -> FluidState:

@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import CollectiveError, ConfigError
 
 __all__ = [
     "ParallelGroups",
     "backend_of",
+    "check_alive",
     "create_groups",
     "crossing_groups",
     "expert_data_parallel_ranks",
     "expert_parallel_ranks",
+    "is_alive",
     "release_exchange_groups",
     "resolve_ep_size",
     "resolve_sp_size",
@@ -84,6 +86,25 @@ def backend_of(group: dist.ProcessGroup | None = None, device: str | None = None
     if device is None:
         device = "cuda" if "cuda" in backends and torch.cuda.is_available() else "cpu"
     return backends.get(device, "")
+
+
+def is_alive(group: dist.ProcessGroup | None) -> bool:
+    """Whether torch.distributed knows a group: `destroy_process_group()` makes it forget all of them."""
+    return group is not None and group in dist.distributed_c10d._world.pg_map
+
+
+def check_alive(group: dist.ProcessGroup | None, what: str) -> None:
+    """Raise before a collective of a group that was destroyed; `None` is the default group, or none.
+
+    Raises:
+        CollectiveError: names what was to be done.
+    """
+    if group is not None and not is_alive(group):
+        raise CollectiveError(
+            f"the process group (destroyed) must be there for {what}: a patched model keeps those with which it was "
+            "patched; call torch.distributed.destroy_process_group() after the last use of the model, and patch "
+            "another one after init_process_group()."
+        )
 
 
 def expert_parallel_ranks(world_size: int, ep_size: int) -> list[list[int]]:
@@ -229,7 +250,7 @@ def with_exchange_groups(groups: ParallelGroups, max_ctas: int | None) -> Parall
 def release_exchange_groups(groups: ParallelGroups) -> None:
     """Give back what `with_exchange_groups` and `with_sequence_groups` made."""
     for group in (*groups.exchange_groups, groups.sp_group):
-        if group is not None:
+        if is_alive(group):
             dist.destroy_process_group(group)
 
 

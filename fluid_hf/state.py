@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from fluid_hf.attention.sequence import sequence_parallel_loss, shard_batch
 from fluid_hf.backends import Backend
-from fluid_hf.comm.gradients import LeftGradients, left_to_us, square_sum
+from fluid_hf.comm.gradients import LeftGradients, UntrainedExperts, left_to_us, refuse_flattened, square_sum
 from fluid_hf.comm.peer_exchange import PeerExchange
 from fluid_hf.comm.reduce import all_reduce_in_time, spread_overflow
+from fluid_hf.comm.same_weights import check_same_weights
 from fluid_hf.config import FluidConfig
 from fluid_hf.control import ControlGroup, HeldGroups
 from fluid_hf.errors import ConfigError, GradientError, RankMismatchError
@@ -103,9 +104,7 @@ class FluidState:
         self.sequence_router: RouterGather | None = None
         self.cross_layer: CrossLayerWgrad | None = None
         self.sharding_check: RemovableHandle | None = None
-        self._versions: dict[int, int] = {}
-        self._warned = False
-        self._left = LeftGradients()
+        self._left, self._untrained, self._compared = LeftGradients(), UntrainedExperts(), False
         self.layers: dict[str, ExpertParallelLayer] = {}
         self.originals: dict[str, nn.Module | StoredExperts] = {}
         self.bound_blocks: dict[str, tuple[nn.Module, list[str]]] = {}
@@ -247,9 +246,10 @@ class FluidState:
             GradientError: no gradient has changed since this or `clip_grad_norm_` was called last.
             PeerError: a rank did not take part within `timeout_seconds`; names it. Over NCCL that is so until the first
                 gradient, after which the group's own timeout holds.
-            RankMismatchError: a parameter is frozen on some ranks only.
+            RankMismatchError: a parameter is frozen on some ranks only, or, looked at in the first call, the ranks'
+                weights differ.
             ConfigError: the model holds experts in training that another patched model has split, or parameters that
-                FSDP2 has sharded over some of the ranks only.
+                FSDP2 has sharded over some of the ranks only, or FullyShardedDataParallel.
         """
         check_adapters(model, self.layers.values())
         if self.groups.world_size == 1:
@@ -257,6 +257,10 @@ class FluidState:
         expert = self._split_parameters(model)
         named = left_to_us(model.named_parameters(), self.groups.world_size)
         used = self._used_anywhere(named)
+        if any(used) and not self._compared:
+            trained = [pair for pair, is_used in zip(named, used, strict=True) if is_used]
+            check_same_weights(trained, expert, self.groups, self.control.group, self.config.timeout_seconds)
+            self._compared = True
         expert_gradients = []
         for (name, parameter), is_used in zip(named, used, strict=True):
             if not is_used:
@@ -272,19 +276,7 @@ class FluidState:
             spread_overflow(expert_gradients, self.config.timeout_seconds, self.groups.met)
         reduced = [parameter for (_, parameter), is_used in zip(named, used, strict=True) if is_used]
         self._left.leave(parameter.grad for _, parameter in named if parameter.grad is not None)
-        self._warn_of_untrained({id(p): p for p in reduced if id(p) in expert}, reduced)
-
-    def _warn_of_untrained(self, experts: dict[int, nn.Parameter], reduced: list[nn.Parameter]) -> None:
-        """Warn once if the optimizer has changed other parameters since the last call and none of the experts.
-
-        It then holds the model's experts of before it was patched: nothing else in a loop would tell.
-        """
-        versions = {id(parameter): parameter._version for parameter in reduced}
-        before, self._versions = self._versions, versions
-        changed = {key for key, version in versions.items() if before.get(key, version) != version}
-        watched = experts.keys() & before.keys()
-        if changed and watched and not changed & watched and not self._warned:
-            self._warned = True
+        if self._untrained.found({id(p) for p in reduced if id(p) in expert}, reduced):
             logger.warning(
                 "the optimizer has changed parameters that have gradients, and none of the experts: build it after "
                 "patch_model, and again after unpatch_model."
@@ -294,8 +286,9 @@ class FluidState:
         """Ids of the parameters of which each rank of an expert-parallel group has its own.
 
         Raises:
-            ConfigError: the model holds others, which would be taken for equal on all ranks.
+            ConfigError: the model holds others, which would be taken for equal on all ranks, or pieces of parameters.
         """
+        refuse_flattened(model, self.groups.world_size)
         own = set(self.layers.values())
         for name, module in model.named_modules():
             if not isinstance(module, ExpertParallelLayer) or module.ep_size == 1 or module in own:

@@ -38,6 +38,7 @@ from fluid_hf.errors import ConfigError
 from fluid_hf.integrations.client_optimizer import prepare_optimizer
 from fluid_hf.integrations.deepspeed_checkpoint import bind_checkpoints
 from fluid_hf.integrations.deepspeed_checks import check_training
+from fluid_hf.integrations.deepspeed_groups import forget_destroyed_groups
 from fluid_hf.integrations.engine_step import bind_step
 from fluid_hf.integrations.sequence_engine import sequence_parallel_engine
 from fluid_hf.models.expert_formats import extra_modules
@@ -140,6 +141,7 @@ class DeepSpeedBackend(TorchBackend):
     def create_groups(self, ep_size: int) -> ParallelGroups:
         if not deepspeed.comm.is_initialized():
             init_communication()
+        forget_destroyed_groups()
         world_size = dist.get_world_size()
         if ep_size == 1:
             return ParallelGroups(1, 0, None, None, world_size)

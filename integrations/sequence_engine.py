@@ -80,6 +80,7 @@ def sequence_parallel_engine(arguments: dict[str, Any], settings: Any, state: Fl
             f"sp_size ({groups.sp_size}) of the patched model must equal that of the mpu ({given}) given to "
             "deepspeed.initialize; patch the model with the same sp_size."
         )
+    _check_mesh(arguments.get("mesh_param"), settings, groups)
     if groups.sp_size == 1:
         yield
         return
@@ -87,11 +88,43 @@ def sequence_parallel_engine(arguments: dict[str, Any], settings: Any, state: Fl
         raise ConfigError(
             f"mpu ({type(mpu).__name__}) cannot be combined with sp_size ({groups.sp_size}); leave mpu out."
         )
-    arguments["mpu"] = None
+    arguments["mpu"] = arguments["mesh_param"] = None
     name = "config" if arguments.get("config") is not None else "config_params"
     if isinstance(settings, dict):  # batch sizes count sequences, of which sp_size ranks share one
+        settings = {key: value for key, value in settings.items() if key != "data_parallel_size"}  # else, a mesh
         arguments[name] = {**settings, "sequence_parallel_size": groups.sp_size}
     deepspeed_groups.mpu = None
     yield
     if mpu is not None:
         deepspeed_groups.mpu = SequenceParallelState(groups, deepspeed_groups._get_data_parallel_group())
+
+
+def _check_mesh(mesh_param: Any, settings: Any, groups: ParallelGroups) -> None:
+    """Refuse meshes that tell other ranks to share sequences than the patched model's.
+
+    Of a mesh DeepSpeed 0.19 averages gradients over the first dimension only, and ranks would drift apart.
+
+    Raises:
+        ConfigError: names the mesh and the shape that it must have.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    settings = settings if isinstance(settings, dict) else {}
+    if mesh_param:
+        found["mesh_param"] = tuple(mesh_param)
+    elif "data_parallel_size" in settings and (groups.sp_size > 1 or "sequence_parallel_size" in settings):
+        sizes = (settings["data_parallel_size"], settings.get("sequence_parallel_size", groups.sp_size))
+        found["data_parallel_size and sequence_parallel_size"] = sizes
+    fitting = groups.world_size // groups.sp_size, groups.sp_size
+    for name, shape in found.items():
+        if shape != fitting:
+            raise ConfigError(
+                f"{name} {shape} of deepspeed.initialize must be {fitting} for a model patched with sp_size "
+                f"({groups.sp_size}); patch the model with the sp_size that you want, and leave out the mesh."
+            )
+    kept = deepspeed_groups.mesh_device
+    if kept is not None and (ranks := kept.get_group("data_parallel").size()) != groups.world_size:
+        raise ConfigError(
+            f"the mesh that another engine has left in deepspeed.utils.groups ({ranks} data-parallel ranks) must have "
+            f"all {groups.world_size}, or gradients are averaged over some of them only; train one of the two models "
+            "in another process."
+        )

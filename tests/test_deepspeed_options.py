@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import RankPool, rank_pool
-from families import batch, tiny_model
+from families import batch, relative_error, tiny_model
 from test_deepspeed import Curve, assert_near, groups, settings, train
 
 import fluid_hf
@@ -264,3 +264,47 @@ def test_an_overflow_under_autocast_skips_the_step_on_all(pool2: RankPool) -> No
     assert first[0][1] == first[1][1] != first[2][1], "weights change in a step that is not skipped, and in no other"
     for ours, theirs in zip(first, expected, strict=True):
         assert ours[:2] == pytest.approx(theirs[:2], rel=1e-4)
+
+
+def run_mesh(rank: int, world: int, sp_size: int, way: str) -> float:
+    """The worst weight after two steps with a mesh of one data-parallel rank: argument, in the JSON, or left over."""
+    import deepspeed
+    from deepspeed.utils import groups as deepspeed_groups
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # saves a minute of compilation
+    reference, model = tiny_model("mixtral"), tiny_model("mixtral")
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world, sp_size=sp_size))
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2, eps=1e-4) for part in (reference, model)]
+    sizes = {"data_parallel_size": 1, "sequence_parallel_size": 2} if way == "JSON" else {}
+    config = {**settings(1), "gradient_clipping": 0, "zero_force_ds_cpu_optimizer": False, **sizes}
+    mesh = (1, 2) if way == "argument" else None
+    if way == "left":
+        deepspeed_groups.mesh_device = torch.distributed.init_device_mesh(
+            "cpu", (1, 2), mesh_dim_names=("data_parallel", "sequence_parallel")
+        )
+    try:
+        engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=optimizers[1], mesh_param=mesh)
+    finally:
+        deepspeed_groups.mesh_device = None
+    for step in range(2):
+        ids = batch(0, 1, step=step)
+        reference(input_ids=ids, labels=ids).loss.backward()
+        piece = model.fluid.shard_batch({"input_ids": ids, "labels": ids})
+        labels = piece.pop("shift_labels")
+        engine.backward(model.fluid.sequence_loss(engine(**piece).logits, labels))
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        engine.step()
+    engine.destroy()
+    expected = dict(reference.named_parameters())
+    return max(relative_error(p, expected[name]) for name, p in fluid_hf.unpatch_model(model).named_parameters())
+
+
+def test_meshes_of_ranks_that_share_sequences(pool2: RankPool) -> None:
+    """Of such a mesh DeepSpeed averages gradients over the first dimension only: ranks drifted apart."""
+    for way in ("argument", "JSON"):
+        assert max(pool2.run(run_mesh, 2, way)) < 1e-5
+        for text in pool2.expect("ConfigError", run_mesh, 1, way):
+            assert "(1, 2) of deepspeed.initialize must be (2, 1) for a model patched with sp_size (1)" in text
+    for text in pool2.expect("ConfigError", run_mesh, 2, "left"):
+        assert "(1 data-parallel ranks) must have all 2" in text

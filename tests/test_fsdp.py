@@ -12,7 +12,7 @@ import torch
 from distributed import RankPool, rank_pool
 from families import batch, relative_error, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import AutoModelForCausalLM
 
 import fluid_hf
@@ -106,6 +106,24 @@ def run_part_of_the_ranks(rank: int, world: int) -> None:
 def test_fsdp_over_some_of_the_ranks_is_refused(pool2: RankPool) -> None:
     for message in pool2.expect("ConfigError", run_part_of_the_ranks, timeout=60):
         assert "must have all 2 ranks" in message
+
+
+def run_flattened(rank: int, world: int, whole: bool, clip: bool) -> None:
+    model, ids = fluid_hf.patch_model(tiny_model("qwen2_moe"), FluidConfig(ep_size=1)), batch(rank, 2)
+    cpu = torch.device("cpu")
+    around: Any = FullyShardedDataParallel(model, use_orig_params=whole, device_id=cpu)
+    around(input_ids=ids, labels=ids).loss.backward()
+    if clip:
+        model.fluid.clip_grad_norm_(around, 1.0)
+    else:
+        model.fluid.reduce_gradients(model)
+
+
+def test_gradients_of_flattened_parameters_are_not_reduced_again(pool2: RankPool) -> None:
+    """FullyShardedDataParallel: ranks have other pieces of them, in tensors that do not tell."""
+    for whole, clip in ((True, False), (False, True)):
+        for message in pool2.expect("ConfigError", run_flattened, whole, clip, timeout=60):
+            assert "must not be sharded by FullyShardedDataParallel in reduce_gradients and clip_grad_norm_" in message
 
 
 def run_whole_parameters(rank: int, world: int) -> list[str]:

@@ -1,17 +1,22 @@
-"""Training loops without DeepSpeed: loss scaling, weight decay and clipping as in one process."""
+"""Training loops without DeepSpeed: loss scaling, weight decay and clipping as in one process; what ranks share."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import RankPool, rank_pool
+import torch.distributed as dist
+from distributed import RankError, RankPool, fresh_ranks, rank_pool
 from families import batch, relative_error, tiny_model
 
 import fluid_hf
-from fluid_hf import FluidConfig
+from fluid_hf import CollectiveError, FluidConfig
+from fluid_hf.control import ControlGroup
 
 pool2 = rank_pool(2)
 pool4 = rank_pool(4)
@@ -284,3 +289,86 @@ def run_frozen_later(rank: int, world: int, ep_size: int) -> None:
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_gradients_of_what_was_frozen_since(pool2: RankPool, ep_size: int) -> None:
     pool2.run(run_frozen_later, ep_size, timeout=60)
+
+
+def run_other_weights(rank: int, world: int, ep_size: int, which: str) -> None:
+    """A step of ranks that have built the same model, but for some weights."""
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=ep_size, timeout_seconds=30))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if rank == world - 1 and which == "rounded":
+                parameter.copy_(parameter.bfloat16())
+            elif rank == world - 1 and which in name:
+                parameter.copy_(torch.randn_like(parameter))
+    ids = batch(rank, 2)
+    try:
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.fluid.reduce_gradients(model)
+    finally:
+        fluid_hf.unpatch_model(model)
+
+
+@pytest.mark.parametrize(("ep_size", "which"), [(2, "lm_head.weight"), (1, "layers.1.mlp.experts"), (1, "norm")])
+def test_ranks_that_have_built_other_weights(pool2: RankPool, ep_size: int, which: str) -> None:
+    """Nobody sends those of the first rank to all, as DeepSpeed and DistributedDataParallel do."""
+    for message in pool2.expect("RankMismatchError", run_other_weights, ep_size, which, timeout=60):
+        assert which in message.partition(" must be equal on all ranks")[0] and "torch.manual_seed" in message
+
+
+def test_weights_that_may_differ(pool2: RankPool, pool4: RankPool) -> None:
+    """Roundings; experts that are split; of those that some ranks share, these ranks' must be the same."""
+    pool2.run(run_other_weights, 2, "rounded", timeout=60)
+    pool2.run(run_other_weights, 2, "layers.1.mlp.experts", timeout=60)
+    for message in pool4.expect("RankMismatchError", run_other_weights, 2, "layers.1.mlp.experts", timeout=60):
+        assert "weights of model.layers.1.mlp.experts" in message
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    with pytest.raises(CollectiveError) as caught:
+        call()
+    return str(caught.value)
+
+
+def run_anew(rank: int, world: int, folder: str) -> list[tuple[float, list[str]]]:
+    """Groups that are destroyed under a patched model and made anew, with it unpatched before or not."""
+    found = []
+    for turn, unpatched in enumerate((False, True, False)):
+        reference, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+        fluid_hf.patch_model(model, FluidConfig(ep_size=world, timeout_seconds=30))
+        ids = batch(rank, 2)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        model.fluid.reduce_gradients(model)
+        error = relative_error(loss, reference(input_ids=ids, labels=ids).loss)
+        if unpatched:
+            fluid_hf.unpatch_model(model)
+        dist.barrier()
+        dist.destroy_process_group()
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{turn}", rank=rank, world_size=world)
+        calls: list[Callable[[], Any]] = []
+        if not unpatched:
+            calls = [partial(model.fluid.reduce_gradients, model), model.fluid.metrics]
+            calls.append(partial(fluid_hf.unpatch_model, model))
+        found.append((error, [message_of(call) for call in calls]))
+    return found
+
+
+def test_process_groups_that_are_made_anew(pool2: RankPool, tmp_path: Path) -> None:
+    """As in a notebook; DeepSpeed hands out groups that torch.distributed has destroyed."""
+    for found in pool2.run(run_anew, str(tmp_path), timeout=90):
+        assert max(error for error, _ in found) < 1e-5
+        assert [len(messages) for _, messages in found] == [3, 0, 3]
+        assert all("process group (destroyed)" in message for _, messages in found for message in messages)
+
+
+def run_patch_alone(rank: int, world: int) -> None:
+    ControlGroup.__init__.__defaults__ = (1.0, "")  # seconds instead of minutes
+    if rank == 1:
+        fluid_hf.patch_model(tiny_model("qwen3_moe"), FluidConfig(ep_size=world))
+
+
+def test_patching_on_one_rank_only() -> None:
+    with fresh_ranks(2) as pool, pytest.raises(RankError) as caught:
+        pool.run(run_patch_alone, timeout=60)
+    (failure,) = caught.value.failures.values()
+    assert failure.kind == "CollectiveError" and "patch_model must be called on all 2 ranks" in failure.message

@@ -76,7 +76,7 @@ def from_pretrained(
         ConfigError: the settings are no `FluidConfig`, or do not fit the model or the world size.
         UnsupportedModelError: the model cannot be patched, or its experts are not read by shares (DBRX, LongCat-Flash).
     """
-    path, control = os.fspath(path), ControlGroup(LOADING_TIMEOUT_SECONDS)
+    path, control = os.fspath(path), ControlGroup(LOADING_TIMEOUT_SECONDS, "fluid_hf.from_pretrained")
     with_info = hf_kwargs.pop("output_loading_info", False)
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:

@@ -15,9 +15,11 @@ from fluid_hf.errors import ConfigError, GradientError
 
 __all__ = [
     "LeftGradients",
+    "UntrainedExperts",
     "check_versions",
     "inside_transforms",
     "left_to_us",
+    "refuse_flattened",
     "refuse_second_derivatives",
     "refuse_transforms",
     "square_sum",
@@ -45,6 +47,45 @@ class LeftGradients:
         """Whether this is one of them, and has not changed."""
         known = self._left.get(id(gradient))
         return known is not None and known[0]() is gradient and known[1] == gradient._version
+
+
+class UntrainedExperts:
+    """Tells once that an optimizer holds the experts of before the model was patched: nothing else in a loop would."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, int] = {}
+        self._told = False
+
+    def found(self, experts: set[int], parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether others of these parameters have changed since the last call, and none of the experts.
+
+        Args:
+            experts: ids of the experts among them.
+            parameters: those that have gradients.
+        """
+        versions = {id(parameter): parameter._version for parameter in parameters}
+        before, self._versions = self._versions, versions
+        changed = {key for key, version in versions.items() if before.get(key, version) != version}
+        watched = experts & before.keys()
+        if self._told or not changed or not watched or changed & watched:
+            return False
+        self._told = True
+        return True
+
+
+def refuse_flattened(model: nn.Module, world_size: int) -> None:
+    """Raise if FullyShardedDataParallel holds parameters: of each, ranks have other pieces, or none.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    flattened = (name for name, parameter in model.named_parameters() if getattr(parameter, "_fsdp_flattened", False))
+    if world_size > 1 and (name := next(flattened, None)) is not None:
+        raise ConfigError(
+            f"{name} must not be sharded by FullyShardedDataParallel in reduce_gradients and clip_grad_norm_: it has "
+            "averaged the gradients itself, and ranks hold other pieces of them; leave out reduce_gradients and call "
+            "clip_grad_norm_ of the FullyShardedDataParallel, or use fully_shard."
+        )
 
 
 def left_to_us(named: Iterable[tuple[str, nn.Parameter]], world_size: int) -> list[tuple[str, nn.Parameter]]:

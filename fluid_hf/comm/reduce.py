@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fluid_hf.comm.faults import peer_error
 from fluid_hf.errors import PeerError
-from fluid_hf.process_groups import backend_of
+from fluid_hf.process_groups import backend_of, check_alive
 
 __all__ = ["all_gather_in_time", "all_reduce_in_time", "in_time", "meet_first", "meet_in_time", "spread_overflow"]
 
@@ -116,8 +116,13 @@ def in_time(
     place: str,
     met: set[str],
 ) -> None:
-    """Start a collective of tensors on `device` without waiting, and wait for it; see `all_reduce_in_time`."""
+    """Start a collective of tensors on `device` without waiting, and wait for it; see `all_reduce_in_time`.
+
+    Raises:
+        CollectiveError: the group was destroyed.
+    """
     group = dist.group.WORLD if group is None else group
+    check_alive(group, place)
     assert group is not None
     backend = backend_of(group, device.type)
     if backend == "nccl":

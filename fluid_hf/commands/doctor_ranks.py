@@ -81,7 +81,7 @@ def examine(skip: Sequence[str], timeout_seconds: float) -> dict[str, list[Findi
     mine = not dist.is_initialized()
     if mine:
         _start(timeout_seconds)
-    control = ControlGroup(timeout_seconds)
+    control = ControlGroup(timeout_seconds, "doctor")
     report: dict[str, list[Finding]] = {}
     for name in [name for name in LOCAL_CHECKS if name not in skip]:
         report[name] = merge(control.gather(CHECKS[name](), f"doctor's check of {name}"))

@@ -1,5 +1,6 @@
 """Refuses FSDP and DistributedDataParallel around experts that are split over ranks: the one would take each rank's
-experts for a piece of the same, the other would give every rank those of the first and average their gradients.
+experts for a piece of the same, the other would give every rank those of the first and average their gradients. And
+copies of a patched model.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from fluid_hf.errors import ConfigError
+from fluid_hf.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["RefuseDDP", "refuse_fsdp", "refuse_sharding", "refuse_unpatching"]
+__all__ = ["RefuseDDP", "refuse_copy", "refuse_fsdp", "refuse_sharding", "refuse_unpatching"]
 
 REMEDY = (
     "use DeepSpeed's ZeRO, transformers' expert parallelism (fluid_hf.integrations.transformers_ep), which runs under "
@@ -124,3 +125,11 @@ class RefuseDDP:
 
     def __iter__(self) -> Iterator[str]:
         raise ConfigError(REFUSED_DDP)
+
+
+def refuse_copy(*args: Any) -> Any:
+    """Stands where `copy.deepcopy`, `pickle` and `torch.save` ask a model how to copy it."""
+    raise UnsupportedModelError(
+        "a patched model cannot be copied or pickled: its experts, process groups and saving belong to this one; "
+        "copy it before patch_model and patch the copy too, or write it with fluid_hf.save_pretrained."
+    )
