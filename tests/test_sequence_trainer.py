@@ -46,6 +46,30 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     return train(runs, folder, nproc=1)
 
 
+def runs_of_epochs(base: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Three epochs, and the same resumed within one, also with other settings than those of the checkpoint."""
+    whole = {**base, "name": "epochs", "stage": 1, "fluid": {"ep_size": 2}, **EPOCHS, "output": str(folder)}
+    within = str(folder / "checkpoint-6")  # of the second epoch's four steps two are done
+    # With two micro-batches a step, three steps reach into the second epoch.
+    later = {"accumulation": 2, "resume": str(folder / "checkpoint-3")}
+    return [
+        {**whole, "save_steps": 3},
+        {**whole, "name": "within an epoch", "resume": within},
+        {**whole, "name": "accumulated", **later},
+    ]
+
+
+def check_epochs(found: dict[str, list[dict[str, Any]]], expected: dict[str, list[dict[str, Any]]]) -> None:
+    for result in found["epochs"]:
+        assert_equal(curve(result), curve(expected["epochs"][0]))
+        assert len(curve(result)) == 3 * 4
+    for result in found["within an epoch"]:
+        assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
+    for result in found["accumulated"]:
+        assert_equal(curve(result)[3:], curve(expected["accumulated"][0])[3:])
+        assert len(curve(result)) == 3 + 3
+
+
 def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     """Whole Trainer runs: its loader, its loss, clipping at 1.0, evaluation on whole sequences."""
     base = {"positions": True, "parallelism_sp_size": 2, "json_optimizer": False}
@@ -61,13 +85,7 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     runs.append({**runs[1], "name": "resumed", "resume": str(tmp_path / "run" / "checkpoint-5")})
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
-    runs.append({**base, "name": "epochs", "stage": 1, "fluid": {"ep_size": 2}, **EPOCHS})
-    runs[-1] |= {"save_steps": 3, "output": str(tmp_path / "epochs")}
-    within = str(tmp_path / "epochs" / "checkpoint-6")  # of the second epoch's four steps two are done
-    runs.append({**runs[-1], "name": "within an epoch", "save_steps": 0, "resume": within})
-    # With two micro-batches a step, three steps reach into the second epoch.
-    later = {"accumulation": 2, "resume": str(tmp_path / "epochs" / "checkpoint-3")}
-    runs.append({**runs[-1], "name": "accumulated", **later})
+    runs += runs_of_epochs(base, tmp_path / "epochs")
     runs.append({**base, "name": "noise", "stage": 1, "fluid": {"ep_size": 1}, **NOISE})
     runs.append({**base, "name": "stream", "stage": 1, "fluid": {"ep_size": 2}, **STREAM})
     runs.append({**base, "name": "mixtral", "stage": 1, "fluid": {"ep_size": 2}, **MIXTRAL})
@@ -88,14 +106,7 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     assert found["2"][0]["eval_loss"] == pytest.approx(expected["plain"][0]["eval_loss"], rel=1e-4)
     assert len(found["2"][0]["predicted"]) == 1 + 5 * 4
     assert found["2"][0]["predicted"][1:] == pytest.approx(expected["plain"][0]["predicted"][1:], rel=1e-3, abs=1e-4)
-    for result in found["epochs"]:
-        assert_equal(curve(result), curve(expected["epochs"][0]))
-        assert len(curve(result)) == 3 * 4
-    for result in found["within an epoch"]:
-        assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
-    for result in found["accumulated"]:
-        assert_equal(curve(result)[3:], curve(expected["accumulated"][0])[3:])
-        assert len(curve(result)) == 3 + 3
+    check_epochs(found, expected)
     for result in found["noise"]:  # each rank's piece is shorter than the sequence
         assert result["noise"] == pytest.approx(expected["noise"][0]["noise"]) and len(result["noise"]) == 2
     for name in ("stream", "mixtral"):
