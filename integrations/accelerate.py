@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from fluid_hf.attention.sequence import fill_up
 from fluid_hf.config import FluidConfig
@@ -33,9 +35,11 @@ __all__ = [
     "check_ranks",
     "check_sp_size",
     "fill_batches",
+    "first_epoch",
     "give_head_size",
     "name_attention",
     "parallelism_of",
+    "scale_noise",
 ]
 
 
@@ -188,6 +192,19 @@ def check_loss(sp_size: int, world_size: int, args: Any, loss_function: Any = No
         )
 
 
+def scale_noise(model: nn.Module, alpha: float | None, sp_size: int) -> None:
+    """Let NEFTune add to a piece what it adds to the whole sequence: its noise falls with the root of the length.
+
+    Args:
+        model: the model that is trained; it has the Trainer's hook already, which takes itself off in the end.
+        alpha: `neftune_noise_alpha` of the Trainer's arguments.
+        sp_size: ranks that share a sequence.
+    """
+    if alpha is not None and sp_size > 1:
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.neftune_noise_alpha = alpha / math.sqrt(sp_size)
+
+
 class FilledBatches:
     """A data loader's batches, each of a length that all ranks can share (`fluid_hf.attention.sequence.fill_up`).
 
@@ -222,8 +239,18 @@ class FilledBatches:
             RankMismatchError: the ranks bring batches of other numbers of rows, or not equally many.
         """
         for batch in batches:
+            self._check_names(batch)
             yield self.fill(batch, self._common_length(batch))
         self._common_length(None)
+
+    def _check_names(self, batch: Any) -> None:
+        missing = [name for name in ("input_ids", "labels") if name not in batch]
+        if missing:
+            raise ConfigError(
+                f"{' and '.join(missing)} must be in the training batches with sp_size ({self._sp_size}) over 1: they "
+                f"have {', '.join(map(str, batch))}, and the Trainer computes the loss of sequences that ranks share "
+                "from labels; let the collator return them, or set sp_size 1 (for DPO and the like)."
+            )
 
     def _common_length(self, batch: Any) -> int:
         """What this batch's length must be a multiple of; `None` is the end of the batches.
@@ -291,6 +318,19 @@ class CutBatches(IterableDataset):  # type: ignore[misc, type-arg]
 
     def __len__(self) -> int:
         return len(self._loader)
+
+
+def first_epoch(loader: Any, step: int, accumulation: int) -> int:
+    """The epoch in which the Trainer goes on after `step` optimizer steps.
+
+    It counts epochs by the settings of now; a checkpoint's own count is by those it was written with.
+
+    Args:
+        loader: the Trainer's training data loader.
+        step: optimizer steps that are done.
+        accumulation: micro-batches of an optimizer step.
+    """
+    return step // max(1, -(-len(loader) // accumulation)) if has_length(loader) else 0
 
 
 def fill_batches(loader: Any, sp_size: int, config: Any, epoch: int = 0) -> None:

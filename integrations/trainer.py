@@ -19,9 +19,11 @@ from fluid_hf.integrations.accelerate import (
     check_ranks,
     check_sp_size,
     fill_batches,
+    first_epoch,
     give_head_size,
     name_attention,
     parallelism_of,
+    scale_noise,
 )
 from fluid_hf.integrations.shared_folder import check_node_local, check_shared
 from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepMetrics
@@ -118,6 +120,8 @@ class FluidCallback(TrainerCallback):
     ) -> None:
         """Let weight gradients run in communication windows; begin to measure."""
         fluid = get_state(kwargs["model"])
+        if getattr(args, "sync_ref_model", False):
+            _check_synced(kwargs["model"], getattr(calling_trainer(), "ref_model", None))
         if not fluid.engine_bound:
             _check_without_engine(kwargs["model"], kwargs.get("optimizer"), fluid)
         if fluid.engine_bound and args.save_strategy != "no":
@@ -127,8 +131,10 @@ class FluidCallback(TrainerCallback):
         if self._step_metrics is not None:
             self._step_metrics.close()
         if fluid.groups.sp_size > 1:
-            loader, epoch = kwargs.get("train_dataloader"), int(state.epoch or 0)
+            loader: Any = kwargs.get("train_dataloader")
+            epoch = first_epoch(loader, state.global_step, args.gradient_accumulation_steps)
             fill_batches(loader, fluid.groups.sp_size, kwargs["model"].config, epoch)
+            scale_noise(kwargs["model"], args.neftune_noise_alpha, fluid.groups.sp_size)
         self._step_metrics = StepMetrics(kwargs["model"], fluid, self._peak)
         if self._history is not None and state.global_step == 0:
             self._history = LoadHistory()  # what a training before this one has left
@@ -220,6 +226,16 @@ def _check_reference(args: TrainingArguments, ep_size: int) -> None:
             "into the reference model on rank 0 alone, without the other ranks' experts; use ZeRO 0, 1 or 2 and patch "
             "the reference model too."
         )
+
+
+def _check_synced(model: nn.Module, reference: Any) -> None:
+    """Refuse a copy that is not patched like the model: TRL mixes one's parameters into the other's in their order."""
+    if reference is None or [p.shape for p in reference.parameters()] == [p.shape for p in model.parameters()]:
+        return
+    raise ConfigError(
+        "sync_ref_model (true) must be false, or ref_model patched with the settings of the model: its parameters are "
+        "others; give the trainer a ref_model for which patch_model was called."
+    )
 
 
 def _check_without_engine(model: nn.Module, optimizer: Any, fluid: FluidState) -> None:

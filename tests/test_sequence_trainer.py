@@ -25,6 +25,7 @@ pool4 = rank_pool(4)
 
 EPOCHS = {"epochs": 3, "samples": 8}
 STREAM = {"stream": True, "samples": 8, "steps": 6}
+NOISE = {"neftune": 5.0, "steps": 2}
 MIXTRAL = {"family": "mixtral", "steps": 3}  # its config has no size of a head
 AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5}}
 
@@ -32,14 +33,41 @@ AUXILIARY = {"model": {"output_router_logits": True, "router_aux_loss_coef": 0.5
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("one")
-    runs = [
+    runs: list[dict[str, Any]] = [
         {"name": "plain", "stage": 1, "positions": True, "predict": 5, "save_model": str(folder / "saved")},
         {"name": "odd", "stage": 1, "length": 11, "steps": 4, **AUXILIARY},
-        {"name": "epochs", "stage": 1, "positions": True, **EPOCHS},
+        {"name": "epochs", "stage": 1, "positions": True, **EPOCHS, "save_steps": 3},
+        {"name": "accumulated", "stage": 1, "positions": True, **EPOCHS, "accumulation": 2},
+        {"name": "noise", "stage": 1, "positions": True, **NOISE},
         {"name": "stream", "stage": 1, "positions": True, **STREAM},
         {"name": "mixtral", "stage": 1, "positions": True, **MIXTRAL},
     ]
+    runs[3] |= {"resume": str(folder / "epochs" / "checkpoint-3")}
     return train(runs, folder, nproc=1)
+
+
+def runs_of_epochs(base: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Three epochs, and the same resumed within one, also with other settings than those of the checkpoint."""
+    whole = {**base, "name": "epochs", "stage": 1, "fluid": {"ep_size": 2}, **EPOCHS, "output": str(folder)}
+    within = str(folder / "checkpoint-6")  # of the second epoch's four steps two are done
+    # With two micro-batches a step, three steps reach into the second epoch.
+    later = {"accumulation": 2, "resume": str(folder / "checkpoint-3")}
+    return [
+        {**whole, "save_steps": 3},
+        {**whole, "name": "within an epoch", "resume": within},
+        {**whole, "name": "accumulated", **later},
+    ]
+
+
+def check_epochs(found: dict[str, list[dict[str, Any]]], expected: dict[str, list[dict[str, Any]]]) -> None:
+    for result in found["epochs"]:
+        assert_equal(curve(result), curve(expected["epochs"][0]))
+        assert len(curve(result)) == 3 * 4
+    for result in found["within an epoch"]:
+        assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
+    for result in found["accumulated"]:
+        assert_equal(curve(result)[3:], curve(expected["accumulated"][0])[3:])
+        assert len(curve(result)) == 3 + 3
 
 
 def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -57,10 +85,8 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     runs.append({**runs[1], "name": "resumed", "resume": str(tmp_path / "run" / "checkpoint-5")})
     runs.append({**base, "name": "differ", "stage": 1, "fluid": {"ep_size": 1, "sp_size": 1}})
     runs.append({**base, "name": "alone", "stage": 1, "fluid": {"sp_size": 2}, "parallelism_sp_size": 0})
-    runs.append({**base, "name": "epochs", "stage": 1, "fluid": {"ep_size": 2}, **EPOCHS})
-    runs[-1] |= {"save_steps": 2, "output": str(tmp_path / "epochs")}
-    within = str(tmp_path / "epochs" / "checkpoint-6")  # of the second epoch's four steps two are done
-    runs.append({**runs[-1], "name": "within an epoch", "save_steps": 0, "resume": within})
+    runs += runs_of_epochs(base, tmp_path / "epochs")
+    runs.append({**base, "name": "noise", "stage": 1, "fluid": {"ep_size": 1}, **NOISE})
     runs.append({**base, "name": "stream", "stage": 1, "fluid": {"ep_size": 2}, **STREAM})
     runs.append({**base, "name": "mixtral", "stage": 1, "fluid": {"ep_size": 2}, **MIXTRAL})
     runs[-1] |= {"save_model": str(tmp_path / "mixtral")}
@@ -80,11 +106,9 @@ def test_trainer_at_every_stage(expected: dict[str, list[dict[str, Any]]], tmp_p
     assert found["2"][0]["eval_loss"] == pytest.approx(expected["plain"][0]["eval_loss"], rel=1e-4)
     assert len(found["2"][0]["predicted"]) == 1 + 5 * 4
     assert found["2"][0]["predicted"][1:] == pytest.approx(expected["plain"][0]["predicted"][1:], rel=1e-3, abs=1e-4)
-    for result in found["epochs"]:
-        assert_equal(curve(result), curve(expected["epochs"][0]))
-        assert len(curve(result)) == 3 * 4
-    for result in found["within an epoch"]:
-        assert_equal(curve(result)[6:], curve(expected["epochs"][0])[6:])
+    check_epochs(found, expected)
+    for result in found["noise"]:  # each rank's piece is shorter than the sequence
+        assert result["noise"] == pytest.approx(expected["noise"][0]["noise"]) and len(result["noise"]) == 2
     for name in ("stream", "mixtral"):
         for result in found[name]:
             assert_equal(curve(result), curve(expected[name][0]))
@@ -194,6 +218,14 @@ def test_ranks_bring_batches_of_other_lengths(pool4: RankPool) -> None:
             assert sum((piece["position_ids"][0] for piece in found), []) == list(range(multiple))
             labels = sum((piece["shift_labels"][0] for piece in found), [])
             assert sum(label != -100 for label in labels) == length - 1
+
+
+def test_batches_without_labels_are_refused_by_name() -> None:
+    """As of trainers that make them from pairs, such as TRL's for DPO."""
+    ids = torch.arange(1, 6)[None]
+    batches = FilledBatches([{"input_ids": ids, "completion_mask": ids}], sp_size=2, pad_token_id=0)
+    with pytest.raises(ConfigError, match=r"labels must be in .* sp_size \(2\) over 1: they have input_ids, compl"):
+        next(iter(batches))
 
 
 @pytest.mark.parametrize(("last", "said"), [([(1, 4)], "2 rows, 2 rows, 2 rows, 1 rows"), ([], "no more batches")])

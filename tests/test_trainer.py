@@ -296,9 +296,12 @@ def test_bad_settings_raise_on_every_rank_before_training(tmp_path: Path) -> Non
         {**base, "name": "world", "fluid": {"ep_size": 4}},
         {**base, "name": "reference", "fluid": {"ep_size": 2}, "stage": 3, "attributes": {"sync_ref_model": True}},
     ]
+    runs.append({**base, "name": "whole", "fluid": {"ep_size": 2}, "attributes": {"sync_ref_model": True}})
+    runs[-1] |= {"reference": True}  # not patched
     results = train(runs, tmp_path)
     messages = {"unknown key": "'ep_size'", "autoep": "expert_parallel", "world": "world size (2)"}
-    for name, message in (messages | {"reference": "sync_ref_model (true)"}).items():
+    messages |= {"reference": "sync_ref_model (true)", "whole": "or ref_model patched with the settings of the model"}
+    for name, message in messages.items():
         assert [result["error"] for result in results[name]] == ["ConfigError"] * 2, results[name]
         assert message in results[name][0]["message"]
 

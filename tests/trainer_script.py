@@ -112,6 +112,7 @@ def arguments(options: dict[str, Any]) -> TrainingArguments:
         max_steps=-1 if "epochs" in options else options.get("steps", 10),
         num_train_epochs=options.get("epochs", 3),
         label_smoothing_factor=options.get("label_smoothing", 0.0),
+        neftune_noise_alpha=options.get("neftune"),
         per_device_train_batch_size=2,
         per_device_eval_batch_size=3,
         gradient_accumulation_steps=options.get("accumulation", 1),
@@ -128,6 +129,18 @@ def arguments(options: dict[str, Any]) -> TrainingArguments:
         disable_tqdm=True,
         seed=7,
     )
+
+
+def noise_bounds(model: Any) -> list[float]:
+    """The most that NEFTune adds to a number, but for a factor of the model's, in each forward pass to come."""
+    bounds: list[float] = []
+
+    def note(module: Any, given: tuple[torch.Tensor]) -> None:
+        if module.training:
+            bounds.append(float(module.neftune_noise_alpha) / given[0].shape[1] ** 0.5)
+
+    model.get_input_embeddings().register_forward_pre_hook(note)
+    return bounds
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +165,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     )
     kind = OwnSteps if options.get("generate") else Trainer
     trainer = kind(**source, args=args, train_dataset=train_data, eval_dataset=data[:6], callbacks=callbacks)
+    if options.get("reference"):  # where TRL's trainers keep it
+        trainer.ref_model = build(options)  # type: ignore[attr-defined]
+    noise = noise_bounds(trainer.model) if options.get("neftune") else []
     trials, groups = [], []
     for trial in range(options.get("trials", 1)):
         if trial and options.get("forget") and trainer.is_world_process_zero():  # as a search with Optuna does
@@ -159,7 +175,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=options.get("resume"))
         trials.append(trainer.state.log_history)
         groups.append(len(torch.distributed.distributed_c10d._world.pg_map))
-    result: dict[str, Any] = {"history": trainer.state.log_history, "trials": trials, "groups": groups}
+    result: dict[str, Any] = {"history": trainer.state.log_history, "trials": trials, "groups": groups, "noise": noise}
     if options.get("save_model"):
         result["eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.save_model(options["save_model"])
