@@ -30,6 +30,7 @@ from fluid_hf.integrations.step_metrics import LoadHistory, ProfiledSteps, StepM
 from fluid_hf.integrations.trainer_methods import (
     calling_trainer,
     keep_weight_decay,
+    load_checkpoints_whole,
     patch_new_models,
     synchronise_generation,
 )
@@ -82,6 +83,7 @@ class FluidCallback(TrainerCallback):
         trainer = calling_trainer()
         if trainer is not None:
             keep_weight_decay(trainer)
+            load_checkpoints_whole(trainer)
             synchronise_generation(trainer)
             patch_new_models(trainer, lambda model: self._patch(model, trainer.args))
         frame = inspect.currentframe()

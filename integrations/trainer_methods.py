@@ -1,4 +1,4 @@
-"""Methods of a Trainer that must know of patched models: weight decay, models made anew, generation."""
+"""Methods of a Trainer that must know of patched models: weight decay, checkpoints, models made anew, generation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import number_of_arguments
 
 from fluid_hf.control import HeldGroups
@@ -18,7 +20,13 @@ from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.patching import release_model
 from fluid_hf.state import FluidState
 
-__all__ = ["calling_trainer", "keep_weight_decay", "patch_new_models", "synchronise_generation"]
+__all__ = [
+    "calling_trainer",
+    "keep_weight_decay",
+    "load_checkpoints_whole",
+    "patch_new_models",
+    "synchronise_generation",
+]
 
 
 def calling_trainer() -> Trainer | None:
@@ -46,6 +54,51 @@ def keep_weight_decay(trainer: Trainer) -> None:
         return _decayed(ask, model, state) if isinstance(state, FluidState) else ask(model)
 
     trainer.get_decay_parameter_names = names  # type: ignore[method-assign]
+
+
+def load_checkpoints_whole(trainer: Trainer) -> None:
+    """Let a Trainer without DeepSpeed resume, and load the best model, with the experts of the checkpoint.
+
+    transformers writes weights under the names that models have on the Hub, one tensor for each expert, and its Trainer
+    reads them by the names in the model: experts, and routers whose names differ, stay what they were, and only a
+    warning tells (5.17 to 5.23). They are read once more, by `from_pretrained`, which knows both names.
+    """
+    resume, best = trainer._load_from_checkpoint, trainer._load_best_model
+
+    @functools.wraps(resume)
+    def load_from_checkpoint(resume_from_checkpoint: str, model: Any = None) -> None:
+        resume(resume_from_checkpoint, model)
+        _load_the_rest(trainer, resume_from_checkpoint)
+
+    @functools.wraps(best)
+    def load_best_model() -> None:
+        best()
+        if trainer.state.best_model_checkpoint is not None:
+            _load_the_rest(trainer, trainer.state.best_model_checkpoint)
+
+    trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
+    trainer._load_best_model = load_best_model  # type: ignore[method-assign]
+
+
+def _load_the_rest(trainer: Trainer, folder: str) -> None:
+    """Weights of a patched model that a folder has under other names than the model."""
+    model: Any = trainer.model
+    state = getattr(model, "fluid", None) if isinstance(model, PreTrainedModel) else None
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    if not isinstance(state, FluidState) or state.groups.ep_size > 1:
+        return
+    written = {name for file in Path(folder).glob("*.safetensors") for name in _names_in(file)}
+    missing = model.state_dict().keys() - written
+    if not written or not missing:
+        return
+    whole = type(model).from_pretrained(folder, config=model.config, dtype="auto").state_dict()
+    model.load_state_dict({name: whole[name] for name in missing if name in whole}, strict=False)
+
+
+def _names_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as tensors:
+        return list(tensors.keys())
 
 
 def patch_new_models(trainer: Trainer, patch: Callable[[nn.Module], None]) -> None:
