@@ -163,3 +163,35 @@ def test_pieces_projected_early_or_again(sizes: tuple[int, ...], way: str, monke
     for recompute, own in ((True, False), (False, True), (True, True)):
         for ours, theirs in zip(gradients(sizes, torch.float16, False, recompute, own), plain, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("first", [0, 1])
+def test_output_gradients_of_any_stride(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row, or none, that was cut from a wider tensor: its stride may be a multiple of 16 bytes where H is none."""
+    generator = torch.Generator().manual_seed(3)
+    random = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
+    sizes, weights, silu = (first, 7, 6), (random(2, 16, 10), random(2, 10, 8)), torch.nn.functional.silu
+    wide, outputs = [random(size, 16) for size in sizes], random(13, 10)
+    ids = [torch.randint(0, 2, (size, 2), generator=generator) for size in sizes]
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        held = experts.ExpertWeights((weights[0].to(dtype),), weights[1].to(dtype))
+        cut = wide[0].flip(1).to(dtype)[:, :10]
+        assert cut.is_contiguous() and cut.stride(0) == 16
+        grads_RH = cut, *outputs.to(dtype).split(sizes[1:])
+        pieces = [
+            experts.Piece(rows[:, :10], rows[:, 10:12], make_pair_plan(of.to(DEVICE), 2, of.numel()))
+            for rows, of in zip((rows.to(dtype) for rows in wide), ids, strict=True)
+        ]
+        grads = experts.PieceGradients(pieces)
+        for piece, grad_RH in zip(pieces, grads_RH, strict=True):
+            kept = experts.project_piece(piece, held, silu).kept
+            out = torch.empty(grad_RH.shape, dtype=dtype, device=DEVICE), torch.zeros_like(piece.weights_RK)
+            grads.backward(kept, grad_RH, held, silu, out)
+        return grads.weight_gradient(None)
+
+    expected = gradient(torch.float64)
+    take("fused", monkeypatch)
+    assert relative_error(gradient(torch.float32).double(), expected) <= 1e-6

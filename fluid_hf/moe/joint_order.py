@@ -47,9 +47,12 @@ class JointOrder:
         self.unit = 1
         if first_output is not None:
             self.addresses = torch.empty(2, self.num_pairs, dtype=torch.int64, device=place_S.device)
-            # The kernel that reads by these moves 16 bytes at once if it can tell that they are aligned.
+            # The kernel that reads by these moves 16 bytes at once if it can tell that they are aligned. The other
+            # pieces' output gradients lie in one buffer, rows side by side; a stride says nothing of that if the first
+            # piece has one row, or none.
             tensors, each = (first_output, *[piece.rows_RH for piece in pieces]), first_output.element_size()
-            if all([tensor.data_ptr() % 16 == 0 and tensor.stride(0) * each % 16 == 0 for tensor in tensors]):
+            steps = [each * first_output.shape[1], *[each * tensor.stride(0) for tensor in tensors]]
+            if all([number % 16 == 0 for number in (*[tensor.data_ptr() for tensor in tensors], *steps)]):
                 self.unit = 16 // each
 
     def places(
