@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.trainer_utils import number_of_arguments
 
 from fluid_hf.control import HeldGroups
+from fluid_hf.errors import CheckpointError
 from fluid_hf.models.stored_experts import StoredExperts, stored_parameters
 from fluid_hf.patching import release_model
 from fluid_hf.state import FluidState
@@ -81,7 +85,11 @@ def load_checkpoints_whole(trainer: Trainer) -> None:
 
 
 def _load_the_rest(trainer: Trainer, folder: str) -> None:
-    """Weights of a patched model that a folder has under other names than the model."""
+    """Weights of a patched model that a folder has under other names than the model.
+
+    Raises:
+        CheckpointError: the folder lacks some of them.
+    """
     model: Any = trainer.model
     state = getattr(model, "fluid", None) if isinstance(model, PreTrainedModel) else None
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
@@ -92,8 +100,35 @@ def _load_the_rest(trainer: Trainer, folder: str) -> None:
     missing = model.state_dict().keys() - written
     if not written or not missing:
         return
-    whole = type(model).from_pretrained(folder, config=model.config, dtype="auto").state_dict()
-    model.load_state_dict({name: whole[name] for name in missing if name in whole}, strict=False)
+    # In what holds every weight of the model: its configuration may still have the dtype that it was loaded in.
+    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    whole, report = type(model).from_pretrained(
+        folder,
+        config=model.config,
+        dtype=functools.reduce(torch.promote_types, dtypes),
+        key_mapping=_own_renamings(model),
+        output_loading_info=True,
+    )
+    # from_pretrained fills with random numbers what it does not find.
+    lost = sorted(missing & set(report["missing_keys"]) - set(model._keys_to_ignore_on_save or ()))
+    if lost:
+        raise CheckpointError(
+            f"tensor ({lost[0]}) of the model must be in {folder} but {len(lost)} are not; resume with a model that is "
+            "built, or loaded, as the one that was trained."
+        )
+    found = whole.state_dict()
+    model.load_state_dict({name: found[name] for name in missing if name in found}, strict=False)
+
+
+def _own_renamings(model: Any) -> dict[str, str] | None:
+    """The `key_mapping` that a model was loaded with: by it transformers names what it saves."""
+    usual = [(rule.source_patterns, rule.target_patterns) for rule in get_model_conversion_mapping(model)]
+    used = [
+        rule
+        for rule in getattr(model, "_weight_conversions", None) or ()
+        if type(rule) is WeightRenaming and (rule.source_patterns, rule.target_patterns) not in usual
+    ]
+    return {rule._original_source_patterns[0]: rule._original_target_patterns[0] for rule in used} or None
 
 
 def _names_in(file: Path) -> list[str]:

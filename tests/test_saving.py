@@ -111,15 +111,21 @@ def test_split_experts_are_loaded_from_all(pool2: RankPool, family: str) -> None
     pool2.run(run_load_whole, family)
 
 
-def test_a_state_dict_that_has_all_experts_is_saved(tmp_path: Path) -> None:
-    """As accelerate's users save; the model's names are others than the layer's."""
-    model = build_stored("pairs")
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+@pytest.mark.parametrize("kind", ["pairs", "longcat_flash"])
+def test_models_that_store_experts_otherwise_are_saved(tmp_path: Path, kind: str) -> None:
+    """Also a state dict that has all experts, as accelerate's users save, and weights staged for an engine."""
+    model = build_stored(kind)
+    model.save_pretrained(tmp_path / "theirs")
     fluid_hf.patch_model(model, FluidConfig(ep_size=1))
-    model.save_pretrained(tmp_path, state_dict=model.state_dict())
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model.save_pretrained(tmp_path / "plain")
+    fluid_hf.save_pretrained(model, tmp_path / "streamed")
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    model.save_pretrained(tmp_path / "staged", state_dict=saving.stage_weights(model, model.fluid))
+    expected = load_file(tmp_path / "theirs" / "model.safetensors")
+    for way in ("plain", "streamed", "given", "staged"):
+        found = load_file(tmp_path / way / "model.safetensors")
+        assert found.keys() == expected.keys(), way
+        assert all(torch.equal(found[name], expected[name]) for name in expected), way
 
 
 def tiny_vision_model() -> Any:

@@ -12,12 +12,13 @@ import torch
 import trainer_files_script
 from distributed import fresh_ranks
 from families import tiny_model
+from moe_families import tiny_model as build_family
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_remote_code import build
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments
 
-from fluid_hf import FluidCallback
+from fluid_hf import CheckpointError, FluidCallback
 
 SPLIT = {"ep_size": 2}
 RUNS: list[dict[str, Any]] = [
@@ -134,3 +135,37 @@ def test_experts_are_taken_back_without_deepspeed(tmp_path: Path, kind: str, fam
         trainers = (trainer, train(f"{tmp_path}/checkpoint-2"))
         losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in trainers]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def trainer_of(model: Any, folder: Path) -> Trainer:
+    args = TrainingArguments(output_dir=str(folder / "out"), use_cpu=True, report_to="none", disable_tqdm=True)
+    return Trainer(model, args, callbacks=[FluidCallback()])
+
+
+@pytest.mark.parametrize("kind", ["loaded in another dtype", "loaded from other names", "longcat_flash", "lacking"])
+def test_weights_are_taken_back_exactly_or_refused(tmp_path: Path, kind: str) -> None:
+    def make(seed: int) -> Any:
+        if kind == "longcat_flash":
+            return build_family(kind, seed)
+        model: Any = tiny_model("qwen3_moe", seed=seed)
+        if kind == "loaded in another dtype":
+            model.config.dtype = torch.bfloat16  # as after from_pretrained(bfloat16).float()
+        if kind == "loaded from other names":
+            weights = {name.replace("model.layers", "net.blocks"): w for name, w in model.state_dict().items()}
+            model.save_pretrained(tmp_path / "hub", state_dict=weights, save_original_format=False)
+            model = type(model).from_pretrained(tmp_path / "hub", key_mapping={"^net.blocks": "model.layers"})
+        return model
+
+    first, second = make(0), make(1)
+    trainer_of(first, tmp_path).save_model(str(tmp_path / "saved"))
+    trainer = trainer_of(second, tmp_path)
+    if kind == "lacking":
+        path = tmp_path / "saved" / "model.safetensors"
+        save_file({name: w for name, w in load_file(path).items() if ".experts." not in name}, path, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=re.escape("tensor (model.layers.0.mlp.experts.down_proj)")):
+            trainer._load_from_checkpoint(str(tmp_path / "saved"))
+        return
+    trainer._load_from_checkpoint(str(tmp_path / "saved"))
+    expected, found = first.state_dict(), second.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -185,10 +185,11 @@ def check_whole(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
         CheckpointError: they are this rank's, or under the layer's names: from a plain `model.state_dict()`.
     """
     stacked = {name: spec.meta() for name, spec in weight_specs(model).items()}
-    whole = stacked | as_stored(model, dict(stacked))
+    stored = as_stored(model, dict(stacked))
     for prefix, layer in split_layers(model).items():
         for name in (f"{prefix}.{key}" for key in layer.state_dict(keep_vars=True)):
-            if name in weights and (name not in whole or weights[name].shape != whole[name].shape):
+            whole = [tensors[name].shape for tensors in (stacked, stored) if name in tensors]
+            if name in weights and weights[name].shape not in whole:
                 raise CheckpointError(
                     f"state_dict ({name}) given to save_pretrained has the experts as this rank holds them, not all "
                     "of them as checkpoints do; call save_pretrained without state_dict, on all ranks."

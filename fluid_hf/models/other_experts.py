@@ -146,7 +146,7 @@ class LongcatStored(StoredExperts):
         return stored[name][held].clone()
 
     def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        if name == "down_proj" or self._unused is None:
+        if name == "down_proj" or self._unused is None or weight.shape[0] > self._experts:  # stored so already
             return {name: weight}
         return {name: torch.cat([weight, self._unused.to(weight)])}
 

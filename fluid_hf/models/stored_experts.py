@@ -52,7 +52,10 @@ class StoredExperts(ABC):
 
     @abstractmethod
     def unstack(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A weight of all experts as it is stored: tensors, also without data, by their names within the module."""
+        """A weight of all experts as it is stored: tensors, also without data, by their names within the module.
+
+        What has the same name there may come in once more, as it is stored, and must be left so.
+        """
 
     @abstractmethod
     def stack(self, name: str, stored: Mapping[str, torch.Tensor], held: slice) -> torch.Tensor:
