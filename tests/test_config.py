@@ -177,3 +177,12 @@ def test_groups_without_torch_distributed() -> None:
     assert create_groups(1) == ParallelGroups(1, 0, None, None, 1)
     with pytest.raises(ConfigError, match=r"ep_size \(2\) needs torch.distributed.*use ep_size 1"):
         create_groups(2)
+
+
+@pytest.mark.parametrize(("text", "reason"), [(None, "No such file"), ('{"fluid": ', "Expecting value")])
+def test_json_that_cannot_be_read(text: str | None, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"DeepSpeed configuration \(.*ds.json\) must be a JSON file .*{reason}"):
+        FluidConfig.from_json(path)
