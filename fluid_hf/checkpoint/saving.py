@@ -62,7 +62,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
     """
     state = getattr(model, "fluid", None)
     if not isinstance(state, FluidState):
-        place = patched_elsewhere(model)
+        place = patched_elsewhere(model) if isinstance(model, nn.Module) else ""
         remedy = f", but {place}; save the one given to patch_model." if place else "; use its own save_pretrained."
         raise NotPatchedError(f"{type(model).__name__} is not patched{remedy}")
     _save_whole(unwrapped(model), state, directory, kwargs)
