@@ -86,8 +86,17 @@ class FluidConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> FluidConfig:
-        """Read the `"fluid"` block of a DeepSpeed JSON file (all defaults if it has none)."""
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        """Read the `"fluid"` block of a DeepSpeed JSON file (all defaults if it has none).
+
+        Raises:
+            ConfigError: the file cannot be read, is no JSON object, or has a block with a wrong key or value.
+        """
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"DeepSpeed configuration ({path}) must be a JSON file that can be read: {error}."
+            ) from error
         if not isinstance(settings, dict):
             raise ConfigError(
                 f"DeepSpeed configuration ({path}) must be a JSON object; it is a {type(settings).__name__}."

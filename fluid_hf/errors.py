@@ -91,8 +91,8 @@ class CheckpointError(FluidError, RuntimeError):
     """A checkpoint cannot be written or read as asked: files are missing or unwritable, the folder is not there for all
     ranks, or the parallel layout is another one.
 
-    Remedy: Look at the folder, file or layout that the message names; to resume with another `ep_size`, start from
-    the plain weights, which every layout can read.
+    Remedy: Look at the folder, file or layout that the message names. To resume with another `ep_size`, make the
+    checkpoint universal (the message has the command), or start from the plain weights, which every layout can read.
     """
 
 

@@ -291,6 +291,11 @@ def _prepare(
 def _check_model(model: nn.Module) -> None:
     """Raise unless it is a transformers model, whose checkpoints can be written, and not patched in part."""
     kind = type(model).__name__
+    if not isinstance(model, nn.Module):  # a class, a Trainer, a path
+        given = f"{model.__name__} itself, a {kind}," if isinstance(model, type) else kind
+        raise UnsupportedModelError(
+            f"{given} is no transformers model (PreTrainedModel); patch a model that was built."
+        )
     if place := patched_elsewhere(model):
         raise AlreadyPatchedError(
             f"{kind} cannot be patched: {place}, already; use it as it is, or call unpatch_model on that one first."

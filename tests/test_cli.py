@@ -49,6 +49,7 @@ def test_help_explains_every_option(path: list[str], capsys: pytest.CaptureFixtu
         assert choices is not None
         parser = choices[name]
     assert all(action.help for action in parser._actions if action.dest not in ("command", "what"))
+    assert "default: None" not in text and not re.search(r"default: [^)]*\)\s+\(default", text)
 
 
 def test_named_errors_end_with_their_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +78,10 @@ def test_nccl_without_a_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None
         (
             "bench layer --json FILE/x.json",
             r"ConfigError: --json .*x.json\) must be a file .*(File exists|Not a dir)",
+        ),
+        (
+            "bench model --link gloo --trace FILE/x",
+            r"ConfigError: --trace .*x\) must be a folder .*(File exists|Not a dir)",
         ),
         ("doctor --json OUT", "ConfigError: --json .* must be a file that can be written: it is a folder"),
         ("bench layer --shapes mixtral-9x9b", "ConfigError: shape .* must be one of .*no such file or folder"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fluid_hf import ExpertParallelExperts
 from fluid_hf.config import FluidConfig
@@ -68,6 +69,8 @@ def test_bad_values_name_the_field_and_the_value(values: dict[str, Any], message
         ({"num_experts": 0}, r"^num_experts \(0\) must be a positive integer\."),
         ({"hidden_size": 8.0}, r"^hidden_size \(8\.0\) must be a positive integer\."),
         ({"intermediate_size": -6}, r"^intermediate_size \(-6\) must be a positive integer\."),
+        ({"act": "silu"}, r"^act \('silu'\) must be a function of a tensor"),
+        ({"group": torch.distributed.GroupMember.NON_GROUP_MEMBER}, r"^group \(.*\) must be a process group that this"),
     ],
 )
 def test_arguments_of_the_plain_module_are_checked_alike(values: dict[str, Any], message: str) -> None:
@@ -177,3 +180,12 @@ def test_groups_without_torch_distributed() -> None:
     assert create_groups(1) == ParallelGroups(1, 0, None, None, 1)
     with pytest.raises(ConfigError, match=r"ep_size \(2\) needs torch.distributed.*use ep_size 1"):
         create_groups(2)
+
+
+@pytest.mark.parametrize(("text", "reason"), [(None, "No such file"), ('{"fluid": ', "Expecting value")])
+def test_json_that_cannot_be_read(text: str | None, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"DeepSpeed configuration \(.*ds.json\) must be a JSON file .*{reason}"):
+        FluidConfig.from_json(path)

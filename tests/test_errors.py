@@ -136,3 +136,19 @@ def test_page_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == page()
     assert cli.main(["errors", "TraceError", "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)) == ["TraceError"]
+
+
+@pytest.mark.parametrize("given", [None, "model", nn.Linear, object()], ids=["None", "path", "class", "object"])
+def test_what_is_no_model_is_named(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        fluid_hf.UnsupportedModelError, match="is no transformers model .*; patch a model that was built"
+    ):
+        fluid_hf.patch_model(given)
+    for call in (fluid_hf.unpatch_model, lambda model: fluid_hf.save_pretrained(model, tmp_path)):
+        with pytest.raises(fluid_hf.NotPatchedError, match="is not patched"):
+            call(given)
+
+
+def test_block_to_register_must_be_a_class() -> None:
+    with pytest.raises(fluid_hf.ConfigError, match=r"block \(Linear.*must be a class .*register_block\(type"):
+        fluid_hf.register_block(nn.Linear(2, 2))  # type: ignore[arg-type]

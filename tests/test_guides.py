@@ -170,6 +170,19 @@ def test_every_error_has_a_row_where_help_is_looked_for() -> None:
     assert not [name for name in error_classes() if f"`{name}" not in text]
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "examples/guides/api.md").read_text(encoding="utf-8")
+    names = set(fluid_hf.__all__) - set(error_classes())
+    assert not [name for name in names if not re.search(rf"`fluid_hf\.{name}\b", text)]
+    for name, given in re.findall(r"`fluid_hf\.(\w+)\(([^`]+)\)`", text):
+        known = inspect.signature(getattr(fluid_hf, name)).parameters
+        for part in given.replace("...", "").split(","):
+            argument, _, default = part.strip(" *").partition("=")
+            assert not argument or argument in known, (name, argument)
+            shown = str(getattr(known.get(argument), "default", ""))
+            assert not default or default in shown, (name, argument, shown)
+
+
 def test_every_setting_and_metric_is_documented() -> None:
     readme, trainer = (ROOT / name for name in ("README.md", "examples/guides/trainer.md"))
     table = readme.read_text(encoding="utf-8")

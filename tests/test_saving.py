@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import LAUNCH_ENV, ROOT, RankPool, rank_pool
+from distributed import LAUNCH_ENV, ROOT, RankError, RankPool, rank_pool
 from families import FAMILIES, batch, tiny_model
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from moe_families import tiny_model as build_family
@@ -282,7 +282,11 @@ def test_full_disk_leaves_the_old_model(pool2: RankPool, tmp_path: Path) -> None
         (OSError(28, "No space left on device"), f"directory ({folder}) cannot be written: [Errno 28] No space left"),
         (ValueError("odd"), f"model cannot be written to directory ({folder}): ValueError: odd"),
     ):
-        assert words in pool2.expect("CheckpointError", run_disk_full, str(folder), error)[0]
+        with pytest.raises(RankError) as caught:
+            pool2.run(run_disk_full, str(folder), error)
+        failures = caught.value.failures
+        assert [failures[rank].kind for rank in (0, 1)] == ["CheckpointError"] * 2, "the same error on every rank"
+        assert words in failures[0].message
     assert same_weights(folder, tiny_model("mixtral"))
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -32,7 +32,7 @@ from fluid_hf.checkpoint.gather import (
     weight_specs,
 )
 from fluid_hf.checkpoint.plan import SavePlan, to_checkpoint_layout
-from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError
+from fluid_hf.errors import CheckpointError, ConfigError, NotPatchedError, RankMismatchError
 from fluid_hf.models.adapters import saves_adapters
 from fluid_hf.state import FluidState, patched_elsewhere, unwrapped
 
@@ -62,7 +62,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **kwarg
     """
     state = getattr(model, "fluid", None)
     if not isinstance(state, FluidState):
-        place = patched_elsewhere(model)
+        place = patched_elsewhere(model) if isinstance(model, nn.Module) else ""
         remedy = f", but {place}; save the one given to patch_model." if place else "; use its own save_pretrained."
         raise NotPatchedError(f"{type(model).__name__} is not patched{remedy}")
     _save_whole(unwrapped(model), state, directory, kwargs)
@@ -107,9 +107,8 @@ def write_checkpoint(
 
 
 class _Attempt:
-    """Runs steps on the writing rank until one fails; the other ranks, and the rest of the steps, do nothing.
-
-    The ranks that gather must not be left waiting, so an error is kept until all of them have done so.
+    """Runs steps on the writing rank until one fails; the other ranks, and the rest of the steps, do nothing. The error
+    is kept until all ranks have gathered, as none must be left waiting.
     """
 
     def __init__(self, active: bool) -> None:
@@ -133,14 +132,16 @@ class _Attempt:
         """Raise on every rank if the writing rank failed."""
         error = self.error
         if error is not None:
-            if isinstance(error, OSError):
-                reason = f"directory ({directory}) cannot be written: {error}"
-            else:  # of the model, or of a package that reads it
-                reason = f"model cannot be written to directory ({directory}): {type(error).__name__}: {error}"
-            error = CheckpointError(f"{reason}; the model in it is as it was.")
+            reason = f"directory ({directory}) cannot be written"
+            if not isinstance(error, OSError):  # of the model, or of a package that reads it
+                reason = f"model cannot be written to directory ({directory}): {type(error).__name__}"
+            error = CheckpointError(f"{reason}: {error}; the model in it is as it was.")
             error.__cause__ = self.error
         if state is not None:
-            state.control.agree(error, None, "fluid_hf.save_pretrained")
+            try:
+                state.control.agree(error, None, "fluid_hf.save_pretrained")
+            except RankMismatchError as other:  # the writing rank's error
+                raise CheckpointError(str(other)) from None
         elif error is not None:
             raise error
 

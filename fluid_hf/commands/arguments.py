@@ -17,6 +17,7 @@ from typing import Any
 from fluid_hf.errors import ConfigError
 
 __all__ = [
+    "DefaultsFormatter",
     "add_json",
     "check_targets",
     "engine_settings",
@@ -39,6 +40,14 @@ OWN_SETTINGS = (
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
+
+
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the default of each option that has one: no "(default: None)", and no second one beside the text's."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        empty = action.default is None or action.default is False or action.default in ([], {})
+        return action.help if empty else super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
@@ -133,7 +142,7 @@ def check_targets(options: argparse.Namespace) -> None:
     """Find out now, not after minutes, that results cannot be written. Nothing stays behind.
 
     Raises:
-        ConfigError: `--json` or `--out` is not in a folder that can be written.
+        ConfigError: `--json` or `--out` is not in a folder that can be written, or `--trace` of `bench model` is none.
     """
     if int(os.environ.get("RANK", "0")) != 0:  # rank 0 writes
         return
@@ -142,19 +151,22 @@ def check_targets(options: argparse.Namespace) -> None:
         _try("json", Path(target), make_folder=False)
     if getattr(options, "out", None):
         _try("out", Path(f"{options.out}.json"), make_folder=True)
+    if getattr(options, "what", "") == "model" and options.trace:  # other commands mean other things by that name
+        _try("trace", Path(options.trace), make_folder=True, folder=True)
 
 
-def _try(option: str, path: Path, *, make_folder: bool) -> None:
+def _try(option: str, path: Path, *, make_folder: bool, folder: bool = False) -> None:
+    inside = path if folder else path.parent
     try:
-        if path.is_dir():
+        if path.is_dir() and not folder:
             raise IsADirectoryError("it is a folder")
         if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+            inside.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not folder:
             with path.open("a"):
                 return
-        with contextlib.closing(tempfile.TemporaryFile(dir=path.parent)):
+        with contextlib.closing(tempfile.TemporaryFile(dir=inside)):
             return
     except OSError as error:
-        reason = error.strerror or error
-        raise ConfigError(f"--{option} ({path}) must be a file that can be written: {reason}.") from error
+        reason, kind = error.strerror or error, "folder" if folder else "file"
+        raise ConfigError(f"--{option} ({path}) must be a {kind} that can be written: {reason}.") from error

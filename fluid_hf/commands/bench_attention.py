@@ -20,7 +20,7 @@ from fluid_hf.bench.attention_report import attention_table
 from fluid_hf.bench.links import link_world
 from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.sequence_memory import MEMORY_MODELS, measure_step, memory_table
-from fluid_hf.commands.arguments import add_json, positive, write_whole
+from fluid_hf.commands.arguments import DefaultsFormatter, add_json, positive, write_whole
 from fluid_hf.errors import ConfigError, TraceError
 from fluid_hf.profiling.breakdown import breakdown, breakdown_text, record
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "attention",
         help="time one sequence-parallel attention layer beside DeepSpeed's",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     shapes = ["mixtral-8x7b", "qwen3-30b-a3b"]

@@ -20,7 +20,7 @@ from fluid_hf.bench.links import LINKS, is_first, link_world, several_processes,
 from fluid_hf.bench.report import limits_text
 from fluid_hf.bench.shapes import SHAPES, shape_of
 from fluid_hf.comm.calibration import measure_launch, measure_link
-from fluid_hf.commands.arguments import add_json, not_negative, positive, write_whole
+from fluid_hf.commands.arguments import DefaultsFormatter, add_json, not_negative, positive, write_whole
 from fluid_hf.errors import ConfigError, TraceError
 from fluid_hf.overlap.cost_model import hardware_of
 from fluid_hf.overlap.planner import choose_waves, possible_waves, predicted_seconds
@@ -32,7 +32,7 @@ ALLOWED = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # relative difference bet
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "layer", help="time one layer's experts", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "layer", help="time one layer's experts", formatter_class=DefaultsFormatter
     )
     add = parser.add_argument
     names = ", ".join(sorted(SHAPES))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fluid_hf.bench.links import is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelBench, ModelSlice
-from fluid_hf.commands.arguments import add_json, positive, write_whole
+from fluid_hf.commands.arguments import DefaultsFormatter, add_json, positive, write_whole
 from fluid_hf.config import FluidConfig
 from fluid_hf.integrations.step_metrics import SAMPLE_EVERY, StepMetrics
 from fluid_hf.patching import patch_model
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Times training steps (forward and backward) of a slice of a model without the metrics, with them, "
         "and with the exchanges sampled, in turn, and the reading at a log; and reckons what a step costs more. On one "
         "GPU's mirror link; under torchrun on its ranks, where the loads are also gathered.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     add("--model", default="qwen3-30b-a3b", choices=sorted(MODELS), help="sizes of the layers")

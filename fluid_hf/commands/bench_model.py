@@ -17,7 +17,15 @@ from fluid_hf.bench.links import LINKS, is_first, link_world
 from fluid_hf.bench.model import MODELS, ModelSlice
 from fluid_hf.bench.model_run import RunSettings, SliceRun
 from fluid_hf.bench.stages import Stages
-from fluid_hf.commands.arguments import add_json, engine_settings, not_negative, positive, positive_number, write_whole
+from fluid_hf.commands.arguments import (
+    DefaultsFormatter,
+    add_json,
+    engine_settings,
+    not_negative,
+    positive,
+    positive_number,
+    write_whole,
+)
 from fluid_hf.errors import ConfigError
 
 MODES = ["inference", "forward", "backward", "step"]
@@ -28,7 +36,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "model",
         help="time a slice of a model, under torchrun for several ranks",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     add = parser.add_argument
     add("--models", nargs="+", default=["qwen3-30b-a3b"], choices=sorted(MODELS), help="models by name")

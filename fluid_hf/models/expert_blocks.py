@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fluid_hf.errors import UnsupportedModelError
+from fluid_hf.errors import ConfigError, UnsupportedModelError
 from fluid_hf.models.code_reading import function_source
 from fluid_hf.models.expert_loops import UnknownLoopError, replace_loops
 from fluid_hf.models.shared_methods import compiled, with_shared_put_off
@@ -38,7 +38,12 @@ def register_block(block: type[nn.Module]) -> Callable[[Forward], Forward]:
 
     Args:
         block: the class, of a model from the Hub `type(model.model.layers[0].mlp)`. The function is kept on it.
+
+    Raises:
+        ConfigError: it is no class of modules.
     """
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise ConfigError(f"block ({block!r}) must be a class of modules; use register_block(type(block)).")
 
     def register(function: Forward) -> Forward:
         setattr(block, REGISTERED, function)

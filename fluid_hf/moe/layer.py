@@ -331,7 +331,8 @@ class ExpertParallelExperts(ExpertParallelLayer):
     Gradients are those of the sum of all ranks' losses: divide by the number of ranks for a mean.
 
     Raises:
-        ConfigError: a size or setting is out of range, or the group's size does not divide `num_experts`.
+        ConfigError: a size or setting is out of range, the group's size does not divide `num_experts`, or this rank is
+            not in the group.
     """
 
     def __init__(
@@ -351,6 +352,10 @@ class ExpertParallelExperts(ExpertParallelLayer):
     ) -> None:
         check_sizes(num_experts=num_experts, hidden_size=hidden_size, intermediate_size=intermediate_size)
         FluidConfig(overlap=overlap, waves=waves, recompute=recompute)  # checks them
+        if not callable(act):
+            raise ConfigError(f"act ({act!r}) must be a function of a tensor, as torch.nn.functional.silu.")
+        if group is not None and not isinstance(group, dist.ProcessGroup):  # what `new_group` gives ranks outside
+            raise ConfigError(f"group ({group!r}) must be a process group that this rank is in, or None.")
         rank, size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
         super().__init__(
             num_experts,
