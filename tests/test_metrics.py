@@ -345,6 +345,62 @@ def test_the_first_step_counts_in_no_rate_of_others(
     assert rates == [pytest.approx(ids.numel() / each) for each in seconds]
 
 
+def test_what_lies_between_two_steps_counts_but_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also evaluation after an epoch's last step, before the epoch's log; and the loader, however often is logged."""
+    clock = [100.0]
+    monkeypatch.setattr("fluid_hf.integrations.step_metrics.time.perf_counter", lambda: clock[0])
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    for logged_at in ((1, 2, 3, 4), (1, 3, 4), (1, 4)):
+        metrics, rates = StepMetrics(model, model.fluid, peak=None), []
+        for step in (1, 2, 3, 4):
+            clock[0] += 3.0  # the loader
+            metrics.begin_step()
+            model(input_ids=batch(0, 9 if step == 1 else 2))
+            clock[0] += 5.0
+            metrics.end_step()
+            for _ in range(2):
+                clock[0] += 1000.0
+                metrics.interrupt()
+            if step in logged_at:
+                rates.append(metrics.collect()["fluid/tokens_per_second"])
+                clock[0] += 1000.0
+                metrics.interrupt()
+        metrics.close()
+        assert rates == [pytest.approx(9 * 12 / 5.0), *[pytest.approx(2 * 12 / 8.0)] * (len(logged_at) - 1)]
+
+
+def test_a_long_first_step_counts_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do its tokens: `group_by_length` begins with the longest batch."""
+    clock = [100.0]
+    monkeypatch.setattr("fluid_hf.integrations.step_metrics.time.perf_counter", lambda: clock[0])
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
+    metrics = StepMetrics(model, model.fluid, peak=None)
+    for rows in (9, 2, 2):
+        metrics.begin_step()
+        model(input_ids=batch(0, rows))
+        clock[0] += 10.0 * rows
+        metrics.end_step()
+    found = metrics.collect()
+    metrics.close()
+    assert found["fluid/tokens"] == 13 * 12 and found["fluid/tokens_per_second"] == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds", "first", "first embeddings"])
+def test_tokens_are_counted_however_they_are_given(given: str) -> None:
+    model = fluid_hf.patch_model(tiny_model("qwen3_moe")).train()
+    metrics, ids = StepMetrics(model, model.fluid, peak=None), batch(0, 2)
+    embedded = model.get_input_embeddings()(ids)
+    args, kwargs = {
+        "input_ids": ((), {"input_ids": ids, "inputs_embeds": None}),
+        "inputs_embeds": ((), {"input_ids": None, "inputs_embeds": embedded}),
+        "first": ((ids,), {"inputs_embeds": None}),
+        "first embeddings": ((None,), {"inputs_embeds": embedded}),
+    }[given]
+    model(*args, **kwargs)
+    assert metrics.collect()["fluid/tokens"] == ids.numel()
+    metrics.close()
+
+
 def test_cost_of_the_metrics_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"model": "tiny", "ep": 2, "layers": 2, "batch": 1, "sequence": 16, "repeats": 4, "logging-steps": 2}
     arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
