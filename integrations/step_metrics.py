@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -56,6 +57,8 @@ class StepMetrics:
         self._overlap: dict[str, float] = {}
         self._flops: dict[int, float] = {}
         self._counting = True
+        fluid.stop_measuring()  # for a training before this one, which raised
+        fluid.stop_measuring = self.close
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def begin_step(self) -> None:
@@ -124,6 +127,9 @@ class StepMetrics:
 
     def close(self) -> None:
         """Measure no more."""
+        if self.fluid.stop_measuring != self.close:  # somebody else measures now
+            return
+        self.fluid.stop_measuring = contextlib.nullcontext
         self.fluid.stop_sampling()
         self.fluid.count(True)
         self._hook.remove()
