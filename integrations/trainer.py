@@ -54,8 +54,8 @@ class FluidCallback(TrainerCallback):
     Metrics, in `state.log_history` and for every reporter: those of `FluidState.metrics`, and `fluid/bytes_per_step`,
     `fluid/tokens_per_second` (all ranks), `fluid/model_tflops` (one rank, see
     `fluid_hf.metrics.model_flops_per_token`), `fluid/mfu`, and from one sampled step (between two logs, and at most one
-    in ten) `fluid/overlap_ratio`
-    (share of the time with an exchange in flight in which computation went on) and `fluid/exposed_ms` (the rest).
+    in twenty) `fluid/overlap_ratio` (share of the time with an exchange in flight
+    in which computation went on) and `fluid/exposed_ms` (the rest).
     Gradients need nothing from this callback: they are complete when backward returns.
 
     Raises:
