@@ -170,6 +170,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     check_alive(state.groups.ep_group, "unpatch_model")
     state.finish_batch()
     state.backend.detach(inner)
+    state.stop_measuring()
     unbind_saving(unwrapped(model))
     unbind_saving(inner)
     unbind_generation(inner)

@@ -75,6 +75,7 @@ class FluidState:
         expert_load: pairs of every expert by layer, as of the last `metrics()`.
         engine_bound: whether an engine drives the model.
         leave_engine: undoes what that engine hung on the layers, before another one takes the model.
+        stop_measuring: ends what a training measures, if one does or has raised.
         staging_folder: where whole models are kept for the moment between gathering and saving them; `None` is the
             system's folder for temporary files.
         gathering: context in which the engine lets its partitioned parameters be gathered.
@@ -111,6 +112,7 @@ class FluidState:
         self.bound_methods: dict[str, list[str]] = {}
         self.engine_bound = False
         self.leave_engine: Callable[[], object] = contextlib.nullcontext
+        self.stop_measuring: Callable[[], object] = contextlib.nullcontext
         self.staging_folder: str | None = None
         self.gathering: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.expert_load: dict[str, list[int]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -46,25 +47,24 @@ class StepMetrics:
         self.peak = peak if peak is not None else peak_tflops()
         self._tokens, self._seq_len, self.steps = 0, 0, 0
         self._begin: float | None = None
-        self._last_end, self._interrupted = 0.0, False
+        self._last_end = 0.0  # of a step, or of what came after it and does not count
         self._sampler: OverlapSampler | None = None
         self._unread: OverlapSampler | None = None
         self._read: OverlapSampler | None = None
         self._since_sample = SAMPLE_EVERY - 1
         self._first_seconds: float | None = None  # until its rates have been collected
+        self._first_tokens = 0
         self._overlap: dict[str, float] = {}
         self._flops: dict[int, float] = {}
         self._counting = True
+        fluid.stop_measuring()  # for a training before this one, which raised
+        fluid.stop_measuring = self.close
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
-        now = time.perf_counter()
         if self._begin is None:
-            self._begin = now
-        elif self._interrupted:
-            self._begin += now - self._last_end
-        self._interrupted = False
+            self._begin = time.perf_counter()
         self._since_sample += 1
         due = self._since_sample > SAMPLE_EVERY and self._unread is None
         if due and self.fluid.groups.ep_size * self.fluid.groups.sp_size > 1:
@@ -83,14 +83,17 @@ class StepMetrics:
         self.steps += 1
         self._last_end = time.perf_counter()
         if self._first_seconds is None and self._begin is not None:
-            self._first_seconds = self._last_end - self._begin
+            self._first_seconds, self._first_tokens = self._last_end - self._begin, self._tokens
         if self._sampler is not None:
             self.fluid.stop_sampling()
             self._unread, self._sampler = self._sampler, None
 
     def interrupt(self) -> None:
-        """Evaluation or saving came between two steps: their time does not count."""
-        self._interrupted = True
+        """Evaluation or saving has ended, between two steps or before a log: their time does not count."""
+        now = time.perf_counter()
+        if self._begin is not None:
+            self._begin += now - self._last_end
+        self._last_end = now
 
     def collect(self) -> dict[str, float]:
         """The metrics since the last call. Collective over all ranks, waits for the device."""
@@ -102,10 +105,12 @@ class StepMetrics:
                 self._overlap["fluid/overlap_ratio"] = 1.0 - exposed / in_flight
             self._read, self._unread = self._unread, None
         metrics.update(self._overlap)
-        seconds = time.perf_counter() - (self._begin or time.perf_counter())
+        now = time.perf_counter()
+        seconds = now - (self._begin or now)
         tokens = metrics["fluid/tokens"]
-        if self._first_seconds and self.steps > 1:
-            seconds, tokens = seconds - self._first_seconds, tokens * (1 - 1 / self.steps)
+        if self._first_seconds and self.steps > 1:  # of all ranks' tokens what this rank's are of its own
+            seconds -= self._first_seconds
+            tokens *= 1 - self._first_tokens / max(1, self._tokens)
         if self.steps:
             self._first_seconds = 0.0
         metrics["fluid/bytes_per_step"] = metrics["fluid/bytes_sent"] / max(1, self.steps)
@@ -116,11 +121,15 @@ class StepMetrics:
             metrics["fluid/model_tflops"] = tflops
             if self.peak:
                 metrics["fluid/mfu"] = tflops / self.peak
-        self._tokens, self.steps, self._begin = 0, 0, None
+        # From here on, not from the next step's begin: what the loader takes for its batch counts, in every log alike.
+        self._tokens, self.steps, self._begin, self._last_end = 0, 0, now, now
         return metrics
 
     def close(self) -> None:
         """Measure no more."""
+        if self.fluid.stop_measuring != self.close:  # somebody else measures now
+            return
+        self.fluid.stop_measuring = contextlib.nullcontext
         self.fluid.stop_sampling()
         self.fluid.count(True)
         self._hook.remove()
@@ -129,7 +138,8 @@ class StepMetrics:
         if module.training != self._counting:  # what evaluation sends and routes is no part of the steps
             self._counting = module.training
             self.fluid.count(module.training)
-        given = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])  # either may be given as None
+        given = next((each for each in inputs if each is not None), None)
         trained = module.training and torch.is_grad_enabled()  # TRL asks the policy without adapters for a reference
         if isinstance(given, torch.Tensor) and given.dim() >= 2 and trained:
             self._tokens += given.shape[0] * given.shape[1]  # sizes only: nothing is read from the device

@@ -150,3 +150,25 @@ def run_two_models(rank: int, world: int) -> list[float]:
 def test_two_models_coexist(pool2: RankPool) -> None:
     for losses in pool2.run(run_two_models):
         assert max(losses) <= TOLERANCE
+
+
+def run_dropout(rank: int, world: int) -> tuple[float, bool]:
+    """Error of the loss with dropout in the shared expert and its gate, as of LoRA; whether the block is bound."""
+    losses = []
+    for patched in (False, True):
+        model = tiny_model("qwen2_moe")
+        if patched:
+            fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+        for layer in model.model.layers:
+            for part in (layer.mlp.shared_expert_gate, layer.mlp.shared_expert.down_proj):
+                part.register_forward_hook(lambda module, given, out: torch.nn.functional.dropout(out, 0.5))
+        torch.manual_seed(rank)
+        losses.append(model(input_ids=batch(rank, 2), labels=batch(rank, 2)).loss)
+    bound = bool(model.fluid.bound_blocks)
+    fluid_hf.unpatch_model(model)
+    return relative_error(losses[1], losses[0]), bound
+
+
+def test_dropout_draws_in_the_order_of_the_block(pool2: RankPool) -> None:
+    for error, bound in pool2.run(run_dropout):
+        assert bound and error < TOLERANCE

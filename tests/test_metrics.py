@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fluid_hf
 from fluid_hf import ConfigError, FluidCallback, cli
@@ -108,6 +108,35 @@ def test_training_that_begins_again_after_an_error(tmp_path: Path) -> None:
     model.model.layers[1].mlp.experts.down_proj.register_hook(exhaust)
     trainer.train()
     assert raised and trainer.state.global_step == 2
+    assert not model._forward_pre_hooks
+
+
+class Interrupted(TrainerCallback):
+    """Ctrl-C after the first step."""
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_training_that_raised_is_measured_no_more(tmp_path: Path) -> None:
+    """By its own callback, once another one measures or the model is unpatched."""
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=1, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    data, model = [{"input_ids": ids, "labels": ids} for ids in batch(0, 1)], tiny_model("qwen3_moe")
+    kept = []
+    for _ in range(2):
+        kept.append(Trainer(model, args, train_dataset=data, callbacks=[FluidCallback(), Interrupted()]))
+        with pytest.raises(KeyboardInterrupt):
+            kept[-1].train()
+        assert len(model._forward_pre_hooks) == 1
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[FluidCallback()])
+    trainer.train()
+    assert not model._forward_pre_hooks and trainer.state.log_history[0]["fluid/tokens"] == 12
+    with pytest.raises(KeyboardInterrupt):
+        kept[0].train()
+    fluid_hf.unpatch_model(model)
     assert not model._forward_pre_hooks
 
 
@@ -297,52 +326,6 @@ def test_no_load_is_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     history.add(2, {})
     assert history.write(tmp_path / "folder") == [] and not (tmp_path / "folder").exists()
     assert "no load of a layer with experts was read" in caplog.text
-
-
-def test_evaluation_does_not_count_as_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [100.0]
-    monkeypatch.setattr("fluid_hf.integrations.step_metrics.time.perf_counter", lambda: clock[0])
-    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
-    metrics = StepMetrics(model, model.fluid, peak=2.0)
-    ids = batch(0, 2)
-    for step in range(2):
-        metrics.begin_step()
-        model.train()
-        model(input_ids=ids)
-        clock[0] += 4.0
-        metrics.end_step()
-        if step == 0:
-            model.eval()
-            model(input_ids=ids)  # evaluation: neither its tokens nor its time count
-            clock[0] += 1000.0
-            metrics.interrupt()
-    found = metrics.collect()
-    metrics.close()
-    assert found["fluid/tokens"] == 2 * ids.numel()
-    assert found["fluid/tokens_per_second"] == pytest.approx(2 * ids.numel() / 8.0)
-    flops = model_flops_per_token(model, model.fluid.layers, ids.shape[1])
-    assert found["fluid/model_tflops"] == pytest.approx(found["fluid/tokens_per_second"] * flops / 1e12)
-    assert found["fluid/mfu"] == pytest.approx(found["fluid/model_tflops"] / 2.0)
-    assert not model._forward_pre_hooks
-
-
-@pytest.mark.parametrize(("logged_at", "seconds"), [((3,), [4.0]), ((1, 3), [90.0, 4.0]), ((2, 3), [4.0, 4.0])])
-def test_the_first_step_counts_in_no_rate_of_others(
-    logged_at: tuple[int, ...], seconds: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr("fluid_hf.integrations.step_metrics.time.perf_counter", lambda: clock[0])
-    model = fluid_hf.patch_model(tiny_model("qwen3_moe"))
-    metrics, rates, ids = StepMetrics(model, model.fluid, peak=None), [], batch(0, 2)
-    for step in (1, 2, 3):
-        metrics.begin_step()
-        model(input_ids=ids)
-        clock[0] += 90.0 if step == 1 else 4.0  # kernels are compiled
-        metrics.end_step()
-        if step in logged_at:
-            rates.append(metrics.collect()["fluid/tokens_per_second"])
-    metrics.close()
-    assert rates == [pytest.approx(ids.numel() / each) for each in seconds]
 
 
 def test_cost_of_the_metrics_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

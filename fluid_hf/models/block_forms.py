@@ -33,7 +33,7 @@ def gated_shared_expert(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     flat = hidden_states.view(-1, hidden_states.shape[-1])
     _, weights, index = self.gate(flat)
     routed, shared = run_between(
-        self, flat, index, weights, lambda: F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        self, flat, index, weights, lambda: self.shared_expert(flat) * F.sigmoid(self.shared_expert_gate(flat))
     )
     return (routed + shared).reshape(hidden_states.shape)
 
