@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -252,3 +253,29 @@ def test_paths_and_configurations_of_transformers(pool2: RankPool, tmp_path: Pat
         assert "config (MixtralConfig) must be a FluidConfig" in message and "by keyword" in message
     with pytest.raises(fluid_hf.ConfigError, match="use FluidConfig.from_dict"):
         fluid_hf.from_pretrained(str(tmp_path / "model"), {"ep_size": 1})  # type: ignore[arg-type]
+
+
+def run_load_whole(rank: int, world: int, family: str) -> None:
+    model = tiny_model(family)
+    weights = {name: t + 1 for name, t in model.state_dict().items()}
+    fluid_hf.patch_model(model, FluidConfig(ep_size=world))
+    model.load_state_dict(weights)
+    model.load_state_dict(model.state_dict())  # this rank's
+    name = next(name for name in reversed(weights) if name.endswith(".experts.down_proj"))
+    for broken in ({n: t for n, t in weights.items() if n != name}, {**weights, name: weights[name][1:]}):
+        with pytest.raises(fluid_hf.CheckpointError, match=re.escape(f"tensor ({name}) must have shape")):
+            model.load_state_dict(broken)
+    dense = {name: t for name, t in weights.items() if "experts" not in name}
+    assert model.load_state_dict(dense, strict=False).missing_keys, "the experts stay as they are"
+    model.fluid.engine_bound = True
+    for found in (model.state_dict(), {**dense, **weights}):
+        with pytest.raises(fluid_hf.CheckpointError, match="must be loaded by the engine that drives the model"):
+            model.load_state_dict(found)
+    model.fluid.engine_bound = False
+    state = fluid_hf.unpatch_model(model).state_dict()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_split_experts_are_loaded_from_all(pool2: RankPool, family: str) -> None:
+    pool2.run(run_load_whole, family)
