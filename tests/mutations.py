@@ -277,7 +277,7 @@ MUTATIONS = (
         "return 0, 0",
         "tests/test_head_start.py::test_a_promise",
     ),
-    Mutation("moe/layer.py", "return lambda: computed", "return self.expert_parameters", COMBINATIONS + "as_the"),
+    Mutation("moe/layer.py", "return lambda: parameters", "return self.expert_parameters", COMBINATIONS + "as_the"),
     Mutation("models/sequence_parallel.py", '"_backward_hooks", "_backward', '"_backward', COMBINATIONS + "hooks_in"),
 )
 
