@@ -41,17 +41,19 @@ def settings(stage: int) -> dict[str, Any]:
     }
 
 
+def train_step(engine: Any, rank: int, step: int) -> float:
+    """One step of an engine; the sum of the ranks' losses before it."""
+    ids = batch(rank, 1, step=step)
+    loss = engine(input_ids=ids, labels=ids).loss
+    engine.backward(loss)
+    engine.step()
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total)
+    return float(total)
+
+
 def train(engine: Any, rank: int) -> Curve:
-    curve = []
-    for step in range(4):
-        ids = batch(rank, 1, step=step)
-        loss = engine(input_ids=ids, labels=ids).loss
-        engine.backward(loss)
-        engine.step()
-        total = loss.detach().clone()
-        torch.distributed.all_reduce(total)
-        curve.append((float(total) / 2, float(engine.get_global_grad_norm() or 0.0)))
-    return curve
+    return [(train_step(engine, rank, step) / 2, float(engine.get_global_grad_norm() or 0.0)) for step in range(4)]
 
 
 def run_own_optimizer(rank: int, world: int, stage: int, patched: bool, way: str) -> Curve:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed import RankPool, rank_pool
 from families import batch, relative_error, tiny_model
-from test_deepspeed import Curve, assert_near, groups, settings, train
+from test_deepspeed import Curve, assert_near, groups, settings, train, train_step
 
 import fluid_hf
 from fluid_hf import FluidConfig
@@ -243,14 +243,9 @@ def run_autocast(rank: int, world: int, patched: bool) -> list[tuple[float, floa
     found = []
     for step in range(3):
         bad = step == 1 and rank == world - 1
-        ids = batch(rank, 1, step=step)
-        loss = engine(input_ids=ids, labels=ids).loss
-        engine.backward(loss)
-        engine.step()
-        total = loss.detach().clone()
-        torch.distributed.all_reduce(total)
+        total = train_step(engine, rank, step)
         weights = float(torch.stack([p.detach().double().abs().sum() for p in dense]).sum())
-        found.append((float(total), weights, float(engine.torch_autocast_z0_gradscaler.get_scale())))
+        found.append((total, weights, float(engine.torch_autocast_z0_gradscaler.get_scale())))
     engine.destroy()
     return found
 
